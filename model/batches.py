@@ -1,0 +1,191 @@
+"""Batches of training images: the article's input pipelines, and the one that replaces them.
+
+`preprocess` and `draw` say what is really done, and where (the rungs of the article differ in nothing else):
+
+every_epoch, per_image    each image, every epoch, in loader workers: draw, pad, crop, flip, normalise, transpose
+once, per_image           pad, normalise, transpose the whole set once; then draw, crop and flip image by image
+once, per_epoch           the same, with all of an epoch's choices drawn at once
+on_device                 uint8 images live on the device; one gather makes a batch (`kernels.augment`)
+
+All of them give the same batches, bit for bit: choices and order are functions of (seed, epoch, image index).
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from kernels.augment import augment_reference
+from model.choices import Augmentation, draw_choices, draw_order
+from model.config import Config
+from model.data import MEAN, STD
+
+
+def normalisation(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """(mean, rstd), fp32 [3], in units of 0 to 255, for `kernels.augment`."""
+    return torch.tensor(MEAN, device=device), 1 / torch.tensor(STD, device=device)
+
+
+class Batches:
+    """An epoch of (x, labels) at a time: x [b, 3, 32, 32] channels_last in `dtype`, labels int64 [b], both on `device`.
+
+    A global batch of `config.batch_size` images is split over `world` ranks; the last batch of an epoch is short, and a
+    rank's part of it may be empty.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        config: Config,
+        device: torch.device,
+        dtype: torch.dtype,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.config, self.device, self.dtype = config, device, dtype
+        self.rank, self.world = rank, world
+        self.augmentation = Augmentation(config.crop_pad, config.flip, config.cutout)
+        self.count = len(images)
+        self.steps_per_epoch = -(-self.count // config.batch_size)
+        self.labels = labels.to(device)
+        if config.preprocess == "on_device":
+            self.images = images.to(device)
+            self.mean, self.rstd = normalisation(device)
+            return
+        Samples = EveryEpoch if config.preprocess == "every_epoch" else Once
+        workers = min(config.workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+        self.sampler = _EpochSampler()
+        self.loader = DataLoader(
+            Samples(images, config, self.augmentation, dtype),
+            batch_sampler=self.sampler,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+            worker_init_fn=_leave_signals_to_parent,
+        )
+
+    def shapes(self) -> list[int]:
+        """This rank's batch sizes: the usual one, and the epoch's last where it differs."""
+        last = self.count - (self.steps_per_epoch - 1) * self.config.batch_size
+        full = min(self.config.batch_size, self.count)
+        return sorted({len(torch.empty(n).tensor_split(self.world)[self.rank]) for n in (full, last)}, reverse=True)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of `epoch` (counted from 0) from `first_step` on."""
+        on_device = self.config.preprocess == "on_device"
+        order = draw_order(self.config.seed, epoch, self.count, self.device if on_device else "cpu")
+        indices = [
+            batch.tensor_split(self.world)[self.rank] for batch in order.split(self.config.batch_size)[first_step:]
+        ]
+        if on_device:
+            choices = draw_choices(self.augmentation, self.config.seed, epoch, self.count, self.device)
+            for index in indices:
+                yield self._gather(index, choices), self.labels[index]
+            return
+        self.sampler.batches = [(epoch * self.count + index).tolist() for index in indices]
+        for index, x in zip(indices, self.loader, strict=True):
+            x = x.to(self.device, non_blocking=True).to(self.dtype, memory_format=torch.channels_last)
+            yield x, self.labels[index.to(self.device)]
+
+    def _gather(self, index: Tensor, choices: Tensor) -> Tensor:
+        return augment_reference(
+            self.images,
+            index,
+            choices,
+            self.mean,
+            self.rstd,
+            self.config.crop_pad,
+            self.config.cutout,
+            self.dtype,
+        )
+
+
+class _EpochSampler(Sampler):
+    """Lists of keys, one a batch; a key is epoch * images + image, so that workers know both."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Samples(Dataset):
+    def __init__(self, images: Tensor, config: Config, augmentation: Augmentation, dtype: torch.dtype):
+        self.config, self.augmentation, self.dtype = config, augmentation, dtype
+        self.count = len(images)
+        self.drawn = (-1, [])  # an epoch and its choices
+
+    def choose(self, key: int) -> tuple[int, tuple]:
+        """The image and its choices."""
+        epoch, image = divmod(key, self.count)
+        seed = self.config.seed
+        if self.config.draw == "per_image":
+            return image, self.augmentation.choose(seed, epoch, image)
+        if self.drawn[0] != epoch:
+            self.drawn = epoch, draw_choices(self.augmentation, seed, epoch, self.count).tolist()
+        return image, self.drawn[1][image]
+
+
+class EveryEpoch(_Samples):
+    """From uint8 pixels to a normalised fp32 [3, 32, 32] image, every time it is asked for."""
+
+    def __init__(self, images: Tensor, config: Config, augmentation: Augmentation, dtype: torch.dtype):
+        super().__init__(images, config, augmentation, dtype)
+        self.images = images.share_memory_()
+        self.mean, self.rstd = normalisation()
+
+    def __getitem__(self, key: int) -> Tensor:
+        image, (dy, dx, flip, cut_y, cut_x) = self.choose(key)
+        pad, cut = self.config.crop_pad, self.config.cutout
+        x = F.pad(self.images[image].permute(2, 0, 1).float(), (pad, pad, pad, pad), mode="reflect")
+        x = x[:, dy : dy + 32, dx : dx + 32]
+        if flip:
+            x = x.flip(-1)
+        x = ((x.permute(1, 2, 0) - self.mean) * self.rstd).permute(2, 0, 1).contiguous()
+        if cut:
+            x[:, cut_y : cut_y + cut, cut_x : cut_x + cut] = 0
+        return x
+
+
+class Once(_Samples):
+    """Padded, normalised and transposed when constructed: [N, 3, 32 + 2*pad, 32 + 2*pad] in the network's dtype."""
+
+    def __init__(self, images: Tensor, config: Config, augmentation: Augmentation, dtype: torch.dtype):
+        super().__init__(images, config, augmentation, dtype)
+        pad = config.crop_pad
+        mean, rstd = normalisation()
+        self.padded = torch.empty(len(images), 3, 32 + 2 * pad, 32 + 2 * pad, dtype=dtype)
+        for few, out in zip(images.split(1000), self.padded.split(1000), strict=True):
+            x = ((few.float() - mean) * rstd).permute(0, 3, 1, 2)
+            out.copy_(F.pad(x, (pad, pad, pad, pad), mode="reflect"))
+        self.padded.share_memory_()
+
+    def __getitem__(self, key: int) -> Tensor:
+        image, (dy, dx, flip, cut_y, cut_x) = self.choose(key)
+        x = self.padded[image, :, dy : dy + 32, dx : dx + 32]
+        if flip:
+            x = x.flip(-1)
+        cut = self.config.cutout
+        if cut:
+            x = x.clone()
+            x[:, cut_y : cut_y + cut, cut_x : cut_x + cut] = 0
+        return x
+
+
+def _collate(samples: list[Tensor]) -> Tensor:
+    return torch.stack(samples) if samples else torch.empty(0, 3, 32, 32)
+
+
+def _leave_signals_to_parent(_: int) -> None:
+    # Ctrl-C reaches the whole process group; the parent finishes its step with the batches it is waiting for.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

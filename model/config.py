@@ -1,0 +1,288 @@
+"""What a run is: a frozen `Config`, and the presets, each a function that derives from the one before in a few lines.
+
+Nothing here imports torch: a wrong key or a contradiction is answered before a second is spent on loading anything.
+"""
+
+import dataclasses
+import difflib
+import itertools
+import math
+import types
+import typing
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from model.errors import UsageError
+
+
+def _learned(default: Any) -> Any:
+    """A field that decides what is learned: a checkpoint fits a run only if these agree."""
+    return field(default=default, metadata={"learned": True})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Raises UsageError, in one line that names the field, where a value is impossible or two contradict."""
+
+    preset: str = ""
+    # The network
+    network: Literal["resnet", "resnet9"] = _learned("resnet")
+    widths: tuple[int, ...] = _learned((64, 128, 256, 256))
+    prep_bn_relu: bool = _learned(False)  # the redundant BN-ReLU of the 341 s entry
+    uniform_gamma: bool = _learned(False)  # batch-norm weights start in U(0, 1), as in PyTorch 0.4, not at 1
+    pool_first: bool = _learned(False)  # resnet9: pool before batch norm (the article's Part 8), not after ReLU
+    # The recipe: loss summed over the batch, rate = schedule / batch_size, decay = weight_decay * batch_size
+    epochs: int = _learned(35)
+    batch_size: int = _learned(512)
+    lr_epochs: tuple[float, ...] = _learned((0, 15, 30, 35))
+    lr_values: tuple[float, ...] = _learned((0, 0.44, 0.005, 0))
+    momentum: float = _learned(0.9)
+    weight_decay: float = _learned(5e-4)
+    label_smoothing: float = _learned(0.0)
+    seed: int = _learned(0)
+    # The input
+    crop_pad: int = _learned(4)
+    flip: Literal["random", "alternating", "none"] = _learned("random")
+    cutout: int = _learned(0)
+    preprocess: Literal["every_epoch", "once", "on_device"] = "on_device"
+    draw: Literal["per_image", "per_epoch"] = "per_epoch"
+    workers: int = 0
+    # How it is computed
+    ops: Literal["reference"] = "reference"
+    device: str = "auto"
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    checkpoint_s: float = 60.0  # seconds between checkpoints, taken at the end of an epoch
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            allowed = typing.get_args(f.type) if typing.get_origin(f.type) is Literal else ()
+            if allowed and value not in allowed:
+                raise UsageError(f"{f.name}={value!r} is not one of {', '.join(allowed)}")
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise UsageError(f"{f.name}={number} is not a finite number")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise UsageError(f"{name}={getattr(self, name)} is too small; it must be at least {least}")
+        if not 0 <= self.momentum < 1:
+            raise UsageError(f"momentum={self.momentum} is not in [0, 1)")
+        if not 0 <= self.label_smoothing < 1:
+            raise UsageError(f"label_smoothing={self.label_smoothing} is not in [0, 1)")
+        if len(self.widths) != 4 or min(self.widths) < 1:
+            raise UsageError(f"widths={list(self.widths)} are not four positive channel counts, one per stage")
+        if self.crop_pad > 31:
+            raise UsageError(f"crop_pad={self.crop_pad} is more than a 32-pixel image can reflect; at most 31")
+        if self.cutout > 32:
+            raise UsageError(f"cutout={self.cutout} is larger than the 32-pixel image")
+        if self.seed >= 2**63:
+            raise UsageError(f"seed={self.seed} does not fit in 63 bits")
+        self._check_schedule()
+        self._check_contradictions()
+
+    def _check_schedule(self) -> None:
+        knots, values = self.lr_epochs, self.lr_values
+        if len(knots) != len(values) or len(knots) < 2:
+            raise UsageError(
+                f"lr_epochs has {len(knots)} knots and lr_values {len(values)}; they need the same number, at least two"
+            )
+        if knots[0] != 0 or any(a > b for a, b in itertools.pairwise(knots)):
+            raise UsageError(f"lr_epochs={list(knots)} does not rise from 0")
+        if not math.isclose(knots[-1], self.epochs):
+            raise UsageError(
+                f"lr_epochs ends at {knots[-1]:g} but the run has {self.epochs} epochs; --epochs stretches the knots"
+            )
+        if min(values) < 0:
+            raise UsageError(f"lr_values={list(values)} holds a negative learning rate")
+
+    def _check_contradictions(self) -> None:
+        if self.prep_bn_relu and self.network != "resnet":
+            raise UsageError("prep_bn_relu is a part of network=resnet; resnet9 always has that group")
+        if self.pool_first and self.network != "resnet9":
+            raise UsageError("pool_first needs network=resnet9; resnet has no pooling inside")
+        if self.preprocess == "on_device" and self.workers:
+            raise UsageError("workers need preprocess=every_epoch or once; on_device there is nothing for them to do")
+        if self.preprocess == "on_device" and self.draw == "per_image":
+            raise UsageError("draw=per_image needs preprocess=every_epoch or once; on_device draws per epoch")
+
+    def learned(self) -> dict[str, Any]:
+        """The fields that decide what is learned, as JSON values."""
+        chosen = {f.name for f in dataclasses.fields(self) if f.metadata.get("learned")}
+        return {name: value for name, value in self.to_json().items() if name in chosen}
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, tuples as lists."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> "Config":
+        """The inverse of `to_json`. Raises UsageError for an unknown field."""
+        for name in values:
+            _field(name)
+        return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def with_epochs(self, epochs: int) -> "Config":
+        """The same schedule stretched to `epochs`: the learning rate's knots move in proportion."""
+        if epochs < 1:
+            raise UsageError(f"epochs={epochs} is too small; it must be at least 1")
+        return replace(self, epochs=epochs, lr_epochs=tuple(knot * epochs / self.epochs for knot in self.lr_epochs))
+
+    def with_settings(self, settings: list[str]) -> "Config":
+        """Apply `key=value` strings. `epochs` stretches the knots unless `lr_epochs` is given too.
+
+        Raises UsageError for an unknown key (naming the nearest), a repeated one, or a value of the wrong type.
+        """
+        values: dict[str, Any] = {}
+        for setting in settings:
+            name, equals, text = setting.partition("=")
+            name = name.strip().replace("-", "_")
+            if not equals:
+                raise UsageError(f"--set {setting!r} is not of the form key=value")
+            if name in values:
+                raise UsageError(f"--set {name} is given twice")
+            values[name] = _parse(_field(name), text.strip())
+        config = self
+        if "epochs" in values and "lr_epochs" not in values:
+            config = config.with_epochs(values.pop("epochs"))
+        return replace(config, **values)
+
+
+_LEAST = {
+    "epochs": 1,
+    "batch_size": 1,
+    "weight_decay": 0,
+    "seed": 0,
+    "crop_pad": 0,
+    "cutout": 0,
+    "workers": 0,
+    "checkpoint_s": 0,
+}
+
+
+def _field(name: str) -> dataclasses.Field:
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    if name in fields:
+        return fields[name]
+    nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"the keys are {', '.join(fields)}"
+    raise UsageError(f"unknown setting {name!r}; {hint}")
+
+
+def _parse(f: dataclasses.Field, text: str) -> Any:
+    """`text` as the field's type; tuples are comma-separated, booleans true or false."""
+
+    def one(kind: type, part: str) -> Any:
+        try:
+            if kind is bool:
+                return {"true": True, "false": False, "1": True, "0": False}[part.lower()]
+            return kind(part)
+        except (KeyError, ValueError):
+            wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
+            raise UsageError(f"{f.name}={text} is not {wanted}") from None
+
+    if typing.get_origin(f.type) is tuple:
+        kind = typing.get_args(f.type)[0]
+        return tuple(one(kind, part) for part in text.strip("()[]").split(",") if part.strip())
+    if f.type in (int, float, bool):
+        return one(f.type, text)
+    return text
+
+
+def article_341() -> Config:
+    """The DAWNBench entry the article starts from: redundant BN-ReLU, schedule with a kink, 16 PIL-style workers."""
+    return Config(
+        preset="article-341",
+        prep_bn_relu=True,
+        uniform_gamma=True,
+        batch_size=128,
+        # bkj/basenet's linear_cycle(0.1, 30, low 0.005, extra 5): up to 0.1, a jump to 0.105, down to 0.005, then to 0
+        lr_epochs=(0, 15, 15, 30, 35),
+        lr_values=(0, 0.1, 0.105, 0.005, 0),
+        preprocess="every_epoch",
+        draw="per_image",
+        workers=16,
+    )
+
+
+def article_323() -> Config:
+    """The redundant BN-ReLU and the kink removed."""
+    return replace(
+        article_341(),
+        preset="article-323",
+        prep_bn_relu=False,
+        lr_epochs=(0, 15, 30, 35),
+        lr_values=(0, 0.1, 0.005, 0),
+    )
+
+
+def article_308() -> Config:
+    """Padding, normalisation and transposition once, before training; fewer loader processes."""
+    return replace(article_323(), preset="article-308", preprocess="once", workers=4)
+
+
+def article_301() -> Config:
+    """All random numbers of an epoch drawn at once; one loader process is enough."""
+    return replace(article_308(), preset="article-301", draw="per_epoch", workers=1)
+
+
+def article_297() -> Config:
+    """No loader process: batches are put together on the main thread."""
+    return replace(article_301(), preset="article-297", workers=0)
+
+
+def article_256() -> Config:
+    """Batch 128 -> 512, and the linearly scaled learning rate + 10 %: the end of the article's Part 2."""
+    return replace(article_297(), preset="article-256", batch_size=512, lr_values=(0, 0.44, 0.005, 0))
+
+
+def resnet9() -> Config:
+    """The article's Part 4: another network, cutout, 24 epochs (79 s on a V100); augmentation on the device."""
+    return replace(
+        article_256(),
+        preset="resnet9",
+        network="resnet9",
+        widths=(64, 128, 256, 512),
+        uniform_gamma=False,
+        epochs=24,
+        lr_epochs=(0, 5, 24),
+        lr_values=(0, 0.4, 0),
+        cutout=8,
+        preprocess="on_device",
+    )
+
+
+def laptop() -> Config:
+    """A narrow ResNet9 that two CPU cores train in a minute or two."""
+    return replace(
+        resnet9().with_epochs(6),
+        preset="laptop",
+        widths=(16, 32, 64, 128),
+        pool_first=True,
+        cutout=0,
+    )
+
+
+PRESETS: types.MappingProxyType = types.MappingProxyType(
+    {
+        config.__name__.replace("_", "-"): config
+        for config in (
+            article_341,
+            article_323,
+            article_308,
+            article_301,
+            article_297,
+            article_256,
+            resnet9,
+            laptop,
+        )
+    }
+)
+
+
+def preset(name: str) -> Config:
+    """The preset of that name. Raises UsageError, naming the nearest."""
+    if name in PRESETS:
+        return PRESETS[name]()
+    nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"the presets are {', '.join(PRESETS)}"
+    raise UsageError(f"unknown preset {name!r}; {hint}")

@@ -1,0 +1,51 @@
+"""Memory of the process: how to keep what is freed, and how much was needed at most."""
+
+import ctypes
+import sys
+
+import torch
+
+from model.errors import OutOfMemoryError
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """Ask glibc's allocator to reuse freed memory, not to return it to the system. False where there is no such switch.
+
+    By default each activation above 32 MB is mapped afresh in every step, and the kernel zeroes all its pages again.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most memory held at once: on a GPU by torch's allocator, on a CPU by the process; None where unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def out_of_memory(error: BaseException, device: torch.device, batch_size: int) -> OutOfMemoryError | None:
+    """`error` in our words, with a batch size to try, if it means that memory ran out; else None."""
+    # The CPU's allocator has no exception class of its own.
+    on_host = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+    if not on_host and not isinstance(error, torch.OutOfMemoryError):
+        return None
+    held = ""
+    if device.type == "cuda":
+        allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+        held = f" ({allocated / 2**20:,.0f} MB allocated, {reserved / 2**20:,.0f} MB reserved)"
+    return OutOfMemoryError(
+        f"{device} ran out of memory at batch_size={batch_size}{held}; try --set batch_size={max(batch_size // 2, 1)}"
+    )

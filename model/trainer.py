@@ -1,0 +1,194 @@
+"""All that a run learns with, as one object: network, step, batches, evaluation; to and from a checkpoint."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import reference
+from kernels.augment import augment_reference
+from model.batches import Batches, normalisation
+from model.checkpoint import load_tensors_into
+from model.config import Config
+from model.data import CLASSES, Dataset
+from model.distributed import Ranks
+from model.errors import DeviceError, NonFiniteError
+from model.network import ResNet, ResNet9
+from model.step import TrainingStep
+
+IMPLEMENTATIONS = {"reference": reference}
+EVALUATION_BATCH = 500
+
+
+def build_network(config: Config) -> nn.Module:
+    """The network that `config` names, on the CPU in fp32, initialised from `config.seed` alone."""
+    ops = IMPLEMENTATIONS[config.ops]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if config.network == "resnet":
+            return ResNet(config.widths, ops, config.prep_bn_relu, config.uniform_gamma)
+        return ResNet9(config.widths, ops, config.uniform_gamma, config.pool_first)
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """`name` is auto, cpu, cuda or cuda:N. Raises DeviceError where there is no such device."""
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        name = f"cuda:{local_rank}" if cuda else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"device={name} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device={name} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not cuda:
+        raise DeviceError(f"device={name} was asked for, but torch finds no CUDA GPU here; use device=cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"device={name} was asked for, but there are {torch.cuda.device_count()} GPUs, from cuda:0 on"
+        )
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The activations' dtype. `auto`: fp16 on a GPU; on a CPU bf16 if it multiplies bf16 in hardware, else fp32.
+
+    Raises DeviceError for fp16 on a CPU, whose convolutions are emulated.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return torch.float16
+        return (
+            torch.bfloat16
+            if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+            else torch.float32
+        )
+    if name == "float16" and device.type == "cpu":
+        raise DeviceError("dtype=float16 has no fast convolutions on a CPU; use dtype=bfloat16, float32 or auto")
+    return getattr(torch, name)
+
+
+class Evaluation(NamedTuple):
+    """The test images seen through the network: mean loss, share classified right, and the same for each class."""
+
+    loss: float
+    accuracy: float
+    class_accuracy: dict[str, float]
+
+
+class Trainer:
+    """A run's state on its device. `step.number` says where it is; everything random follows from that and the seed."""
+
+    def __init__(self, batches: Batches, dataset: Dataset, ranks: Ranks):
+        self.config, self.device, self.dtype = batches.config, batches.device, batches.dtype
+        self.batches, self.ranks = batches, ranks
+        self.network = build_network(self.config).to(self.device, memory_format=torch.channels_last)
+        parallel = ranks.parallel(self.network, self.device)
+        self.step = TrainingStep(self.network, parallel, self.config, batches.steps_per_epoch)
+        shard = torch.arange(len(dataset.test_images)).tensor_split(ranks.world)[ranks.rank]
+        self.test_count = len(dataset.test_images)
+        self.test_images = dataset.test_images[shard].to(self.device)
+        self.test_labels = dataset.test_labels[shard].to(self.device)
+        self.epoch_steps = batches.steps_per_epoch
+
+    @torch.no_grad()
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds. Under several ranks the running statistics are averaged first."""
+        self.ranks.average_running_statistics(self.network)
+        tensors = {f"network.{name}": t for name, t in self.network.state_dict().items()}
+        sums = self.step.tensors()
+        if self.ranks.world > 1:  # the sums of all ranks are kept by the first
+            for name in ("sums.loss", "sums.correct"):
+                sums[name] = self.ranks.sum(sums[name].clone())
+        return {**tensors, **sums}
+
+    def restore(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Continue from a checkpoint's tensors. Raises CheckpointError where they do not fit this network."""
+        load_tensors_into(self.network.state_dict(), tensors, "network.")
+        rest = self.step.tensors()
+        load_tensors_into(rest, {k: v for k, v in tensors.items() if not k.startswith("network.")}, "")
+        if not self.ranks.is_first:
+            self.step.start_epoch()
+        self.step.number = step
+
+    def train(self, epoch: int) -> Iterator[int]:
+        """Steps of `epoch` (from 0) that are still to be done; yields the number of images after each."""
+        first = self.step.number - epoch * self.epoch_steps
+        if first == 0:
+            self.step.start_epoch()
+        self.network.train()
+        for i, (x, labels) in enumerate(self.batches.epoch(epoch, first), start=first):
+            self.step(x, labels)
+            yield min(self.config.batch_size, self.batches.count - i * self.config.batch_size)
+
+    def epoch_result(self) -> tuple[float, float]:
+        """(mean loss, accuracy) over this epoch's training images, as they were seen. Waits for the device."""
+        loss, correct = self.ranks.sum(torch.stack([self.step.loss_sum.double(), self.step.correct.double()])).tolist()
+        return loss / self.batches.count, correct / self.batches.count
+
+    def images_seen(self) -> int:
+        """Training images so far, over all epochs and ranks."""
+        epochs, steps = divmod(self.step.number, self.epoch_steps)
+        return epochs * self.batches.count + steps * self.config.batch_size
+
+    def so_far(self) -> str:
+        """Loss and accuracy of this epoch up to here, of this rank. Waits for the device."""
+        seen = max(self.images_seen() % self.batches.count or self.batches.count, 1) / self.ranks.world
+        return f"loss {float(self.step.loss_sum) / seen:.3f}, accuracy {int(self.step.correct) / seen:.1%}"
+
+    def check_finite(self) -> None:
+        """Wait for the device; raise NonFiniteError, with step, seed and learning rate, for a gradient not finite."""
+        bad = int(self.step.bad_step)
+        if bad >= 0:
+            rate = self.step.learning_rate(bad)
+            raise NonFiniteError(
+                f"the gradient at step {bad} (epoch {(bad - 1) // self.epoch_steps + 1}) was not finite, with seed "
+                f"{self.config.seed} and learning rate {rate:.4g}; no update was made from that step on, and the last "
+                "checkpoint is from before it. Lower lr_values or try another seed"
+            )
+
+    @torch.inference_mode()
+    def evaluate(self, on_batch: Any = lambda: None) -> Evaluation:
+        """Loss and accuracy on the test images, by the running statistics; `on_batch()` is called after each batch."""
+        self.ranks.average_running_statistics(self.network)
+        self.network.eval()
+        mean, rstd = normalisation(self.device)
+        unchanged = torch.zeros(len(self.test_images), 5, dtype=torch.int32, device=self.device)
+        # Rows: images of a class, how many of them are right; and the summed loss.
+        counts = torch.zeros(2, len(CLASSES), dtype=torch.int64, device=self.device)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for index in torch.arange(len(self.test_images), device=self.device).split(EVALUATION_BATCH):
+            x = augment_reference(self.test_images, index, unchanged, mean, rstd, 0, 0, self.dtype)
+            labels = self.test_labels[index]
+            logits = self.network(x).float()
+            loss_sum += F.cross_entropy(logits, labels, reduction="sum")
+            counts[0] += torch.bincount(labels, minlength=len(CLASSES))
+            counts[1] += torch.bincount(labels[logits.argmax(1) == labels], minlength=len(CLASSES))
+            on_batch()
+        images, right = self.ranks.sum(counts).tolist()
+        return Evaluation(
+            loss=self.ranks.sum(loss_sum).item() / self.test_count,
+            accuracy=sum(right) / self.test_count,
+            class_accuracy={name: r / n for name, r, n in zip(CLASSES, right, images, strict=True) if n},
+        )
+
+    def warm_up(self) -> None:
+        """Run a step of each shape and an evaluation, so that no later one pays for compiling or searching.
+
+        Weights, statistics, momentum, sums and the step's number are those of before, bit for bit.
+        """
+        state = {**self.network.state_dict(), **self.step.tensors()}
+        kept, number = {name: t.clone() for name, t in state.items()}, self.step.number
+        # Without the wrapper: ranks may take very different times to compile, and must not wait for each other here.
+        parallel, self.step.forward = self.step.forward, self.network
+        self.network.train()
+        for n in self.batches.shapes():
+            x = torch.zeros(n, 3, 32, 32, dtype=self.dtype, device=self.device)
+            self.step(x.to(memory_format=torch.channels_last), torch.zeros(n, dtype=torch.int64, device=self.device))
+        self.step.forward, self.step.number = parallel, number
+        self.step.bad_step.fill_(-1)
+        with torch.no_grad():
+            for name, t in state.items():
+                t.copy_(kept[name])

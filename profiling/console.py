@@ -1,0 +1,117 @@
+"""What a person at a terminal sees: lines, a table that grows by a row an epoch, a progress bar, banners.
+
+A pipe that closes (`| head`), a locale without Unicode, a narrow or absent terminal change how things look, never
+whether the run goes on.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import rich.box
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_PROGRESS_S = 30.0
+"""Seconds between progress lines where there is no terminal to redraw."""
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more: go on in silence. Rich would exit, and the training with it."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+class Terminal:
+    """Speaks on stdout, or on stderr where stdout is for a script (`json`); says nothing unless `speaks`."""
+
+    def __init__(self, json: bool = False, speaks: bool = True):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")
+        self.speaks = speaks
+        self.out = _Console(stderr=json, highlight=False, quiet=not speaks)
+        self.err = _Console(stderr=True, highlight=False)
+        self._widths: list[int] = []
+
+    def say(self, text: str, style: str = "") -> None:
+        """A line for people."""
+        self.out.print(Text(text, style), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """A line on stderr that begins with `warning:`."""
+        self.err.print(Text(f"warning: {text}", "yellow"), soft_wrap=True)
+
+    def error(self, text: str) -> None:
+        """A line on stderr that begins with `error:`."""
+        self.err.print(Text(f"error: {text}", "red"), soft_wrap=True)
+
+    def banner(self, title: str, text: str) -> None:
+        """A box on stderr that nobody can miss."""
+        if not self.out.quiet:
+            self.err.print(Panel(Text(text), title=Text(title), box=rich.box.HEAVY, style="bold yellow"))
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A whole table at once; the first column is text, the others are figures."""
+        table = Table(title=Text(title), box=rich.box.SIMPLE, title_justify="left")
+        for i, name in enumerate(columns):
+            table.add_column(name, justify="left" if i == 0 else "right")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        self.out.print(table)
+
+    def header(self, columns: Sequence[str]) -> None:
+        """Begin a table that grows while the run goes on; a column is as wide as its name, and at least 8."""
+        self._widths = [max(len(name), 8) for name in columns]
+        self.row(columns, "bold")
+
+    def row(self, cells: Sequence[str], style: str = "") -> None:
+        """Add a row to it."""
+        self.say("  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)), style)
+
+    @contextmanager
+    def progress(self, total: int, done: int = 0, unit: str = "") -> Iterator["Meter"]:
+        """A bar over `total` units on a terminal, a line every half minute elsewhere."""
+        if not self.out.is_terminal or self.out.quiet:
+            yield Meter(self, total, done, unit, None)
+            return
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeRemainingColumn(),
+            console=self.out,
+            transient=True,
+        )
+        with bar:
+            yield Meter(self, total, done, unit, bar)
+
+
+class Meter:
+    """The progress of one thing."""
+
+    def __init__(self, terminal: Terminal, total: int, done: int, unit: str, bar: Progress | None):
+        self.terminal, self.total, self.done, self.unit, self.bar = terminal, total, done, unit, bar
+        self.task = bar.add_task("", total=total, completed=done) if bar else None
+        self.first, self.start_s = done, time.monotonic()
+        self.said_s = self.start_s
+
+    def advance(self, units: int, text: str = "") -> None:
+        """`units` more are done; `text` says how it goes."""
+        self.done += units
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.done, description=text)
+            return
+        now_s = time.monotonic()
+        if now_s - self.said_s < PLAIN_PROGRESS_S or self.done >= self.total:
+            return
+        self.said_s = now_s
+        left_s = (now_s - self.start_s) * (self.total - self.done) / max(self.done - self.first, 1)
+        self.terminal.say(f"{text}  {self.done:,}/{self.total:,} {self.unit}, about {left_s:.0f} s left")

@@ -1,0 +1,107 @@
+"""Records on disk: JSON documents written whole or not at all, and JSON lines appended one row at a time.
+
+A record is JSON values under string keys; None is null, and means "not known". A reader never sees half a document:
+it is complete on the disk before it takes the old one's name. A row whose newline is missing is torn (its writer was
+killed): readers skip it and the next append removes it. One process at a time may append to a file.
+"""
+
+import contextlib
+import json
+import math
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the document at `path` by `value`, atomically and durably.
+
+    Raises ValueError naming the key of a NaN or an infinity (JSON has neither), TypeError for what JSON cannot hold and
+    OSError as the system gave it; in each case the old document is intact and no temporary is left.
+    """
+    path = Path(path)
+    data = (_encode(value, indent=2) + "\n").encode()
+    # The name is unique, not mkstemp's, whose files only their owner may read.
+    temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """The document at `path`. Raises ValueError naming the file where it is not JSON, and OSError."""
+    return _decode(Path(path).read_bytes(), str(path))
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Append `row` as one line, in the system's hands on return, after removing a torn last line.
+
+    Raises as `write_json` does; the rows before are intact.
+    """
+    line = (_encode(row, indent=None) + "\n").encode()
+    # Unbuffered: a buffer would write its rest at close, behind the truncation that undoes a failed write.
+    with open(path, "a+b", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end > 0:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                end = file.readall().rfind(b"\n") + 1
+                file.truncate(end)
+        try:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[file.write(rest) :]
+        except BaseException:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """Every row of `path` but a torn last one. Raises ValueError naming file and line of a damaged row, and OSError."""
+    *lines, _torn = Path(path).read_bytes().split(b"\n")
+    return [_decode(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def _encode(value: Any, indent: int | None) -> str:
+    _require_finite(value, "")
+    return json.dumps(value, indent=indent, allow_nan=False)
+
+
+def _decode(data: bytes, where: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error}); expected a record written by this program") from None
+
+
+def _require_finite(value: Any, key: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key or 'the value'} is {value}, which JSON cannot hold: write None for a number not known")
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _require_finite(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _require_finite(item, f"{key}[{index}]")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable. Windows can neither open nor sync a folder."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

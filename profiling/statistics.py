@@ -1,0 +1,92 @@
+"""Several runs as one claim: n, mean, standard deviation, 95 % interval and the share that reached the target."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Claim(NamedTuple):
+    """`sd` and `interval` are None for a single value, which has neither."""
+
+    n: int
+    mean: float
+    sd: float | None
+    interval: tuple[float, float] | None
+    share_at_target: float
+
+
+def claim(values: Sequence[float], target: float) -> Claim:
+    """Summarise at least one value; the interval is Student's, two-sided, for the mean. Raises ValueError for none."""
+    if not values:
+        raise ValueError("no values to summarise; expected at least one")
+    n, mean = len(values), statistics.fmean(values)
+    share = sum(v >= target for v in values) / n
+    if n == 1:
+        return Claim(n, mean, None, None, share)
+    sd = statistics.stdev(values)
+    half = t_quantile(n - 1) * sd / math.sqrt(n)
+    return Claim(n, mean, sd, (mean - half, mean + half), share)
+
+
+def aggregate(summaries: Sequence[dict[str, Any]], target: float, required: bool, wall_s: float) -> dict[str, Any]:
+    """One summary.json for several runs: times are means, the accuracy comes with its spread.
+
+    Where the target is `required` and the mean is below it, `exit_code` is 7.
+    """
+    first = summaries[0]
+    accuracy = claim([s["test_accuracy"] for s in summaries], target)
+    missed = required and accuracy.mean < target
+    same = ("preset", "data_identity", "data_source", "device", "world_size", "dtype", "ops", "ops_requested", "epochs")
+    averaged = ("train_s", "eval_s", "train_plus_eval_s", "warmup_s", "images_per_s")
+    return {
+        "status": "target missed" if missed else "complete",
+        "exit_code": 7 if missed else 0,
+        **{key: first[key] for key in same},
+        "seeds": [s["seed"] for s in summaries],
+        "runs": accuracy.n,
+        "target_accuracy": target,
+        "share_at_target": accuracy.share_at_target,
+        "test_accuracy": accuracy.mean,
+        "test_accuracy_sd": accuracy.sd,
+        "test_accuracy_low": accuracy.interval and accuracy.interval[0],
+        "test_accuracy_high": accuracy.interval and accuracy.interval[1],
+        **{key: statistics.fmean(s[key] for s in summaries) for key in averaged},
+        "wall_s": wall_s,
+        "git_sha": first["git_sha"],
+    }
+
+
+def claim_in_words(summary: dict[str, Any]) -> str:
+    """The aggregate's claim as a sentence."""
+    s = summary
+    spread = ""
+    if s["test_accuracy_sd"] is not None:
+        spread = f", standard deviation {s['test_accuracy_sd']:.2%}, 95 % interval of the mean "
+        spread += f"{s['test_accuracy_low']:.2%} to {s['test_accuracy_high']:.2%}"
+    return (
+        f"n = {s['runs']}: mean test accuracy {s['test_accuracy']:.2%}{spread}; "
+        f"{s['share_at_target']:.0%} of the runs at or above {s['target_accuracy']:.0%} ({s['data_identity']} data)"
+    )
+
+
+def t_quantile(dof: int, confidence: float = 0.95) -> float:
+    """The t with P(|T| <= t) = confidence, T Student-distributed with `dof` degrees of freedom, by bisection."""
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_inside(middle, dof) < confidence else (low, middle)
+    return low
+
+
+def _t_inside(t: float, dof: int) -> float:
+    """P(|T| <= t), by the finite sums of Abramowitz & Stegun 26.7.3 and 26.7.4."""
+    theta = math.atan(t / math.sqrt(dof))
+    cosine = math.cos(theta)
+    term, total = (cosine if dof % 2 else 1.0), 0.0
+    for k in range(dof // 2 if dof % 2 == 0 else (dof - 1) // 2):
+        total += term
+        term *= cosine**2 * ((2 * k + 2) / (2 * k + 3) if dof % 2 else (2 * k + 1) / (2 * k + 2))
+    if dof % 2:
+        return 2 / math.pi * (theta + math.sin(theta) * total)
+    return math.sin(theta) * total

@@ -1,0 +1,57 @@
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.errors import OutOfMemoryError
+from model.memory import out_of_memory, peak_bytes
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_freed_memory_is_kept():
+    """Page faults of repeated large allocations; in a process of its own, since the switch is process-wide."""
+    code = """
+import resource, torch
+from model.memory import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.empty(64 * 2**20 // 4).fill_(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), keep_freed_memory(), min(faults() for _ in range(4)), sep=";")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    before, switched, after = done.stdout.split(";")
+    assert switched == "True"
+    assert int(after) < int(before) / 100
+
+
+def test_the_peak_is_at_least_what_was_held():
+    held = torch.ones(50 * 2**20 // 4)
+    assert peak_bytes(CPU) > held.nbytes
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        torch.OutOfMemoryError(),
+    ],
+    ids=["python", "cpu_allocator", "cuda_allocator"],
+)
+def test_out_of_memory_is_recognised_and_names_a_batch_to_try(error):
+    found = out_of_memory(error, CPU, 512)
+    assert isinstance(found, OutOfMemoryError)
+    assert "batch_size=512" in str(found)
+    assert "--set batch_size=256" in str(found)
+
+
+def test_other_errors_are_not_ours():
+    assert out_of_memory(RuntimeError("shape mismatch"), CPU, 512) is None

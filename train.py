@@ -1,0 +1,546 @@
+"""Train the article's network on CIFAR-10: the command line, and the run.
+
+Arguments are checked before torch is imported, so that a slip of the finger costs a moment and not seconds.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from model.config import PRESETS, Config, preset
+from model.errors import (
+    CheckpointError,
+    DataError,
+    NonFiniteError,
+    OutOfMemoryError,
+    RunError,
+    TargetMissedError,
+    UsageError,
+)
+from model.interrupts import Interrupted, Interrupts
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.checkpoint import Checkpoint
+    from model.data import Dataset
+    from model.distributed import Ranks
+    from model.trainer import Trainer
+    from profiling.console import Terminal
+    from profiling.runlog import RunLog
+
+ROOT = Path(__file__).resolve().parent
+STARTED_NS = time.monotonic_ns()
+TARGET = 0.94
+"""The accuracy that the article and DAWNBench train to."""
+
+_STATUS = {
+    Interrupted: "interrupted",
+    NonFiniteError: "non-finite",
+    OutOfMemoryError: "out of memory",
+    TargetMissedError: "target missed",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """What the runs of one process share: data, device, ranks, and whom to tell."""
+
+    dataset: "Dataset"
+    device: "torch.device"
+    ranks: "Ranks"
+    terminal: "Terminal"
+    interrupts: Interrupts
+
+
+def run(
+    session: Session,
+    config: Config,
+    out: Path,
+    checkpoint: "Checkpoint | None" = None,
+    target: float | None = None,
+    on_step: Callable[[int], None] = lambda number: None,
+    started_ns: int | None = None,
+) -> dict[str, Any]:
+    """Train `config` in the folder `out`, from `checkpoint` if there is one; returns what summary.json holds.
+
+    `on_step(number)` is called after each step; `started_ns` is when the run began on `time.monotonic_ns`, if not now.
+    Raises Interrupted with the work saved, NonFiniteError, OutOfMemoryError, CheckpointError if the last checkpoint
+    could not be written, TargetMissedError below the accuracy `target`; summary.json then says so too.
+    """
+    from model.memory import out_of_memory, peak_bytes
+    from model.trainer import build_network, choose_dtype
+    from profiling.clock import Clock
+    from profiling.environment import device_name, environment
+    from profiling.flops import flops_per_image
+    from profiling.runlog import RunLog
+
+    ranks, device = session.ranks, session.device
+    dtype = choose_dtype(config.dtype, device)
+    clock = Clock("set-up", started_ns)
+    if device.type == "cuda":
+        import torch
+
+        clock.synchronize = lambda: torch.cuda.synchronize(device)
+    machine = environment(device, ROOT)
+    facts = {
+        "preset": config.preset,
+        "data_identity": session.dataset.identity,
+        "data_source": session.dataset.source,
+        "device": device_name(device),
+        "world_size": ranks.world,
+        "dtype": str(dtype).removeprefix("torch."),
+        "ops": config.ops,
+        "ops_requested": config.ops,
+        "seed": config.seed,
+        "git_sha": machine["git_sha"],
+    }
+    log = RunLog(
+        out,
+        clock,
+        facts,
+        flops_per_image(lambda: build_network(config)).training,
+        checkpoint.state if checkpoint else {},
+        ranks.is_first,
+        session.terminal.warn,
+    )
+    log.begin(config.to_json(), machine)
+    trainer = None
+    try:
+        trainer = _prepare(session, config, dtype, checkpoint, log)
+        _train(session, trainer, out, log, on_step)
+        accuracy = log.history[-1]["test_accuracy"]
+        if target is not None and accuracy < target:
+            raise TargetMissedError(f"test accuracy {accuracy:.2%} is below the target of {target:.2%}")
+        status, error = "complete", None
+    except BaseException as raised:
+        error = out_of_memory(raised, device, config.batch_size) or raised
+        status = _STATUS.get(type(error), "failed")
+    steps, images = (trainer.step.number, trainer.images_seen()) if trainer else (0, 0)
+    summary = log.finish(status, getattr(error, "exit_code", 1) if error else 0, steps, images, peak_bytes(device))
+    if error:
+        raise error
+    return summary
+
+
+def _prepare(
+    session: Session, config: Config, dtype: "torch.dtype", checkpoint: "Checkpoint | None", log: "RunLog"
+) -> "Trainer":
+    from model.batches import Batches
+    from model.trainer import Trainer
+
+    dataset, ranks = session.dataset, session.ranks
+    log.clock.switch("preprocessing")
+    batches = Batches(
+        dataset.train_images, dataset.train_labels, config, session.device, dtype, ranks.rank, ranks.world
+    )
+    log.clock.switch("set-up")
+    trainer = Trainer(batches, dataset, ranks)
+    if checkpoint:
+        trainer.restore(checkpoint.tensors, checkpoint.step)
+    if session.device.type == "cuda":
+        log.clock.switch("warm-up")
+        trainer.warm_up()
+        log.clock.switch("set-up")
+    ranks.wait()
+    return trainer
+
+
+def _train(session: Session, trainer: "Trainer", out: Path, log: "RunLog", on_step: Callable[[int], None]) -> None:
+    from profiling.runlog import COLUMNS, cells
+
+    config, clock, ranks, interrupts = trainer.config, log.clock, session.ranks, session.interrupts
+    session.terminal.header(COLUMNS)
+    for row in log.history:
+        session.terminal.row(cells(row), "dim")
+
+    def stop_if_asked() -> None:
+        requested = ranks.any(interrupts.requested)
+        if requested:
+            _save(session, trainer, out, log, final=True)
+            raise Interrupted(requested)
+
+    saved_ns = time.monotonic_ns()
+    interrupts.deferred = True
+    total = config.epochs * trainer.batches.count
+    with session.terminal.progress(total, trainer.images_seen(), "images") as meter:
+        for epoch in range(len(log.history), config.epochs):
+            text = f"epoch {epoch + 1}/{config.epochs}"
+            clock.switch("training")
+            for images in trainer.train(epoch):
+                if session.device.type == "cpu":  # on a GPU a read would hold up the queue
+                    trainer.check_finite()
+                    text = f"epoch {epoch + 1}/{config.epochs}  {trainer.so_far()}"
+                meter.advance(images, text)
+                on_step(trainer.step.number)
+                stop_if_asked()
+            trainer.check_finite()
+            training = trainer.epoch_result()
+            clock.switch("evaluation")
+            # Several ranks agree on stopping between steps; here each has its own number of batches.
+            test = trainer.evaluate(stop_if_asked if ranks.world == 1 else lambda: None)
+            number = trainer.step.number
+            rate = trainer.step.learning_rate(number)
+            row = log.add_epoch(number, rate, trainer.batches.count, training, (test.loss, test.accuracy))
+            session.terminal.row(cells(row))
+            last = epoch + 1 == config.epochs
+            if last or ranks.any(time.monotonic_ns() - saved_ns >= 1e9 * config.checkpoint_s):
+                _save(session, trainer, out, log, final=last)
+                saved_ns = time.monotonic_ns()
+    clock.switch("shutdown")
+    interrupts.deferred = False
+
+
+def _save(session: Session, trainer: "Trainer", out: Path, log: "RunLog", final: bool) -> None:
+    """Write a checkpoint. A failure is a warning, and for the `final` one a CheckpointError."""
+    from model import checkpoint
+
+    log.clock.switch("checkpoint")
+    trainer.check_finite()
+    tensors = trainer.tensors()
+    if not session.ranks.is_first:
+        return
+    number = trainer.step.number
+    state = {
+        "config": trainer.config.to_json(),
+        "data": session.dataset.fingerprint(),
+        "world_size": session.ranks.world,
+        **log.state(),
+    }
+    try:
+        checkpoint.save(out, number, tensors, state)
+    except OSError as error:
+        text = f"the checkpoint of step {number} could not be written to {out}: {error}; those before it are intact"
+        if final:
+            raise CheckpointError(f"{text}. Free some space and go on with --resume auto") from None
+        session.terminal.warn(f"{text}, and training goes on")
+
+
+def repeat(
+    session: Session, config: Config, out: Path, runs: int, target: float | None, resume: bool
+) -> dict[str, Any]:
+    """Train `runs` times with consecutive seeds, in out/run-000, ...; returns what out/summary.json holds.
+
+    With `resume`, complete runs are kept and an unfinished one goes on. Raises what `run` raises, and TargetMissedError
+    if the mean is below `target`.
+    """
+    from profiling.records import read_json, write_json
+    from profiling.statistics import aggregate, claim_in_words
+
+    summaries = []
+    for i in range(runs):
+        each, folder = dataclasses.replace(config, seed=config.seed + i), out / f"run-{i:03d}"
+        session.terminal.say(f"run {i + 1} of {runs}, seed {each.seed}", "bold")
+        checkpoint = _find_checkpoint(session, "auto", folder) if resume else None
+        if checkpoint:
+            _require_fit(session, checkpoint, each)
+        done = read_json(folder / "summary.json") if checkpoint and (folder / "summary.json").exists() else {}
+        if done.get("status") == "complete":
+            summaries.append(done)
+            continue
+        summaries.append(run(session, each, folder, checkpoint))
+    wall_s = (time.monotonic_ns() - STARTED_NS) / 1e9
+    summary = aggregate(summaries, TARGET if target is None else target, required=target is not None, wall_s=wall_s)
+    if session.ranks.is_first:
+        write_json(out / "summary.json", summary)
+    session.terminal.say(claim_in_words(summary), "bold")
+    if summary["exit_code"]:
+        raise TargetMissedError(
+            f"mean test accuracy {summary['test_accuracy']:.2%} is below the target of {target:.2%}"
+        )
+    return summary
+
+
+def evaluate(session: Session, config: Config, checkpoint: "Checkpoint") -> dict[str, Any]:
+    """The accuracy of a checkpoint on the test images, as a whole and by class."""
+    from model.batches import Batches
+    from model.trainer import Trainer, choose_dtype
+    from profiling.environment import commit, device_name
+
+    dataset, ranks, device = session.dataset, session.ranks, session.device
+    config = dataclasses.replace(config, preprocess="on_device", draw="per_epoch", workers=0)
+    dtype = choose_dtype(config.dtype, device)
+    batches = Batches(dataset.train_images, dataset.train_labels, config, device, dtype, ranks.rank, ranks.world)
+    trainer = Trainer(batches, dataset, ranks)
+    trainer.restore(checkpoint.tensors, checkpoint.step)
+    start_ns = time.monotonic_ns()
+    result = trainer.evaluate()
+    eval_s = (time.monotonic_ns() - start_ns) / 1e9
+    rows = [[name, f"{accuracy:.2%}"] for name, accuracy in result.class_accuracy.items()]
+    title = f"{checkpoint.path.name} on {trainer.test_count:,} test images ({dataset.identity})"
+    session.terminal.table(title, ["class", "accuracy"], [*rows, ["all", f"{result.accuracy:.2%}"]])
+    return {
+        "status": "complete",
+        "exit_code": 0,
+        "preset": config.preset,
+        "data_identity": dataset.identity,
+        "data_source": dataset.source,
+        "device": device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "ops": config.ops,
+        "steps": checkpoint.step,
+        "seed": config.seed,
+        "test_loss": result.loss,
+        "test_accuracy": result.accuracy,
+        **{f"test_accuracy_{name}": accuracy for name, accuracy in result.class_accuracy.items()},
+        "eval_s": eval_s,
+        "git_sha": commit(ROOT)[0],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The command line, checked for contradictions as far as that needs no torch."""
+
+    preset: str | None
+    data_dir: Path | None
+    download: bool
+    synthetic: bool
+    epochs: int | None
+    runs: int
+    seed: int | None
+    out: Path | None
+    resume: str | None
+    evaluate: Path | None
+    target_accuracy: float | None
+    settings: list[str]
+    json: bool
+
+    def __post_init__(self) -> None:
+        if self.synthetic and (self.data_dir or self.download):
+            other = "--data-dir" if self.data_dir else "--download"
+            raise UsageError(f"--synthetic and {other} contradict each other; give one of them")
+        if self.runs < 1:
+            raise UsageError(f"--runs {self.runs} is too small; it must be at least 1")
+        if self.target_accuracy is not None and not 0 < self.target_accuracy <= 1:
+            raise UsageError(f"--target-accuracy {self.target_accuracy:g} is not a share in (0, 1], such as 0.94")
+        if self.runs > 1 and self.resume not in (None, "auto"):
+            raise UsageError("--runs continues with --resume auto; a single checkpoint belongs to a single run")
+        if self.resume == "auto" and self.out is None:
+            raise UsageError("--resume auto needs --out DIR: the folder of the run to go on with")
+        if self.evaluate and (self.resume or self.runs > 1 or self.epochs or self.preset):
+            raise UsageError(
+                "--evaluate takes the network from its checkpoint: leave out --preset, --epochs, --runs, --resume"
+            )
+        self.configure(preset(self.preset or "laptop"))  # a wrong value is answered now, whatever the default will be
+        if self.out and not self.resume and self.out.exists():
+            if not self.out.is_dir():
+                raise UsageError(f"--out {self.out} is not a folder; name a new one")
+            if any(self.out.iterdir()):
+                raise UsageError(f"--out {self.out} is not empty; name a new folder, or go on with --resume auto")
+
+    def configure(self, base: Config) -> Config:
+        """`base` with what the command line says on top."""
+        config = base.with_settings(self.settings)
+        if self.epochs is not None:
+            config = config.with_epochs(self.epochs)
+        if self.seed is not None:
+            config = dataclasses.replace(config, seed=self.seed)
+        return config
+
+
+def _find_checkpoint(session: Session, resume: str, out: Path) -> "Checkpoint | None":
+    """The checkpoint to go on from; None where `auto` finds none."""
+    from model import checkpoint
+
+    warn = session.terminal.warn
+    if resume == "auto":
+        found = checkpoint.newest(out, warn)
+        session.terminal.say(f"resuming from {found.path}" if found else f"no checkpoint in {out}: starting afresh")
+        return found
+    found = checkpoint.load(Path(resume))
+    later = checkpoint.newest(out, warn)
+    if later and later.step > found.step:
+        raise CheckpointError(
+            f"{out} holds a later checkpoint than {found.path.name}: step {later.step}. Go on from that with "
+            "--resume auto, or name a new --out for a run that branches off here"
+        )
+    return found
+
+
+def _require_fit(session: Session, checkpoint: "Checkpoint", config: Config) -> None:
+    """Raise CheckpointError, with the difference, unless `config` on this data is what the checkpoint began."""
+    from model.checkpoint import require_same
+
+    state = checkpoint.state
+    require_same(
+        Config.from_json(state["config"]).learned(), config.learned(), f"{checkpoint.path.name}: the configuration"
+    )
+    dataset = {"data": session.dataset.fingerprint(), "processes": session.ranks.world}
+    require_same({"data": state["data"], "processes": state["world_size"]}, dataset, f"{checkpoint.path.name}: the run")
+
+
+def _load_data(request: Request, terminal: "Terminal") -> "Dataset":
+    from model import data
+
+    folder = Path("data") if request.download and request.data_dir is None else request.data_dir
+    meter = []
+
+    with contextlib.ExitStack() as stack:
+
+        def progress(done: int, total: int) -> None:
+            if not meter:
+                meter.append(stack.enter_context(terminal.progress(total, done, "bytes")))
+            meter[0].advance(done - meter[0].done, "downloading CIFAR-10 (Ctrl-C and --synthetic to do without)")
+
+        dataset = data.load(
+            folder, download=request.download, synthetic=request.synthetic, say=terminal.say, progress=progress
+        )
+    if dataset.reason:
+        terminal.banner(
+            "SYNTHETIC IMAGES, NOT CIFAR-10",
+            f"{dataset.reason}\n\nTraining goes on with generated pictures of shapes, so that you can see everything "
+            "work. No accuracy below says anything about CIFAR-10.",
+        )
+    return dataset
+
+
+def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> dict[str, Any]:
+    """Do what was asked; returns the summary."""
+    from model import checkpoint as checkpoints
+    from model.distributed import join
+    from model.memory import keep_freed_memory
+    from model.trainer import choose_device
+    from profiling.runlog import closing_lines
+
+    asked = request.configure(preset(request.preset or "laptop"))
+    keep_freed_memory()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = choose_device(asked.device, local_rank)
+    dataset = _load_data(request, terminal)
+    ranks = join(device)
+    session = Session(dataset, device, ranks, terminal, interrupts)
+    if not ranks.all_equal(dataset.fingerprint()):
+        raise DataError(
+            "the processes loaded different data; put the official files where all can read them (--data-dir)"
+        )
+    if request.evaluate:
+        found = checkpoints.load(request.evaluate)
+        return evaluate(session, request.configure(Config.from_json(found.state["config"])), found)
+    out, found = request.out, None
+    if request.resume and request.resume != "auto" and out is None:
+        out = Path(request.resume) if Path(request.resume).is_dir() else Path(request.resume).parent
+    if request.preset is None and device.type == "cuda":
+        asked = request.configure(preset("article-256"))
+    if out is None:
+        out = Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{asked.preset}"
+    if ranks.is_first:
+        _make_folder(out)
+        checkpoints.clean(out)
+    if request.runs > 1:
+        return repeat(session, asked, out, request.runs, request.target_accuracy, bool(request.resume))
+    if request.resume:
+        found = _find_checkpoint(session, request.resume, out)
+    if found:
+        if request.preset is None:
+            asked = request.configure(Config.from_json(found.state["config"]))
+        _require_fit(session, found, asked)
+    terminal.say(
+        f"{asked.preset}: {asked.network} {'-'.join(map(str, asked.widths))}, {asked.epochs} epochs of "
+        f"{len(dataset.train_images):,} images at batch {asked.batch_size}, on {device}"
+        + (f" x {ranks.world}" if ranks.world > 1 else "")
+        + f"; data: {dataset.identity} ({dataset.source})"
+    )
+    try:
+        summary = run(session, asked, out, found, request.target_accuracy, started_ns=STARTED_NS)
+    except Interrupted:
+        terminal.say(f"stopped; go on with: python train.py --out {out} --resume auto")
+        raise
+    for line in closing_lines(summary):
+        terminal.say(line)
+    terminal.say(f"written to {out}")
+    return summary
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be made: {error}; name a folder that can be written to") from None
+
+
+def _list_presets(as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({name: make().to_json() for name, make in PRESETS.items()}, indent=2))
+        return
+    for name, make in PRESETS.items():
+        c = make()
+        line = f"{name:<12} {c.network} {'-'.join(map(str, c.widths))}, {c.epochs} epochs at batch {c.batch_size}, "
+        print(f"{line}peak rate {max(c.lr_values):g}, preprocess={c.preprocess}, workers={c.workers}")
+        print(f"{'':<12} {make.__doc__.splitlines()[0]}")
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command(help=__doc__.splitlines()[0])
+def main(
+    preset_name: Annotated[
+        str | None, typer.Option("--preset", help="What to train; --list shows them. Default: by the device.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the CIFAR-10 binary files, or its parent. Never written to.")
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the official archive there first.")] = False,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="Use generated images.")] = False,
+    epochs: Annotated[int | None, typer.Option(help="Stretch the schedule to so many epochs.")] = None,
+    runs: Annotated[int, typer.Option(help="Train so many times, with consecutive seeds.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Of initialisation, order and augmentation.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/<time>-<preset>.")] = None,
+    resume: Annotated[str | None, typer.Option(help="auto (newest checkpoint in --out), or a checkpoint.")] = None,
+    evaluate: Annotated[Path | None, typer.Option(help="Only test this checkpoint.")] = None,
+    target_accuracy: Annotated[float | None, typer.Option(help="Exit with 7 below this, such as 0.94.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting: key=value. Repeatable.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exactly summary.json on stdout.")] = False,
+    show_list: Annotated[bool, typer.Option("--list", help="Show the presets.")] = False,
+) -> None:
+    """The command line's own signature; `Request` checks what was given."""
+    if show_list:
+        _list_presets(as_json)
+        return
+    given = (preset_name, data_dir, download, synthetic, epochs, runs, seed, out, resume, evaluate, target_accuracy)
+    raise typer.Exit(_guarded(lambda: Request(*given, settings or [], as_json)))
+
+
+def _guarded(read: Callable[[], Request]) -> int:
+    """Check the request and perform it; any failure becomes one line on stderr and its exit code."""
+    try:
+        request = read()
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    from profiling.console import Terminal
+
+    interrupts = Interrupts()
+    interrupts.install()
+    terminal = Terminal(request.json, speaks=os.environ.get("RANK", "0") == "0")
+    code = 0
+    try:
+        summary = _perform(request, terminal, interrupts)
+        if request.json and terminal.speaks:
+            print(json.dumps(summary, indent=2, allow_nan=False))
+    except (RunError, Interrupted) as error:
+        if isinstance(error, RunError):
+            terminal.error(str(error))
+        code = error.exit_code
+    finally:
+        if "torch" in sys.modules:
+            from model.distributed import leave
+
+            leave()
+    return code
+
+
+if __name__ == "__main__":
+    app()
