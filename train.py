@@ -113,6 +113,8 @@ def run(
         ranks.is_first,
         session.terminal.warn,
     )
+    if ranks.is_first:
+        _make_folder(out)
     log.begin(config.to_json(), machine)
     trainer = None
     try:
@@ -122,12 +124,13 @@ def run(
         if target is not None and accuracy < target:
             raise TargetMissedError(f"test accuracy {accuracy:.2%} is below the target of {target:.2%}")
         status, error = "complete", None
-    except BaseException as raised:
+    except BaseException as raised:  # whatever it is, the summary says so before it goes on
         error = out_of_memory(raised, device, config.batch_size) or raised
         status = _STATUS.get(type(error), "failed")
     steps, images = (trainer.step.number, trainer.images_seen()) if trainer else (0, 0)
     summary = log.finish(status, getattr(error, "exit_code", 1) if error else 0, steps, images, peak_bytes(device))
     if error:
+        error.summary = summary
         raise error
     return summary
 
@@ -145,6 +148,8 @@ def _prepare(
     )
     log.clock.switch("set-up")
     trainer = Trainer(batches, dataset, ranks)
+    if not ranks.all_equal(json.dumps(checkpoint.state, sort_keys=True) if checkpoint else ""):
+        raise CheckpointError("the processes found different checkpoints; put --out where all of them can read it")
     if checkpoint:
         trainer.restore(checkpoint.tensors, checkpoint.step)
     if session.device.type == "cuda":
@@ -352,7 +357,7 @@ def _find_checkpoint(session: Session, resume: str, out: Path) -> "Checkpoint | 
     """The checkpoint to go on from; None where `auto` finds none."""
     from model import checkpoint
 
-    warn = session.terminal.warn
+    warn = session.terminal.warn if session.ranks.is_first else lambda text: None
     if resume == "auto":
         found = checkpoint.newest(out, warn)
         session.terminal.say(f"resuming from {found.path}" if found else f"no checkpoint in {out}: starting afresh")
@@ -379,79 +384,90 @@ def _require_fit(session: Session, checkpoint: "Checkpoint", config: Config) -> 
     require_same({"data": state["data"], "processes": state["world_size"]}, dataset, f"{checkpoint.path.name}: the run")
 
 
-def _load_data(request: Request, terminal: "Terminal") -> "Dataset":
+def open_session(
+    terminal: "Terminal",
+    interrupts: Interrupts,
+    device: str = "auto",
+    data_dir: Path | None = None,
+    download: bool = False,
+    synthetic: bool = False,
+) -> Session:
+    """Load the data, choose the device, join torchrun's other processes.
+
+    Raises DataError and DeviceError; falls back to synthetic images, with a banner, where no data was named.
+    """
     from model import data
+    from model.distributed import join
+    from model.memory import keep_freed_memory
+    from model.trainer import choose_device
 
-    folder = Path("data") if request.download and request.data_dir is None else request.data_dir
-    meter = []
-
+    keep_freed_memory()
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if download and data_dir is None:
+        data_dir = Path("data")
     with contextlib.ExitStack() as stack:
+        meters = []
 
         def progress(done: int, total: int) -> None:
-            if not meter:
-                meter.append(stack.enter_context(terminal.progress(total, done, "bytes")))
-            meter[0].advance(done - meter[0].done, "downloading CIFAR-10 (Ctrl-C and --synthetic to do without)")
+            if not meters:
+                meters.append(stack.enter_context(terminal.progress(total, done, "bytes")))
+            meters[0].advance(done - meters[0].done, "downloading CIFAR-10 (--synthetic does without)")
 
-        dataset = data.load(
-            folder, download=request.download, synthetic=request.synthetic, say=terminal.say, progress=progress
-        )
+        dataset = data.load(data_dir, download=download, synthetic=synthetic, say=terminal.say, progress=progress)
     if dataset.reason:
         terminal.banner(
             "SYNTHETIC IMAGES, NOT CIFAR-10",
             f"{dataset.reason}\n\nTraining goes on with generated pictures of shapes, so that you can see everything "
             "work. No accuracy below says anything about CIFAR-10.",
         )
-    return dataset
+    ranks = join(chosen)
+    if not ranks.all_equal(dataset.fingerprint()):
+        raise DataError("the processes loaded different data; name a folder that all of them can read with --data-dir")
+    return Session(dataset, chosen, ranks, terminal, interrupts)
 
 
 def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> dict[str, Any]:
     """Do what was asked; returns the summary."""
     from model import checkpoint as checkpoints
-    from model.distributed import join
-    from model.memory import keep_freed_memory
-    from model.trainer import choose_device
     from profiling.runlog import closing_lines
 
-    asked = request.configure(preset(request.preset or "laptop"))
-    keep_freed_memory()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = choose_device(asked.device, local_rank)
-    dataset = _load_data(request, terminal)
-    ranks = join(device)
-    session = Session(dataset, device, ranks, terminal, interrupts)
-    if not ranks.all_equal(dataset.fingerprint()):
-        raise DataError(
-            "the processes loaded different data; put the official files where all can read them (--data-dir)"
-        )
+    config, found = request.configure(preset(request.preset or "laptop")), None
+    session = open_session(terminal, interrupts, config.device, request.data_dir, request.download, request.synthetic)
     if request.evaluate:
         found = checkpoints.load(request.evaluate)
         return evaluate(session, request.configure(Config.from_json(found.state["config"])), found)
-    out, found = request.out, None
-    if request.resume and request.resume != "auto" and out is None:
+    if request.preset is None and session.device.type == "cuda":
+        config = request.configure(preset("article-256"))
+    out = request.out
+    if out is None and request.resume:
         out = Path(request.resume) if Path(request.resume).is_dir() else Path(request.resume).parent
-    if request.preset is None and device.type == "cuda":
-        asked = request.configure(preset("article-256"))
     if out is None:
-        out = Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{asked.preset}"
-    if ranks.is_first:
+        out = Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
+    if session.ranks.is_first:
         _make_folder(out)
         checkpoints.clean(out)
     if request.runs > 1:
-        return repeat(session, asked, out, request.runs, request.target_accuracy, bool(request.resume))
-    if request.resume:
-        found = _find_checkpoint(session, request.resume, out)
-    if found:
-        if request.preset is None:
-            asked = request.configure(Config.from_json(found.state["config"]))
-        _require_fit(session, found, asked)
+        return repeat(session, config, out, request.runs, request.target_accuracy, bool(request.resume))
+    try:
+        if request.resume:
+            found = _find_checkpoint(session, request.resume, out)
+        if found:
+            if request.preset is None:
+                config = request.configure(Config.from_json(found.state["config"]))
+            _require_fit(session, found, config)
+    except CheckpointError as error:
+        if "RANK" in os.environ and session.ranks.is_first:
+            _record_refusal(out, error)
+        raise
+    dataset, ranks = session.dataset, session.ranks
     terminal.say(
-        f"{asked.preset}: {asked.network} {'-'.join(map(str, asked.widths))}, {asked.epochs} epochs of "
-        f"{len(dataset.train_images):,} images at batch {asked.batch_size}, on {device}"
+        f"{config.preset}: {config.network} {'-'.join(map(str, config.widths))}, {config.epochs} epochs of "
+        f"{len(dataset.train_images):,} images at batch {config.batch_size}, on {session.device}"
         + (f" x {ranks.world}" if ranks.world > 1 else "")
         + f"; data: {dataset.identity} ({dataset.source})"
     )
     try:
-        summary = run(session, asked, out, found, request.target_accuracy, started_ns=STARTED_NS)
+        summary = run(session, config, out, found, request.target_accuracy, started_ns=STARTED_NS)
     except Interrupted:
         terminal.say(f"stopped; go on with: python train.py --out {out} --resume auto")
         raise
@@ -461,6 +477,17 @@ def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> 
     return summary
 
 
+def _record_refusal(out: Path, error: RunError) -> None:
+    """A script cannot see an exit code behind torchrun, so summary.json tells it; that of a complete run stays."""
+    from profiling.records import read_json, write_json
+
+    path = out / "summary.json"
+    with contextlib.suppress(OSError, ValueError):
+        before = read_json(path) if path.exists() else {}
+        if before.get("status") != "complete":
+            write_json(path, {**before, "status": "failed", "exit_code": error.exit_code})
+
+
 def _make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -468,15 +495,23 @@ def _make_folder(out: Path) -> None:
         raise UsageError(f"--out {out} cannot be made: {error}; name a folder that can be written to") from None
 
 
+def _print(text: str) -> None:
+    """To stdout, for a script; in silence if it has stopped reading."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _list_presets(as_json: bool) -> None:
     if as_json:
-        print(json.dumps({name: make().to_json() for name, make in PRESETS.items()}, indent=2))
+        _print(json.dumps({name: make().to_json() for name, make in PRESETS.items()}, indent=2))
         return
     for name, make in PRESETS.items():
         c = make()
         line = f"{name:<12} {c.network} {'-'.join(map(str, c.widths))}, {c.epochs} epochs at batch {c.batch_size}, "
-        print(f"{line}peak rate {max(c.lr_values):g}, preprocess={c.preprocess}, workers={c.workers}")
-        print(f"{'':<12} {make.__doc__.splitlines()[0]}")
+        _print(f"{line}peak rate {max(c.lr_values):g}, preprocess={c.preprocess}, workers={c.workers}")
+        _print(f"{'':<12} {make.__doc__.splitlines()[0]}")
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -500,7 +535,7 @@ def main(
     evaluate: Annotated[Path | None, typer.Option(help="Only test this checkpoint.")] = None,
     target_accuracy: Annotated[float | None, typer.Option(help="Exit with 7 below this, such as 0.94.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting: key=value. Repeatable.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting. Repeatable.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly summary.json on stdout.")] = False,
     show_list: Annotated[bool, typer.Option("--list", help="Show the presets.")] = False,
@@ -515,23 +550,29 @@ def main(
 
 def _guarded(read: Callable[[], Request]) -> int:
     """Check the request and perform it; any failure becomes one line on stderr and its exit code."""
+    speaks = os.environ.get("RANK", "0") == "0"
     try:
         request = read()
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if speaks:
+            print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     from profiling.console import Terminal
 
     interrupts = Interrupts()
     interrupts.install()
-    terminal = Terminal(request.json, speaks=os.environ.get("RANK", "0") == "0")
+    terminal = Terminal(request.json, speaks)
     code = 0
     try:
         summary = _perform(request, terminal, interrupts)
-        if request.json and terminal.speaks:
-            print(json.dumps(summary, indent=2, allow_nan=False))
     except (RunError, Interrupted) as error:
-        if isinstance(error, RunError):
+        summary = getattr(error, "summary", None)
+        interrupts.deferred = True  # torchrun ends the other ranks when one has failed: they may still say why
+        if not speaks:
+            from model.distributed import report
+
+            report(error)
+        elif isinstance(error, RunError):
             terminal.error(str(error))
         code = error.exit_code
     finally:
@@ -539,6 +580,8 @@ def _guarded(read: Callable[[], Request]) -> int:
             from model.distributed import leave
 
             leave()
+    if request.json and speaks and summary:
+        _print(json.dumps(summary, indent=2, allow_nan=False))
     return code
 
 

@@ -187,5 +187,9 @@ def _collate(samples: list[Tensor]) -> Tensor:
 
 
 def _leave_signals_to_parent(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the parent finishes its step with the batches it is waiting for.
+    # Ctrl-C and torchrun's SIGTERM go to the whole process group. The parent then finishes its step, with the batches
+    # it is waiting for, and saves; where a worker is gone, torch raises in the midst of that. Outside the group, a
+    # worker ends when its parent ends it, or a few seconds after its parent is gone.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)

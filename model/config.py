@@ -189,7 +189,7 @@ def _parse(f: dataclasses.Field, text: str) -> Any:
 
 
 def article_341() -> Config:
-    """The DAWNBench entry the article starts from: redundant BN-ReLU, schedule with a kink, 16 PIL-style workers."""
+    """The DAWNBench entry the article starts from: redundant BN-ReLU, schedule with a kink, 16 workers."""
     return Config(
         preset="article-341",
         prep_bn_relu=True,
@@ -254,10 +254,16 @@ def resnet9() -> Config:
 def laptop() -> Config:
     """A narrow ResNet9 that two CPU cores train in a minute or two."""
     return replace(
-        resnet9().with_epochs(6),
+        resnet9(),
         preset="laptop",
         widths=(16, 32, 64, 128),
         pool_first=True,
+        epochs=6,
+        batch_size=256,
+        lr_epochs=(0, 1.2, 6),
+        lr_values=(0, 0.6, 0),
+        crop_pad=2,
+        flip="alternating",
         cutout=0,
     )
 

@@ -4,29 +4,42 @@ The batch is the global one. Each rank's batch norm sees its own part of it (a g
 running statistics are averaged before they are used.
 """
 
+import contextlib
 import datetime
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from model.errors import DeviceError, RunError, UsageError
 
 SET_UP_S = 600
 """How long ranks wait for each other before the first step: one may be compiling kernels or reading a slow disk."""
 
-STEP_S = int(os.environ.get("CIFAR10_RANK_TIMEOUT_S", "25"))
-"""How long ranks wait for each other afterwards. torchrun gives the others 30 s to end: together under a minute."""
+STEP_S = 20
+"""How long ranks wait for each other afterwards, unless CIFAR10_RANK_TIMEOUT_S says otherwise. torchrun then gives
+those still there 30 s to end: a hanging rank ends the job within a minute."""
+
+
+LEAVE_S = 3
+"""How long a rank that fails waits for the first one to fail too."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world`. With one process every method is the identity."""
+    """This process among `world`. With one process every method is the identity.
+
+    Every rank must make the same calls in the same order. They raise RunError where another rank has ended, or has not
+    made its call in time.
+    """
 
     rank: int = 0
     world: int = 1
-    group: dist.ProcessGroup | None = None  # of steps, with the short timeout
+    group: dist.ProcessGroup | None = None  # of tensors on the device
     signals: dist.ProcessGroup | None = None  # gloo, on host memory: agreeing must not wait for the GPU
 
     @property
@@ -34,66 +47,84 @@ class Ranks:
         """Whether this process writes files and speaks to people."""
         return self.rank == 0
 
-    def parallel(self, network: nn.Module, device: torch.device) -> nn.Module:
-        """The network, with gradients *summed* over ranks by the end of backward."""
-        if self.world == 1:
-            return network
-        wrapped = DistributedDataParallel(
-            network,
-            device_ids=[device] if device.type == "cuda" else None,
-            process_group=self.group,
-            broadcast_buffers=False,  # every rank keeps its own running statistics until they are averaged
-        )
-        wrapped.register_comm_hook(self.group, _sum_gradients)
-        return wrapped
-
     def sum(self, x: Tensor) -> Tensor:
-        """`x` summed over ranks, in place."""
+        """`x` summed over ranks, in place; bit-equal on all of them."""
         if self.world > 1:
-            dist.all_reduce(x, group=self.group)
+            with _reporting_loss():
+                dist.all_reduce(x, group=self.group)
         return x
+
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Sum each parameter's `.grad` over ranks.
+
+        One all-reduce of one buffer that always holds the same parameters at the same places. From three ranks on, the
+        order in which an element is summed depends on its place, and a resumed run has to repeat the bits: this is why
+        DistributedDataParallel, which rearranges its buckets after a process's first step, is not used. What that would
+        gain is to hide the sum behind backward: 20 MB for the article's network.
+        """
+        if self.world > 1:
+            self._sum_all([p.grad for p in parameters])
 
     def average_running_statistics(self, network: nn.Module) -> None:
         """Every rank gets the mean of the ranks' running means and variances."""
         if self.world > 1:
-            for buffer in network.buffers():
-                dist.all_reduce(buffer, group=self.group)
-                buffer /= self.world
+            statistics = list(network.buffers())
+            self._sum_all(statistics)
+            torch._foreach_div_(statistics, self.world)
+
+    def _sum_all(self, tensors: list[Tensor]) -> None:
+        total = self.sum(torch.cat([t.flatten() for t in tensors]))
+        parts = total.split([t.numel() for t in tensors])
+        torch._foreach_copy_(tensors, [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)])
 
     def any(self, flag: int) -> int:
         """The largest of the ranks' flags, so that all of them stop after the same step."""
         if self.world == 1:
             return flag
         highest = torch.tensor(flag)
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.signals)
+        with _reporting_loss():
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.signals)
         return int(highest)
 
     def all_equal(self, text: str) -> bool:
-        """Whether every rank holds the same `text`."""
+        """Whether every rank holds the same `text`; with set-up's patience."""
         if self.world == 1:
             return True
         texts: list[str | None] = [None] * self.world
-        dist.all_gather_object(texts, text, group=self.signals)
+        with _reporting_loss():
+            dist.all_gather_object(texts, text)
         return len(set(texts)) == 1
 
     def wait(self) -> None:
         """Until every rank is here; with set-up's patience."""
         if self.world > 1:
-            dist.barrier()
+            with _reporting_loss():
+                dist.barrier()
 
 
 def join(device: torch.device) -> Ranks:
-    """The process group torchrun describes in the environment, or a single process without it."""
+    """The process group torchrun describes in the environment, or a single process without it.
+
+    Raises DeviceError where two processes of this machine would share a GPU, RunError where a process does not appear.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    patience = datetime.timedelta(seconds=_step_s())
     if device.type == "cuda":
+        if device.index != int(os.environ.get("LOCAL_RANK", "0")):
+            raise DeviceError(
+                f"device={device} is one GPU, and each process of torchrun needs its own; use device=auto"
+            )
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=SET_UP_S))
-    patience = datetime.timedelta(seconds=STEP_S)
-    signals = dist.new_group(timeout=patience, backend="gloo")
-    return Ranks(rank, world, dist.new_group(timeout=patience), signals)
+    with _reporting_loss():
+        # What set-up waits for is on the host: a barrier of NCCL's would make a second communicator for it.
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SET_UP_S))
+        signals = dist.new_group(timeout=patience)
+        group = signals
+        if device.type == "cuda":  # the device's index makes NCCL connect now, and not in the first step
+            group = dist.new_group(timeout=patience, backend="nccl", device_id=device)
+    return Ranks(rank, world, group, signals)
 
 
 def leave() -> None:
@@ -102,6 +133,37 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _sum_gradients(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
+def report(error: BaseException) -> None:
+    """What a rank that does not speak does with the `error` that ends it: torchrun finds it, and shows the job's first.
+
+    torchrun also ends the other ranks as soon as one has ended, and the first one may be about to write and to say the
+    same: it gets a moment to leave before this one.
+    """
+    get_error_handler().record_exception(error)
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):
+            dist.barrier(async_op=True).wait(datetime.timedelta(seconds=LEAVE_S))
+
+
+@contextlib.contextmanager
+def _reporting_loss() -> Iterator[None]:
+    """What gloo and NCCL raise for a rank that is gone or late, as a RunError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise RunError(
+            f"lost another process of this job: it ended, or was silent for too long ({reason}). Look for its own "
+            "error; then go on from the last checkpoint with --resume auto"
+        ) from error
+
+
+def _step_s() -> float:
+    text = os.environ.get("CIFAR10_RANK_TIMEOUT_S", str(STEP_S))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise UsageError(f"CIFAR10_RANK_TIMEOUT_S={text!r} is not a number of seconds above 0")
+    return seconds

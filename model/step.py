@@ -5,7 +5,7 @@ is multiplied by it: a larger batch then only delays updates, to first order (th
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ def piecewise_linear(x: float, knots: Sequence[float], values: Sequence[float]) 
 class TrainingStep:
     """Steps of Nesterov SGD on `network`, with sums that stay on the device until somebody reads them.
 
-    `forward` is what is called: the network itself, or a wrapper that also sums gradients over ranks.
+    `sum_gradients(parameters)` is called between backward and update: `Ranks.sum_gradients` where there are several.
 
     number     steps done so far
     loss_sum   fp32 [], summed loss of the images of this epoch (of this rank)
@@ -35,8 +35,14 @@ class TrainingStep:
                the device: the weights stay the last good ones, and nobody waits for a read.
     """
 
-    def __init__(self, network: nn.Module, forward: nn.Module, config: Config, steps_per_epoch: int):
-        self.network, self.forward = network, forward
+    def __init__(
+        self,
+        network: nn.Module,
+        config: Config,
+        steps_per_epoch: int,
+        sum_gradients: Callable[[Sequence[Tensor]], None] = lambda parameters: None,
+    ):
+        self.network, self.sum_gradients = network, sum_gradients
         self.config, self.steps_per_epoch = config, steps_per_epoch
         self.parameters = list(network.parameters())
         device = self.parameters[0].device
@@ -63,15 +69,15 @@ class TrainingStep:
     def __call__(self, x: Tensor, labels: Tensor) -> None:
         """Train on x [b, 3, 32, 32], labels [b]. b = 0 (a rank with nothing left) only takes part in the summing."""
         if len(x):
-            logits = self.forward(x).float()
+            logits = self.network(x).float()
             loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.config.label_smoothing)
             self.correct += (logits.detach().argmax(1) == labels).sum()
+            loss.backward()
+            self.loss_sum += loss.detach()
         else:
-            self.forward.eval()  # leaves the running statistics alone
-            loss = 0.0 * self.forward(x.new_zeros(1, *x.shape[1:])).float().sum()
-            self.forward.train()
-        loss.backward()
-        self.loss_sum += loss.detach()
+            for p in self.parameters:
+                p.grad = torch.zeros_like(p)
+        self.sum_gradients(self.parameters)
         self.number += 1
         self._update()
 

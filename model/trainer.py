@@ -43,11 +43,13 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         raise DeviceError(f"device={name} is not a device; use auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise DeviceError(f"device={name} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank)
     if device.type == "cuda" and not cuda:
         raise DeviceError(f"device={name} was asked for, but torch finds no CUDA GPU here; use device=cpu or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise DeviceError(
-            f"device={name} was asked for, but there are {torch.cuda.device_count()} GPUs, from cuda:0 on"
+            f"device={device} was asked for, but there are {torch.cuda.device_count()} GPUs, from cuda:0 on"
         )
     return device
 
@@ -85,8 +87,7 @@ class Trainer:
         self.config, self.device, self.dtype = batches.config, batches.device, batches.dtype
         self.batches, self.ranks = batches, ranks
         self.network = build_network(self.config).to(self.device, memory_format=torch.channels_last)
-        parallel = ranks.parallel(self.network, self.device)
-        self.step = TrainingStep(self.network, parallel, self.config, batches.steps_per_epoch)
+        self.step = TrainingStep(self.network, self.config, batches.steps_per_epoch, ranks.sum_gradients)
         shard = torch.arange(len(dataset.test_images)).tensor_split(ranks.world)[ranks.rank]
         self.test_count = len(dataset.test_images)
         self.test_images = dataset.test_images[shard].to(self.device)
@@ -181,13 +182,13 @@ class Trainer:
         """
         state = {**self.network.state_dict(), **self.step.tensors()}
         kept, number = {name: t.clone() for name, t in state.items()}, self.step.number
-        # Without the wrapper: ranks may take very different times to compile, and must not wait for each other here.
-        parallel, self.step.forward = self.step.forward, self.network
+        # Ranks may take very different times to compile, and must not wait for each other here.
+        sum_gradients, self.step.sum_gradients = self.step.sum_gradients, lambda parameters: None
         self.network.train()
         for n in self.batches.shapes():
             x = torch.zeros(n, 3, 32, 32, dtype=self.dtype, device=self.device)
             self.step(x.to(memory_format=torch.channels_last), torch.zeros(n, dtype=torch.int64, device=self.device))
-        self.step.forward, self.step.number = parallel, number
+        self.step.sum_gradients, self.step.number = sum_gradients, number
         self.step.bad_step.fill_(-1)
         with torch.no_grad():
             for name, t in state.items():

@@ -85,7 +85,6 @@ class Terminal:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn(unit),
             TimeRemainingColumn(),
             console=self.out,
             transient=True,
@@ -106,12 +105,13 @@ class Meter:
     def advance(self, units: int, text: str = "") -> None:
         """`units` more are done; `text` says how it goes."""
         self.done += units
+        now_s = time.monotonic()
+        text = f"{text}  {(self.done - self.first) / max(now_s - self.start_s, 1e-9):,.0f} {self.unit}/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, description=text)
             return
-        now_s = time.monotonic()
         if now_s - self.said_s < PLAIN_PROGRESS_S or self.done >= self.total:
             return
         self.said_s = now_s
         left_s = (now_s - self.start_s) * (self.total - self.done) / max(self.done - self.first, 1)
-        self.terminal.say(f"{text}  {self.done:,}/{self.total:,} {self.unit}, about {left_s:.0f} s left")
+        self.terminal.say(f"{text}  {self.done:,}/{self.total:,}, about {left_s:.0f} s left")

@@ -1,8 +1,14 @@
 """Small data and small runs for tests of the training program."""
 
+import importlib
+import os
+import signal
+import sys
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tests/runs.py`
 
 import train
 from model.config import Config
@@ -53,3 +59,60 @@ def final_tensors(folder: Path) -> dict[str, torch.Tensor]:
     from model import checkpoint
 
     return checkpoint.load(folder).tensors
+
+
+FAULTS = {
+    "data": "model.data:load",
+    "preprocessing": "model.batches:Batches.__init__",
+    "evaluation": "model.trainer:Trainer.evaluate",
+    "save": "model.checkpoint:save",
+}
+
+
+def inject(signals: str, place: str) -> None:
+    """From now on the first call at `place` begins with these signals, sent to ourselves ("TERM" or "INT,INT")."""
+    module, _, path = FAULTS[place].partition(":")
+    owner = importlib.import_module(module)
+    *outer, name = path.split(".")
+    for part in outer:
+        owner = getattr(owner, part)
+    original, pending = getattr(owner, name), signals.split(",")
+
+    def faulty(*args, **kwargs):
+        while pending:
+            os.kill(os.getpid(), getattr(signal, f"SIG{pending.pop(0)}"))
+        return original(*args, **kwargs)
+
+    setattr(owner, name, faulty)
+
+
+def main() -> None:
+    """`python tests/runs.py ARGUMENTS` is `python train.py ARGUMENTS` on a tiny data set, tiny for every preset.
+
+    FAULT="TERM@save" sends that signal when a checkpoint is first saved; see `inject`. FAULT="INT@step" after step 5.
+    """
+    import model.data
+    import model.step
+
+    model.data.load = lambda *args, **kwargs: tiny_dataset()
+    signals, _, place = os.environ.get("FAULT", "").partition("@")
+    if place == "step":
+        original, pending = model.step.TrainingStep.__call__, signals.split(",")
+
+        def faulty(self, x, labels):
+            original(self, x, labels)
+            while pending and self.number == 5:
+                os.kill(os.getpid(), getattr(signal, f"SIG{pending.pop(0)}"))
+
+        model.step.TrainingStep.__call__ = faulty
+    elif place:
+        inject(signals, place)
+    tiny = [f"--set={k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in TINY_SETTINGS.items()]
+    sys.argv = ["train.py", *tiny, *sys.argv[1:]]
+    train.app()
+
+
+TINY_SETTINGS = {k: v for k, v in TINY.items() if k in ("widths", "batch_size", "checkpoint_s", "dtype", "device")}
+
+if __name__ == "__main__":
+    main()

@@ -32,7 +32,7 @@ def batch(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 def make(**changes) -> TrainingStep:
     torch.manual_seed(0)
     network = ResNet9((4, 4, 4, 4))
-    return TrainingStep(network, network, tiny_config(**changes), steps_per_epoch=4)
+    return TrainingStep(network, tiny_config(**changes), steps_per_epoch=4)
 
 
 def test_the_update_is_nesterov_on_the_summed_loss_with_the_article_s_decay():

@@ -1,0 +1,95 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from profiling import console
+from profiling.console import Terminal
+
+
+def test_people_move_to_stderr_when_stdout_is_for_a_script(capsys):
+    Terminal(json=True).say("hello")
+    assert capsys.readouterr() == ("", "hello\n")
+    Terminal().say("hello")
+    assert capsys.readouterr() == ("hello\n", "")
+
+
+def test_who_does_not_speak_is_silent_but_for_warnings_and_errors(capsys):
+    terminal = Terminal(speaks=False)
+    terminal.say("a")
+    terminal.banner("b", "c")
+    terminal.header(["d"])
+    with terminal.progress(10) as meter:
+        meter.advance(5)
+    assert capsys.readouterr() == ("", "")
+    terminal.warn("w")
+    terminal.error("e")
+    assert capsys.readouterr().err == "warning: w\nerror: e\n"
+
+
+def test_a_growing_table_keeps_its_columns(capsys):
+    terminal = Terminal()
+    terminal.header(["epoch", "a long name"])
+    terminal.row(["1", "2.5"])
+    head, row = capsys.readouterr().out.splitlines()
+    assert len(head) == len(row) == 8 + 2 + len("a long name")
+
+
+def test_text_is_never_taken_for_markup(capsys):
+    terminal = Terminal()
+    terminal.say("[red]x[/red] [/]")
+    terminal.table("[b]t", ["[i]c", "n"], [["[u]r", "1"]])
+    terminal.banner("[b]", "[/b]")
+    out, err = capsys.readouterr()
+    assert "[red]x[/red] [/]" in out
+    assert "[b]t" in out
+    assert "[u]r" in out
+    assert "[/b]" in err
+
+
+def test_long_lines_are_not_cut(capsys):
+    Terminal().say("x" * 500)
+    assert "x" * 500 in capsys.readouterr().out
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
+    monkeypatch.setattr(console, "PLAIN_PROGRESS_S", 0.0)
+    with Terminal().progress(100, 10, "images") as meter:
+        meter.advance(40, "epoch 1")
+        meter.advance(50, "epoch 1")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"epoch 1  [\d,]+ images/s  50/100, about \d+ s left", line)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_a_bar_on_a_terminal():
+    import pty
+
+    code = """
+from profiling.console import Terminal
+with Terminal().progress(100, 0, "images") as meter:
+    meter.advance(50, "epoch 1")
+    meter.bar.refresh()
+"""
+    leader, follower = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    root = Path(__file__).parent.parent
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=follower, stderr=follower, env=environment, cwd=root)
+    os.close(follower)
+    seen = b""
+    while True:
+        try:
+            part = os.read(leader, 65536)
+        except OSError:  # Linux says so when the other end closes
+            break
+        if not part:
+            break
+        seen += part
+    os.close(leader)
+    assert child.wait() == 0
+    assert b"epoch 1" in seen
+    assert b"50/100" in seen
+    assert b"images" in seen

@@ -1,0 +1,520 @@
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import final_tensors, tiny_config, tiny_dataset, tiny_session
+from typer.testing import CliRunner
+
+import train
+from model import checkpoint
+from model.distributed import Ranks
+from model.errors import CheckpointError, NonFiniteError, OutOfMemoryError, TargetMissedError
+from model.interrupts import Interrupted
+from model.step import TrainingStep
+from model.trainer import Trainer
+from profiling.records import read_json, read_jsonl
+
+ROOT = Path(__file__).parent.parent
+STEPS = 12
+
+SUMMARY_KEYS = {
+    "status", "preset", "data_identity", "device", "ops", "ops_requested", "epochs", "steps", "seed", "test_accuracy",
+    "train_s", "eval_s", "train_plus_eval_s", "warmup_s", "wall_s", "images_per_s", "flops", "mfu", "v100_normalised",
+    "peak_memory_bytes", "git_sha",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was never stopped: its folder."""
+    out = tmp_path_factory.mktemp("whole")
+    train.run(tiny_session(), tiny_config(), out)
+    return out
+
+
+def losses(out: Path) -> list[tuple]:
+    names = ("epoch", "step", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
+    return [tuple(row[name] for name in names) for row in read_jsonl(out / "log.jsonl")]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit for bit: weights, statistics, momentum, sums, and every figure of the log that is not a time."""
+    left, right = final_tensors(a), final_tensors(b)
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+    assert losses(a) == losses(b)
+
+
+def digest(out: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.glob("checkpoint-*"))}
+
+
+# What a run leaves
+
+
+def test_a_run_s_folder(whole):
+    summary = read_json(whole / "summary.json")
+    assert set(summary) >= SUMMARY_KEYS
+    assert all(not isinstance(v, dict | list) for v in summary.values()), "flat"
+    assert (summary["status"], summary["epochs"], summary["steps"]) == ("complete", 3, STEPS)
+    assert summary["flops"] > 0
+    assert summary["train_plus_eval_s"] == summary["train_s"] + summary["eval_s"] <= summary["wall_s"]
+    assert read_json(whole / "config.json") == tiny_config().to_json()
+    assert read_json(whole / "environment.json")["packages"]["torch"]
+    assert len(read_jsonl(whole / "log.jsonl")) == 3
+    assert len((whole / "dawnbench.tsv").read_text().splitlines()) == 4
+    assert len(digest(whole)) == 4  # two checkpoints of two files
+
+
+def test_two_runs_of_a_seed_are_bit_equal_and_of_two_seeds_are_not(whole, tmp_path):
+    train.run(tiny_session(), tiny_config(), tmp_path / "a")
+    assert_same_run(whole, tmp_path / "a")
+    train.run(tiny_session(), tiny_config(seed=1), tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "b")
+
+
+# Stopping and going on
+
+
+def stop_at(session, step):
+    def on_step(number):
+        if number == step:
+            session.interrupts.handle(signal.SIGTERM)
+
+    return on_step
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_resuming_at_any_step_is_as_if_it_had_never_stopped(whole, tmp_path, step):
+    session = tiny_session()
+    with pytest.raises(Interrupted) as stopped:
+        train.run(session, tiny_config(), tmp_path, on_step=stop_at(session, step))
+    assert stopped.value.exit_code == 143
+    left = read_json(tmp_path / "summary.json")
+    assert (left["status"], left["exit_code"], left["steps"]) == ("interrupted", 143, step)
+    found = checkpoint.newest(tmp_path, pytest.fail)
+    assert found.step == step
+    train.run(tiny_session(), tiny_config(), tmp_path, found)
+    assert_same_run(whole, tmp_path)
+
+
+@pytest.mark.parametrize("preprocess", ["once", "every_epoch"])
+def test_resuming_inside_an_epoch_of_the_article_s_pipelines(tmp_path, preprocess):
+    config = tiny_config(preprocess=preprocess, draw="per_image", workers=1)
+    train.run(tiny_session(), config, tmp_path / "whole")
+    session = tiny_session()
+    with pytest.raises(Interrupted):
+        train.run(session, config, tmp_path / "parts", on_step=stop_at(session, 6))
+    train.run(tiny_session(), config, tmp_path / "parts", checkpoint.load(tmp_path / "parts"))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("how", ["signal", "crash"])
+def test_stopped_between_an_epoch_s_end_and_its_evaluation(whole, tmp_path, monkeypatch, how):
+    session, original, calls = tiny_session(), Trainer.evaluate, []
+
+    def evaluate(self, on_batch):
+        calls.append(self.step.number)
+        if len(calls) == 2:
+            if how == "crash":
+                raise ConnectionError("the machine is gone")
+            session.interrupts.handle(signal.SIGTERM)
+        return original(self, on_batch)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    with pytest.raises((Interrupted, ConnectionError)):
+        train.run(session, tiny_config(), tmp_path)
+    found = checkpoint.load(tmp_path)
+    assert found.step == (8 if how == "signal" else 4)
+    train.run(tiny_session(), tiny_config(), tmp_path, found)
+    assert_same_run(whole, tmp_path)
+
+
+def test_a_complete_run_resumed_has_nothing_to_do(whole, tmp_path):
+    train.run(tiny_session(), tiny_config(), tmp_path)
+    before = digest(tmp_path)
+    summary = train.run(tiny_session(), tiny_config(), tmp_path, checkpoint.load(tmp_path))
+    assert summary["status"] == "complete"
+    assert digest(tmp_path) == before
+    assert_same_run(whole, tmp_path)
+
+
+def test_times_of_all_sessions_count(tmp_path):
+    session = tiny_session()
+    with pytest.raises(Interrupted):
+        train.run(session, tiny_config(), tmp_path, on_step=stop_at(session, 7))
+    before = read_json(tmp_path / "summary.json")
+    after = train.run(tiny_session(), tiny_config(), tmp_path, checkpoint.load(tmp_path))
+    assert after["train_s"] > before["train_s"]
+    assert after["images_per_s"] < 210 / before["train_s"]
+
+
+# Failures
+
+
+@pytest.mark.parametrize("where", ["weights", "gradient"])
+def test_a_value_that_is_not_finite_ends_the_run_and_spares_the_checkpoints(tmp_path, monkeypatch, where):
+    original, kept = TrainingStep.__call__, {}
+
+    def poisoned(self, x, labels):
+        if self.number == 9:
+            kept.update(digest(tmp_path))
+            target = self.network.linear.weight
+            if where == "weights":
+                with torch.no_grad():
+                    target[0, 0] = float("nan")
+            else:
+                target.register_hook(lambda g: g * float("inf"))
+        original(self, x, labels)
+
+    monkeypatch.setattr(TrainingStep, "__call__", poisoned)
+    with pytest.raises(NonFiniteError, match=r"step 10 \(epoch 3\).*seed 0.*learning rate 0\.025") as error:
+        train.run(tiny_session(), tiny_config(), tmp_path)
+    assert error.value.exit_code == 5
+    assert digest(tmp_path) == kept
+    assert len(kept) == 4
+    assert checkpoint.load(tmp_path).step == 8
+    assert read_json(tmp_path / "summary.json")["status"] == "non-finite"
+
+
+def test_out_of_memory_names_a_batch_to_try(tmp_path, monkeypatch):
+    original = TrainingStep.__call__
+
+    def greedy(self, x, labels):
+        if self.number == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        original(self, x, labels)
+
+    monkeypatch.setattr(TrainingStep, "__call__", greedy)
+    with pytest.raises(OutOfMemoryError, match="batch_size=10") as error:
+        train.run(tiny_session(), tiny_config(), tmp_path)
+    assert error.value.exit_code == 6
+    assert read_json(tmp_path / "summary.json")["status"] == "out of memory"
+    assert checkpoint.load(tmp_path).step == 4
+
+
+def test_a_full_disk_is_a_warning_until_the_last_checkpoint(whole, tmp_path, monkeypatch, capsys):
+    original = checkpoint.save
+
+    def full_at(*steps):
+        def save(out, step, tensors, state):
+            if step in steps:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(out, step, tensors, state)
+
+        monkeypatch.setattr(checkpoint, "save", save)
+
+    full_at(8)
+    train.run(tiny_session(), tiny_config(), tmp_path / "a")
+    assert_same_run(whole, tmp_path / "a")
+    assert re.search(r"warning: .*step 8.*No space left.*goes on", capsys.readouterr().err)
+    full_at(12)
+    with pytest.raises(CheckpointError, match=r"step 12.*No space left.*--resume auto") as error:
+        train.run(tiny_session(), tiny_config(), tmp_path / "b")
+    assert error.value.exit_code == 8
+    assert checkpoint.load(tmp_path / "b").step == 8
+
+
+def test_a_missed_target(tmp_path):
+    with pytest.raises(TargetMissedError, match="below the target of 99"):
+        train.run(tiny_session(), tiny_config(), tmp_path, target=0.99)
+    summary = read_json(tmp_path / "summary.json")
+    assert (summary["status"], summary["exit_code"]) == ("target missed", 7)
+    assert train.run(tiny_session(), tiny_config(), tmp_path / "b", target=0.01)["exit_code"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"widths": (4, 4, 8, 4)}, "widths"),
+        ({"epochs": 6, "lr_epochs": (0, 1, 6)}, "epochs: 3 in the checkpoint, 6"),
+        ({"seed": 5}, "seed"),
+        ({"network": "resnet"}, "network"),
+    ],
+    ids=["architecture", "schedule", "seed", "network"],
+)
+def test_a_checkpoint_of_another_run_is_refused(whole, changes, words):
+    with pytest.raises(CheckpointError, match=words):
+        train._require_fit(tiny_session(), checkpoint.load(whole), tiny_config(**changes))
+
+
+def test_a_checkpoint_of_other_data_or_another_number_of_processes_is_refused(whole):
+    found = checkpoint.load(whole)
+    with pytest.raises(CheckpointError, match="data"):
+        train._require_fit(tiny_session(tiny_dataset(71)), found, tiny_config())
+    session = dataclasses.replace(tiny_session(), ranks=Ranks(0, 4))
+    with pytest.raises(CheckpointError, match="processes: 1 in the checkpoint, 4"):
+        train._require_fit(session, found, tiny_config())
+    train._require_fit(tiny_session(), found, tiny_config(dtype="bfloat16", checkpoint_s=9.0))
+
+
+# Several runs
+
+
+def test_several_runs_and_their_claim(whole, tmp_path):
+    summary = train.repeat(tiny_session(), tiny_config(), tmp_path, 2, target=None, resume=False)
+    assert_same_run(whole, tmp_path / "run-000")
+    assert (summary["runs"], summary["seeds"]) == (2, [0, 1])
+    each = [read_json(tmp_path / f"run-00{i}" / "summary.json")["test_accuracy"] for i in (0, 1)]
+    assert summary["test_accuracy"] == pytest.approx(sum(each) / 2)
+    assert summary == read_json(tmp_path / "summary.json")
+    with pytest.raises(TargetMissedError):
+        train.repeat(tiny_session(), tiny_config(), tmp_path / "b", 1, target=0.99, resume=False)
+    assert read_json(tmp_path / "b" / "summary.json")["exit_code"] == 7
+
+
+def test_several_runs_go_on_where_they_stopped(tmp_path):
+    train.repeat(tiny_session(), tiny_config(), tmp_path / "whole", 2, None, resume=False)
+    session = tiny_session()
+    train.run(session, tiny_config(), tmp_path / "parts" / "run-000")
+    with pytest.raises(Interrupted):
+        train.run(session, tiny_config(seed=1), tmp_path / "parts" / "run-001", on_step=stop_at(session, 5))
+    before = digest(tmp_path / "parts" / "run-000")
+    train.repeat(tiny_session(), tiny_config(), tmp_path / "parts", 2, None, resume=True)
+    assert digest(tmp_path / "parts" / "run-000") == before
+    for name in ("run-000", "run-001"):
+        assert_same_run(tmp_path / "whole" / name, tmp_path / "parts" / name)
+
+
+# The command line
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(train.app, arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--preset", "articl-256"], "article-256"),
+        (["--set", "batchsize=4"], "batch_size"),
+        (["--set", "batch_size=-4"], "at least 1"),
+        (["--epochs", "0"], "epochs=0"),
+        (["--set", "lr_values=nan,0,0"], "finite"),
+        (["--synthetic", "--data-dir", "x"], "contradict"),
+        (["--synthetic", "--download"], "contradict"),
+        (["--runs", "0"], "--runs 0"),
+        (["--target-accuracy", "94"], "0.94"),
+        (["--resume", "auto"], "--out"),
+        (["--runs", "2", "--resume", "x"], "--resume auto"),
+        (["--evaluate", "x", "--epochs", "3"], "leave out"),
+        (["--out", "pyproject.toml"], "not a folder"),
+        (["--out", "tests"], "not empty"),
+        (["--seed", "-1"], "seed"),
+        (["--epochs", "three"], "--epochs"),
+        (["--no-such-option"], "no-such-option"),
+    ],
+    ids=lambda v: "_".join(v) if isinstance(v, list) else "",
+)
+def test_usage_errors_exit_2_in_one_line(arguments, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert words in result.output
+    assert "Traceback" not in result.output
+
+
+def test_arguments_are_checked_before_torch_is_imported():
+    code = "import sys, train\ntry:\n    train.app()\nfinally:\n    assert 'torch' not in sys.modules"
+    for arguments, expected in [(["--list"], 0), (["--set", "batchsize=4"], 2), (["--out", "tests"], 2)]:
+        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == expected, done.stderr
+
+
+def test_the_list_names_every_preset():
+    result = invoke("--list")
+    assert result.exit_code == 0
+    assert all(name in result.output for name in train.PRESETS)
+    assert json.loads(invoke("--list", "--json").output)["article-256"]["batch_size"] == 512
+
+
+def test_a_reader_of_the_list_may_stop_reading():
+    child = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", "--list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    child.stdout.close()
+    assert child.stderr.read() == b""
+    assert child.wait(timeout=60) == 0
+
+
+def test_wrong_data_exits_3(tmp_path):
+    result = invoke("--data-dir", str(tmp_path), "--out", str(tmp_path / "out"))
+    assert result.exit_code == 3
+    assert str(tmp_path) in result.output
+    assert "--download" in result.output
+
+
+def test_an_absent_device_exits_4(tmp_path):
+    result = invoke("--set", "device=cuda:99", "--out", str(tmp_path / "out"))
+    assert result.exit_code == 4
+    assert "cuda:99" in result.output
+
+
+def tiny(*arguments: str, fault: str = "", **kwargs) -> subprocess.CompletedProcess:
+    """The program as users run it, but on the tiny data."""
+    env = {**os.environ, "FAULT": fault, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
+    command = [sys.executable, str(ROOT / "tests" / "runs.py"), "--preset", "laptop", "--epochs", "3", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, timeout=120, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run by the command line: its folder and what it printed."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    return out, tiny("--json", "--out", str(out))
+
+
+def test_json_prints_exactly_the_summary(finished):
+    out, done = finished
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == read_json(out / "summary.json")
+    assert b"test accuracy" in done.stderr
+
+
+def test_json_prints_the_summary_of_a_failure_too(tmp_path):
+    done = tiny("--json", "--out", str(tmp_path / "run"), "--target-accuracy", "0.999")
+    assert done.returncode == 7, done.stderr
+    assert json.loads(done.stdout) == read_json(tmp_path / "run" / "summary.json")
+    assert json.loads(done.stdout)["exit_code"] == 7
+    assert done.stderr.endswith(b"below the target of 99.90%\n")
+
+
+@pytest.mark.parametrize("place", ["data", "preprocessing", "step", "evaluation", "save"])
+def test_sigterm_anywhere_keeps_what_was_done(finished, tmp_path, place):
+    done = tiny("--out", str(tmp_path / "run"), fault=f"TERM@{place}")
+    assert done.returncode == 143, done.stderr
+    assert b"Traceback" not in done.stderr
+    again = tiny("--out", str(tmp_path / "run"), "--resume", "auto")
+    assert again.returncode == 0, again.stderr
+    assert_same_run(finished[0], tmp_path / "run")
+
+
+def test_sigint_once_finishes_the_step_and_saves(finished, tmp_path):
+    done = tiny("--out", str(tmp_path / "run"), fault="INT@step")
+    assert done.returncode == 130
+    assert checkpoint.load(tmp_path / "run").step == 5
+    assert b"--resume auto" in done.stdout
+    again = tiny("--resume", str(tmp_path / "run" / "checkpoint-00000005.json"))
+    assert again.returncode == 0, again.stderr
+    assert_same_run(finished[0], tmp_path / "run")
+
+
+def test_sigint_twice_ends_at_once(finished, tmp_path):
+    done = tiny("--out", str(tmp_path / "run"), fault="INT,INT@step")
+    assert done.returncode == 130
+    assert b"Traceback" not in done.stderr
+    assert checkpoint.load(tmp_path / "run").step == 4
+    assert tiny("--out", str(tmp_path / "run"), "--resume", "auto").returncode == 0
+    assert_same_run(finished[0], tmp_path / "run")
+
+
+def test_sigint_twice_in_a_save_corrupts_nothing(tmp_path):
+    done = tiny("--out", str(tmp_path / "run"), fault="INT,INT@save")
+    assert done.returncode == 130
+    again = tiny("--out", str(tmp_path / "run"), "--resume", "auto")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"COLUMNS": "20"},
+        {"NO_COLOR": "1", "TERM": "dumb"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
+    ],
+    ids=["narrow", "no_colour", "ascii"],
+)
+def test_odd_terminals(tmp_path, env):
+    done = tiny("--out", str(tmp_path / "run"), env=env)
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+    assert b"test accuracy" in done.stdout.replace(b"\n", b" ")
+
+
+def test_a_closed_stdout_does_not_end_the_training(tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "tests" / "runs.py", "--preset", "laptop", "--out", tmp_path / "run"]
+    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    child.stdout.close()
+    errors = child.stderr.read()
+    assert child.wait(timeout=120) == 0, errors
+    assert b"Traceback" not in errors
+    assert b"Exception ignored" not in errors
+    assert read_json(tmp_path / "run" / "summary.json")["status"] == "complete"
+
+
+def test_resuming_without_a_preset_takes_the_checkpoint_s(finished, tmp_path):
+    done = tiny("--out", str(tmp_path / "run"), fault="TERM@step")
+    assert done.returncode == 143
+    command = [sys.executable, ROOT / "tests" / "runs.py", "--out", tmp_path / "run", "--resume", "auto"]
+    again = subprocess.run(command, env={**os.environ, "FAULT": "", "OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert again.returncode == 0, again.stderr
+    assert_same_run(finished[0], tmp_path / "run")
+
+
+def test_evaluate_a_checkpoint(finished):
+    out, _ = finished
+    command = [sys.executable, ROOT / "tests" / "runs.py", "--evaluate", out, "--json"]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["test_accuracy"] == pytest.approx(read_json(out / "summary.json")["test_accuracy"])
+    assert "test_accuracy_airplane" in summary
+    assert b"truck" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--resume", "--evaluate"])
+def test_a_pickle_is_refused_with_8(tmp_path, option, monkeypatch):
+    import pickle
+
+    class Payload:
+        """Runs when unpickled."""
+
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    path = tmp_path / "model.pt"
+    path.write_bytes(pickle.dumps(Payload()))
+    monkeypatch.setattr("model.data.load", lambda *a, **k: tiny_dataset())
+    result = invoke(option, str(path))
+    assert result.exit_code == 8
+    assert "model.pt" in result.output
+    assert not (tmp_path / "executed").exists()
+
+
+def test_branching_off_needs_another_folder(finished, tmp_path, monkeypatch):
+    out, _ = finished
+    monkeypatch.setattr("model.data.load", lambda *a, **k: tiny_dataset())
+    result = invoke("--resume", str(out / "checkpoint-00000008.json"))
+    assert result.exit_code == 8
+    assert "later checkpoint" in result.output
+    result = invoke("--resume", str(out / "checkpoint-00000008.json"), "--out", str(tmp_path / "branch"))
+    assert result.exit_code == 0, result.output
+    assert_same_run(out, tmp_path / "branch")
+
+
+def test_no_data_and_no_network_trains_on_synthetic_images(tmp_path):
+    """The whole program, as a newcomer meets it, with one epoch of a very narrow network."""
+    env = {**os.environ, "CIFAR10_MIRRORS": "off", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "train.py", "--epochs", "1", "--set", "widths=2,2,2,2", "--json"]
+    start_s = time.monotonic()
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert b"SYNTHETIC IMAGES" in done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["data_identity"] == "synthetic"
+    assert summary["preset"] == "laptop"
+    assert 0 < summary["wall_s"] <= time.monotonic() - start_s
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert read_json(folder / "summary.json") == summary
