@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a world: its default arguments would hold it for ever
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
@@ -28,6 +29,10 @@ those still there 30 s to end: a hanging rank ends the job within a minute."""
 LEAVE_S = 3
 """How long a rank that fails waits for the first one to fail too."""
 
+_groups: dict[str, dist.ProcessGroup] = {}
+"""Process groups, which are the process's as torch.distributed's own are. Nothing else holds them, so that `leave` ends
+their threads: one that lives on while Python shuts down can abort the process, or never let it end."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -39,8 +44,6 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    group: dist.ProcessGroup | None = None  # of tensors on the device
-    signals: dist.ProcessGroup | None = None  # gloo, on host memory: agreeing must not wait for the GPU
 
     @property
     def is_first(self) -> bool:
@@ -51,7 +54,7 @@ class Ranks:
         """`x` summed over ranks, in place; bit-equal on all of them."""
         if self.world > 1:
             with _reporting_loss():
-                dist.all_reduce(x, group=self.group)
+                dist.all_reduce(x, group=_groups["device"])
         return x
 
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
@@ -83,7 +86,7 @@ class Ranks:
             return flag
         highest = torch.tensor(flag)
         with _reporting_loss():
-            dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.signals)
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group=_groups["host"])
         return int(highest)
 
     def all_equal(self, text: str) -> bool:
@@ -120,15 +123,17 @@ def join(device: torch.device) -> Ranks:
     with _reporting_loss():
         # What set-up waits for is on the host: a barrier of NCCL's would make a second communicator for it.
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SET_UP_S))
-        signals = dist.new_group(timeout=patience)
-        group = signals
-        if device.type == "cuda":  # the device's index makes NCCL connect now, and not in the first step
-            group = dist.new_group(timeout=patience, backend="nccl", device_id=device)
-    return Ranks(rank, world, group, signals)
+        _groups["leave"] = dist.new_group(timeout=datetime.timedelta(seconds=LEAVE_S))
+        # Of tensors in host memory, so that agreeing does not wait for the GPU; and of tensors on the device.
+        _groups["host"] = _groups["device"] = dist.new_group(timeout=patience)
+        if device.type == "cuda":  # device_id makes NCCL connect now, and not in the first step
+            _groups["device"] = dist.new_group(timeout=patience, backend="nccl", device_id=device)
+    return Ranks(rank, world)
 
 
 def leave() -> None:
-    """End the process group, if there is one."""
+    """End the process groups and their threads, if there are any."""
+    _groups.clear()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -140,9 +145,9 @@ def report(error: BaseException) -> None:
     same: it gets a moment to leave before this one.
     """
     get_error_handler().record_exception(error)
-    if dist.is_initialized():
+    if "leave" in _groups:
         with contextlib.suppress(RuntimeError):
-            dist.barrier(async_op=True).wait(datetime.timedelta(seconds=LEAVE_S))
+            dist.barrier(_groups["leave"])
 
 
 @contextlib.contextmanager
