@@ -1,0 +1,56 @@
+"""Triton where it is installed, and an explanation where it is not (it has wheels for Linux only).
+
+A kernel file begins with `from kernels.jit import tl, triton`. Without Triton it still imports, so that its reference
+and its cost work on a Mac or on Windows; its op then raises from `kernels.contract.check_device`, before any launch.
+"""
+
+import functools
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+
+    class _NoTriton:
+        """What is needed to import a kernel file and to compute its cost."""
+
+        constexpr = None
+
+        @staticmethod
+        def jit(fn=None, **options):
+            return fn if fn else lambda fn: fn
+
+        @staticmethod
+        def cdiv(a: int, b: int) -> int:
+            return -(-a // b)
+
+        @staticmethod
+        def next_power_of_2(n: int) -> int:
+            return 1 << (n - 1).bit_length()
+
+    triton = tl = _NoTriton()
+    INSTALLED = INTERPRETED = False
+else:
+    INSTALLED = True
+    # Decided when a kernel is decorated, by TRITON_INTERPRET in the environment; setting it later changes nothing.
+    INTERPRETED = triton.knobs.runtime.interpret
+
+MIN_CAPABILITY = (8, 0)  # Triton has compiled matrix products for older GPUs to plain FMAs since 3.3
+
+
+@functools.cache
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on tensors of this device, as one clause; None if they can."""
+    if not INSTALLED:
+        return "triton is not installed (it has wheels for Linux only)"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MIN_CAPABILITY and not INTERPRETED:
+            have, need = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
+            return f"{torch.cuda.get_device_name(device)} has compute capability {have} and the kernels need {need}"
+        return None
+    if device.type == "cpu" and INTERPRETED:
+        return None
+    return f"they run on a CUDA GPU, not on {device.type} (on a CPU only in Triton's interpreter, TRITON_INTERPRET=1)"

@@ -1,0 +1,101 @@
+"""What every kernel test needs: a measured tolerance, poisoned memory, and modules with one line changed."""
+
+import importlib.util
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+_numbers = itertools.count()
+
+
+def relative_error(x: Tensor, truth: Tensor) -> float:
+    """||x - truth|| / ||truth|| in the L2 norm, in float64; of a truth of zeros, ||x||."""
+    x, truth = x.double(), truth.double()
+    norm = truth.norm().item()
+    return (x - truth).norm().item() / (norm if norm else 1.0)
+
+
+def assert_as_accurate(ours: Tensor, baseline: Tensor, truth: Tensor, name: str = "result") -> None:
+    """Assert that `ours` is as close to `truth` (float64) as can be asked of its dtype.
+
+    The bound is twice the error of `baseline`, PyTorch's own result in the same dtype, or four units of rounding where
+    PyTorch happens to be exact. `ours` must have the shape and dtype of `baseline`.
+    """
+    assert ours.shape == baseline.shape == truth.shape, (ours.shape, baseline.shape, truth.shape)
+    assert ours.dtype == baseline.dtype, (ours.dtype, baseline.dtype)
+    assert truth.dtype == torch.float64, truth.dtype
+    error, theirs = relative_error(ours, truth), relative_error(baseline, truth)
+    rounding = 4 * torch.finfo(ours.dtype).eps
+    difference = (ours.double() - truth).abs().flatten().nan_to_num(torch.inf)
+    worst = int(difference.argmax())
+    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), ours.shape))
+    line = (
+        f"{name}: error {error:.3g}, PyTorch's {theirs:.3g}, 4 eps {rounding:.3g}; worst at {place} of "
+        f"{tuple(ours.shape)}: {ours.flatten()[worst].item():.9g}, truth {truth.flatten()[worst].item():.9g}"
+    )
+    print(line)
+    assert error <= max(2 * theirs, rounding), line  # False for NaN
+
+
+def poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what torch.empty, torch.empty_like and Tensor.new_empty return with NaN (integers: their largest value)."""
+
+    def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poisoned(*args, **kwargs) -> Tensor:
+            x = allocate(*args, **kwargs)
+            if type(x) is not Tensor or x.device.type == "meta" or x.dtype == torch.bool:
+                return x  # fake tensors have no memory
+            return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
+
+        return poisoned
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+def mutant(module: ModuleType, folder: Path, old: str, new: str) -> ModuleType:
+    """A fresh import of `module` whose source has the one occurrence of `old` replaced by `new`.
+
+    Its ops are registered under a namespace of their own, and its file is a real one in `folder`: the interpreter and
+    the compiler read a kernel's source from disk.
+    """
+    source = Path(module.__file__).read_text()
+    assert source.count(old) == 1, f"{module.__name__} has {source.count(old)} occurrences of {old!r}, expected one"
+    name = f"mutant{next(_numbers)}_{module.__name__.rpartition('.')[2]}"
+    path = folder / f"{name}.py"
+    path.write_text(source.replace(old, new).replace('"cifar::', f'"{name}::'))
+    spec = importlib.util.spec_from_file_location(name, path)
+    changed = importlib.util.module_from_spec(spec)
+    sys.modules[name] = changed
+    spec.loader.exec_module(changed)
+    return changed
+
+
+def assert_caught(check: Callable[[], None]) -> None:
+    """Assert that `check` fails by an assertion or by the interpreter guard; any other error is a broken mutant."""
+    from interpreter_guard import OutOfBoundsError
+
+    try:
+        check()
+    except AssertionError:
+        return
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OutOfBoundsError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        return
+    pytest.fail("the mutant passes its module's checks")
+
+
+def channels_last(*shape: int, dtype: torch.dtype, seed: int, device: torch.device, scale: float = 1.0) -> Tensor:
+    """Normal [N, C, H, W] values of deviation `scale`, rounded to `dtype`, channels_last; a function of the seed."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return x.to(device, dtype).contiguous(memory_format=torch.channels_last)
