@@ -1,0 +1,285 @@
+"""Statistics by tiles and their merging, against float64."""
+
+import pytest
+import torch
+from ahead_of_time import compiling, launches
+from kernel_checks import assert_as_accurate, assert_caught, channels_last, mutant
+
+pytest.importorskip("triton")
+
+from kernels import bn_stats as module
+from kernels import jit
+from kernels.bn_stats import (
+    bn_finalize,
+    bn_finalize_cost,
+    bn_finalize_reference,
+    bn_stats,
+    bn_stats_add,
+    bn_stats_add_cost,
+    bn_stats_cost,
+    bn_stats_reference,
+    reduction_grid,
+    tile,
+)
+from kernels.cost import Cost
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+interpreted = pytest.mark.skipif(not jit.INTERPRETED, reason="out-of-bounds mutants need the interpreter's guard")
+
+DTYPES = [pytest.param(torch.float16, id="fp16"), pytest.param(torch.float32, id="fp32")]
+CASES = [  # shape, MAX_PROGRAMS
+    pytest.param((1, 16, 5, 7), 660, id="one_image_odd_map"),
+    pytest.param((3, 24, 5, 7), 660, id="c_not_multiple_of_tile"),
+    pytest.param((5, 16, 9, 9), 660, id="partial_last_tile"),
+    pytest.param((2, 256, 4, 4), 660, id="several_channel_tiles"),
+    pytest.param((7, 32, 7, 9), 2, id="several_steps_partial_last_step"),
+    pytest.param((4, 80, 6, 6), 3, id="several_steps_and_channel_tiles"),
+    pytest.param((2, 5, 3, 3), 660, id="odd_c"),
+    pytest.param((3, 1, 4, 4), 660, id="one_channel"),
+    pytest.param((1, 16, 1, 1), 660, id="one_pixel"),
+]
+
+
+def by_tiles(x: torch.Tensor) -> torch.Tensor:
+    """The reference's partials of every tile that the kernel makes, in at least fp32."""
+    rows = x.permute(0, 2, 3, 1).flatten(0, 2)
+    _, steps = reduction_grid(len(rows), x.shape[1])
+    size = steps * tile(x.shape[1])[0]
+    tiles = [part.t().reshape(1, x.shape[1], -1, 1) for part in rows.split(size)]
+    return torch.cat([bn_stats_reference(part) for part in tiles], dim=1)
+
+
+def merged(partials: torch.Tensor) -> torch.Tensor:
+    """(mean, biased variance) of all tiles in float64."""
+    count, mean, m2 = partials.double()
+    total = (count * mean).sum(0) / count.sum(0)
+    return torch.stack([total, (m2 + count * (mean - total).square()).sum(0) / count.sum(0)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "programs"), CASES)
+def test_bn_stats_matches_float64(device, monkeypatch, shape, programs, dtype):
+    monkeypatch.setattr(module, "MAX_PROGRAMS", programs)
+    for seed in range(3):
+        x = channels_last(*shape, dtype=dtype, seed=seed, device=device) + seed
+        ours, baseline, truth = bn_stats(x), by_tiles(x), by_tiles(x.double())
+        assert torch.equal(ours[0], baseline[0])
+        assert ours[0, :, 0].sum() == x.numel() // shape[1]
+        assert_as_accurate(ours[1], baseline[1], truth[1], "mean")
+        assert_as_accurate(ours[2], baseline[2], truth[2], "M2")
+        assert torch.equal(ours, bn_stats(x)), "repeats bit for bit"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "programs"), CASES)
+def test_bn_stats_add_is_the_sum_and_its_statistics(device, monkeypatch, shape, programs, dtype):
+    monkeypatch.setattr(module, "MAX_PROGRAMS", programs)
+    x, residual = (channels_last(*shape, dtype=dtype, seed=seed, device=device) for seed in (0, 1))
+    y, partials = bn_stats_add(x, residual)
+    assert torch.equal(y, x + residual)
+    assert y.stride() == x.stride()
+    assert torch.equal(partials, bn_stats(y)), "of y as stored"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean", "sigma"), [(torch.float16, 500.0, 2.0), (torch.float32, 3000.0, 1.0)], ids=["fp16", "fp32"]
+)
+def test_nothing_cancels_where_the_mean_is_large(device, monkeypatch, dtype, mean, sigma):
+    """In fp32 sum(x^2) / n - mean^2 errs by about mean^2 eps: here a hundredth of the variance, or all of it."""
+    monkeypatch.setattr(module, "MAX_PROGRAMS", 4)
+    x = channels_last(6, 16, 16, 16, dtype=torch.float32, seed=0, device=device, scale=sigma).add(mean).to(dtype)
+    truth = merged(by_tiles(x.double()))
+    ours = bn_finalize(bn_stats(x), torch.ones(16, device=device), torch.zeros(16, device=device), 0.0).double()
+    assert ((ours[0] - truth[0]).abs() < 4 * torch.finfo(torch.float32).eps * mean).all()
+    assert ((ours[2].pow(-2) - truth[1]).abs() < 1e-4 * truth[1]).all()
+
+
+def partials_of(counts: list[int], channels: int, seed: int, device, mean: float = 0.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    count = torch.tensor(counts, dtype=torch.float32)[:, None].expand(-1, channels)
+    means = mean + torch.randn(len(counts), channels, generator=generator)
+    m2 = count * torch.rand(len(counts), channels, generator=generator)
+    return torch.stack([count, means * (count > 0), m2 * (count > 0)]).to(device)
+
+
+@pytest.mark.parametrize(
+    ("counts", "channels", "mean"),
+    [
+        pytest.param([35], 16, 0.0, id="one_tile"),
+        pytest.param([128] * 5 + [3], 24, 1.0, id="partial_last_tile"),
+        pytest.param([64, 0, 64, 0], 5, 1.0, id="empty_tiles"),
+        pytest.param([64] * 1100 + [7], 20, 2.0, id="more_tiles_than_one_block"),
+        pytest.param([256] * 40, 64, 1000.0, id="large_mean"),
+    ],
+)
+def test_bn_finalize_matches_float64(device, counts, channels, mean):
+    for seed in range(3):
+        partials = partials_of(counts, channels, seed, device, mean)
+        gamma, beta = torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device)
+        ours, baseline = bn_finalize(partials, gamma, beta, 1e-5), bn_finalize_reference(partials, gamma, beta, 1e-5)
+        truth = bn_finalize_reference(partials.double(), gamma.double(), beta.double(), 1e-5)
+        for row, name in enumerate(("mean", "var", "rstd", "scale", "shift")):
+            assert_as_accurate(ours[row], baseline[row], truth[row], name)
+
+
+def test_the_norm_is_batch_norms(device):
+    """Against the definition rather than against our reference of it: unbiased var, eps within the root."""
+    x = channels_last(4, 8, 3, 5, dtype=torch.float32, seed=0, device=device, scale=0.01)
+    gamma, beta = torch.rand(8, device=device) + 0.5, torch.randn(8, device=device)
+    norm = bn_finalize(bn_stats(x), gamma, beta, 1e-2).double()
+    dims, x = (0, 2, 3), x.double()
+    rstd = (x.var(dims, correction=0) + 1e-2).rsqrt()
+    expected = torch.stack([x.mean(dims), x.var(dims), rstd, gamma * rstd, beta - x.mean(dims) * gamma * rstd])
+    torch.testing.assert_close(norm, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_the_gradient_of_the_sum_reaches_both(device):
+    x, residual, dy = (channels_last(2, 16, 3, 3, dtype=torch.float32, seed=s, device=device) for s in range(3))
+    x.requires_grad_(), residual.requires_grad_()
+    y, partials = bn_stats_add(x, residual)
+    assert not partials.requires_grad
+    assert not bn_stats(x).requires_grad
+    assert all(torch.equal(gradient, dy) for gradient in torch.autograd.grad(y, (x, residual), dy))
+
+
+def test_registration(device):
+    x = channels_last(2, 24, 3, 5, dtype=torch.float16, seed=0, device=device)
+    torch.library.opcheck(bn_stats, (x,))
+    torch.library.opcheck(bn_stats_add, (x.clone().requires_grad_(), x.clone().requires_grad_()))
+    torch.library.opcheck(
+        bn_finalize, (bn_stats(x), torch.ones(24, device=device), torch.ones(24, device=device), 1e-5)
+    )
+
+
+def test_compiles_into_one_graph(device):
+    def step(x, residual, gamma, beta):
+        y, partials = bn_stats_add(x, residual)
+        return y * 2, bn_finalize(partials + bn_stats(x), gamma, beta, 1e-5)
+
+    x = channels_last(2, 24, 3, 5, dtype=torch.float16, seed=0, device=device).requires_grad_()
+    arguments = (x, x.detach() + 1, torch.ones(24, device=device), torch.ones(24, device=device))
+    ours = torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(ours, step(*arguments), strict=True))
+    ours[0].sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2))
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        pytest.param(torch.zeros(0, 16, 4, 4), ValueError, "non-empty", id="zero_images"),
+        pytest.param(torch.zeros(2, 16, 4, 4), ValueError, "expected channels_last", id="nchw"),
+        pytest.param(torch.zeros(2, 16, 4), ValueError, "N, C, H, W", id="three_dimensions"),
+        pytest.param(torch.zeros(2, 16, 4, 4).double(), TypeError, "torch.float64", id="dtype"),
+        pytest.param(torch.zeros(2, 16, 4, 4)[:, :8], ValueError, "expected channels_last", id="non_contiguous"),
+        pytest.param(torch.zeros(1, 16, 4, 4).expand(2, -1, -1, -1), ValueError, "channels_last", id="stride_0"),
+    ],
+)
+def test_contract_of_x(device, x, error, message):
+    with pytest.raises(error, match=message):
+        bn_stats(x.to(device))
+
+
+def test_contract_of_the_rest(device):
+    x = channels_last(2, 16, 4, 4, dtype=torch.float16, seed=0, device=device)
+    ones = torch.ones(16, device=device)
+    with pytest.raises(TypeError, match=r"residual is torch\.float32"):
+        bn_stats_add(x, x.float())
+    with pytest.raises(ValueError, match="residual has shape"):
+        bn_stats_add(x, x[:1])
+    with pytest.raises(ValueError, match="gamma has shape"):
+        bn_finalize(torch.ones(3, 2, 16, device=device), ones[:8], ones, 1e-5)
+    with pytest.raises(ValueError, match="partials has shape"):
+        bn_finalize(torch.ones(2, 2, 16, device=device), ones, ones, 1e-5)
+    with pytest.raises(TypeError, match=r"beta is torch\.float16"):
+        bn_finalize(torch.ones(3, 2, 16, device=device), ones, ones.half(), 1e-5)
+    with pytest.raises(ValueError, match="device meta"):
+        bn_finalize._init_fn(*(t.to("meta") for t in (torch.ones(3, 2, 16, device=device), ones, ones)), 1e-5)
+
+
+def test_cost():
+    """64x32x32 maps of 512 images in fp16: 67.1 MB a pass; 5 programs on each of 132 multiprocessors make the tiles."""
+    x = torch.empty(512, 64, 32, 32, dtype=torch.float16, device="meta")
+    rows = 512 * 32 * 32
+    tiles, steps = reduction_grid(rows, 64)
+    assert (tiles - 1) * steps * 32 < rows <= tiles * steps * 32
+    assert tiles <= 660
+    one_pass, partials = 2 * rows * 64, 3 * tiles * 64 * 4
+    assert bn_stats_cost(x) == Cost(4 * rows * 64, one_pass + partials)
+    assert bn_stats_add_cost(x, x) == Cost(5 * rows * 64, 3 * one_pass + partials)
+    c = torch.empty(64, device="meta")
+    assert bn_finalize_cost(torch.empty(3, tiles, 64, device="meta"), c, c, 1e-5).bytes == partials + 7 * 64 * 4
+
+
+def check(under_test) -> None:
+    """What a mutant must fail: fp32, several steps, partial tiles, C not a multiple of the tile, uneven merging."""
+    under_test.MAX_PROGRAMS = 3
+    try:
+        x = channels_last(7, 24, 7, 9, dtype=torch.float32, seed=0, device="cpu", scale=0.05) + 3
+        gamma, beta = torch.rand(24) + 0.5, torch.randn(24)
+        half = channels_last(7, 24, 7, 9, dtype=torch.float16, seed=0, device="cpu") + 3
+        y, added = under_test.bn_stats_add(half, half)
+        truth, baseline = by_tiles((half + half).double()), by_tiles(half + half)
+        assert torch.equal(y, half + half)
+        for row in range(3):
+            assert_as_accurate(added[row], baseline[row], truth[row])
+        for partials in (under_test.bn_stats(x), partials_of([64] * 600 + [7], 24, 0, "cpu", 1.0)):
+            ours, baseline = (f(partials, gamma, beta, 1e-3) for f in (under_test.bn_finalize, bn_finalize_reference))
+            truth = bn_finalize_reference(partials.double(), gamma.double(), beta.double(), 1e-3)
+            for row in range(5):
+                assert_as_accurate(ours[row], baseline[row], truth[row])
+        truth = merged(under_test.bn_stats(x))
+        torch.testing.assert_close(truth[0], x.double().mean((0, 2, 3)), rtol=1e-6, atol=0)
+        torch.testing.assert_close(truth[1], x.double().var((0, 2, 3), correction=0), rtol=1e-5, atol=0)
+    finally:
+        under_test.MAX_PROGRAMS = 660
+
+
+MUTANTS = {
+    "dropped_row_mask": ("mask = valid & mask_c[None, :]", "mask = (rows >= 0)[:, None] & mask_c[None, :]"),
+    "dropped_channel_mask": ("mask = valid & mask_c[None, :]", "mask = valid & (offs_c >= 0)[None, :]"),
+    "padding_rows_counted": ("weight = tl.where(valid, 1.0, 0.0)", "weight = tl.where(valid, 1.0, 1.0)"),
+    "forgotten_partial_tile": ("return triton.cdiv(row_blocks, steps), steps", "return row_blocks // steps, steps"),
+    "forgotten_step": ("for _ in range(steps):", "for _ in range(steps - 1):"),
+    "unrounded_statistics": ("x = x.to(y_ptr.dtype.element_ty)\n", "x = x * 1.0\n"),
+    "residual_forgotten_in_statistics": (
+        "tl.store(y_ptr + offs, x, mask=mask)",
+        "tl.store(y_ptr + offs, x, mask=mask)\n            x = x * 0.5",
+    ),
+    "chan_without_the_means": ("m2 + count * deviation * deviation", "m2"),
+    "running_merge_without_the_means": ("tile_m2 + delta * delta * (n * tile_n / total)", "tile_m2"),
+    "unweighted_tiles": ("mean += delta * (tile_n / total)", "mean += delta * 0.5"),
+    "missing_eps": ("m2 / tl.maximum(n, 1.0) + eps", "m2 / tl.maximum(n, 1.0)"),
+    "biased_running_variance": ("m2 / tl.maximum(n - 1.0, 1.0)", "m2 / tl.maximum(n, 1.0)"),
+    "last_tiles_unread": ("range(0, T, BLOCK_T)", "range(0, T - 1, T)"),
+}
+
+
+@pytest.fixture(scope="module")
+def mutants(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mutants")
+    return {name: mutant(module, folder, old, new) for name, (old, new) in MUTANTS.items()}
+
+
+@pytest.fixture(scope="module")
+def compiled(mutants):
+    """Which mutants compile."""
+    x = torch.empty(8, 64, 8, 8, dtype=torch.float16, memory_format=torch.channels_last)
+    with launches() as builds:
+        for changed in mutants.values():
+            changed.bn_stats_add(x, x)
+            changed.bn_finalize(torch.empty(3, 2, 64), torch.empty(64), torch.empty(64), 1e-5)
+    pairs = iter(compiling(builds))
+    return {name: all([next(pairs), next(pairs)]) for name in mutants}
+
+
+@interpreted
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(mutants, compiled, name):
+    assert compiled[name]
+    assert_caught(lambda: check(mutants[name]))
+
+
+@interpreted
+def test_the_check_that_mutants_fail():
+    check(module)
