@@ -1,0 +1,193 @@
+"""Which tile a convolution kernel runs with: measured entries of a committed table, deterministic defaults elsewhere.
+
+The table, `tiles.json` beside this file, is a record and no cache: it changes when somebody measures and commits.
+
+    {"schema": 1, "entries": [{"gpu": "NVIDIA H200", "op": "conv_fprop", "shape": "64x32x32-128x3x3-s2",
+      "dtype": "float16", "triton": "3.6.0", "us": 41.5, "library_us": 44.0, "tile": {"BLOCK_M": 128, ...}}, ...]}
+
+`us` is the median time of our kernel at that tile, `library_us` that of the library's convolution together with the
+elementwise passes that ours saves beside it. Where the library is faster, `prefers_library` says so.
+
+BLOCK_M, BLOCK_N and BLOCK_K cut NPQ, K and C for fprop; NPQ, C and K for dgrad; C, K and NPQ for wgrad.
+"""
+
+import functools
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from kernels.conv_shape import ConvShape, parse
+from kernels.jit import INTERPRETED
+
+OPS = ("conv_fprop", "conv_dgrad", "conv_wgrad")
+SCHEMA = 1
+PATH = Path(__file__).with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The shape of one program's work, and how it is compiled.
+
+    `descriptors` asks for tensor descriptors (TMA, from compute capability 9.0 on) where the map's shape allows them.
+    `SPLIT` is the number of parts that wgrad cuts GEMM_K into, 1 for the other ops.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = False
+    SPLIT: int = 1
+
+    def check(self, op: str, shape: ConvShape) -> None:
+        """Raise ValueError unless the tile can run `op` at `shape`: powers of two that divide the channels."""
+        channels = {"conv_fprop": (None, shape.K, shape.C), "conv_dgrad": (None, shape.C, shape.K)}
+        extents = channels.get(op, (shape.C, shape.K, None))
+        for name, extent in zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), extents, strict=True):
+            block = getattr(self, name)
+            if block < 16 or block & (block - 1) or (extent is not None and extent % block):
+                divides = "" if extent is None else f" that divides {extent}"
+                raise ValueError(f"{op} {shape}: {name} is {block}, expected a power of two from 16 on{divides}")
+        if self.num_warps not in (1, 2, 4, 8, 16) or self.num_stages < 1 or self.SPLIT < 1:
+            raise ValueError(f"{op} {shape}: num_warps, num_stages or SPLIT is out of range in {self}")
+
+
+class Gpu(NamedTuple):
+    """Where a kernel runs: the device's name and compute capability, which is None for the interpreter."""
+
+    name: str
+    capability: tuple[int, int] | None
+
+
+class Entry(NamedTuple):
+    """One measurement of the table."""
+
+    gpu: str
+    op: str
+    shape: str
+    dtype: str
+    triton: str
+    us: float
+    library_us: float
+    tile: Tile
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The `Gpu` of a CUDA device; of any other device, and of all under the interpreter, the interpreter."""
+    if device.type != "cuda" or INTERPRETED:
+        return Gpu("interpreter", None)
+    return Gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+def tile(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> Tile:
+    """The tile for `op` at `shape`: the table's where it has measured this GPU, the default otherwise."""
+    entry = _by_key().get((gpu.name, op, str(shape), _name(dtype)))
+    return default_tile(op, shape, dtype, gpu.capability) if entry is None else entry.tile
+
+
+def prefers_library(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> bool:
+    """Whether the table has measured the library's convolution as the faster; False where nothing was measured."""
+    entry = _by_key().get((gpu.name, op, str(shape), _name(dtype)))
+    return entry is not None and entry.library_us < entry.us
+
+
+def default_tile(op: str, shape: ConvShape, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:
+    """A tile that compiles without spills from compute capability 8.0 on; for None, one that is fast to interpret.
+
+    The interpreter's time is per program and not per element, so its tiles are as large as the small maps of a test.
+    fp32 has no matrix instruction that keeps fp32's accuracy, hence small tiles of plain multiply-adds.
+    """
+    if op not in OPS:
+        raise ValueError(f"op is {op!r}, expected one of {', '.join(OPS)}")
+    if op == "conv_wgrad":
+        return _default_wgrad_tile(shape, dtype, capability)
+    n, k = (shape.K, shape.C) if op == "conv_fprop" else (shape.C, shape.K)
+    if capability is None:
+        return Tile(1024, _divisor(n, 256), _divisor(k, 256), num_warps=4, num_stages=1)
+    if dtype == torch.float32:
+        return Tile(64, _divisor(n, 32), _divisor(k, 32), num_warps=4, num_stages=2)
+    block_n = _divisor(n, 128)
+    return Tile(
+        128,
+        block_n,
+        _divisor(k, 64),
+        num_warps=8 if block_n == 128 else 4,
+        num_stages=3,
+        descriptors=_has_descriptors(capability),
+    )
+
+
+def _default_wgrad_tile(shape: ConvShape, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:
+    if capability is None:
+        return Tile(_divisor(shape.C, 256), _divisor(shape.K, 256), 1024, num_warps=4, num_stages=1)
+    widest = 32 if dtype == torch.float32 else 128
+    block_m, block_n = _divisor(shape.C, widest), _divisor(shape.K, widest)
+    programs = shape.R**2 * (shape.C // block_m) * (shape.K // block_n)
+    return Tile(
+        block_m,
+        block_n,
+        32 if dtype == torch.float32 else 64,
+        num_warps=8 if block_m * block_n > 64 * 64 else 4,
+        num_stages=3,
+        descriptors=_has_descriptors(capability) and dtype != torch.float32,
+        SPLIT=max(1, 512 // programs),  # some four programs for each of the 108 to 148 multiprocessors of a large GPU
+    )
+
+
+def _has_descriptors(capability: tuple[int, int]) -> bool:
+    """Where descriptors feed wgmma or tcgen05. On 12.x they feed mma.sync, which takes twice the instructions."""
+    return (9, 0) <= capability < (12, 0)
+
+
+def _divisor(channels: int, largest: int) -> int:
+    """The largest power of two that divides `channels` and is at most `largest`."""
+    return min(channels & -channels, largest)
+
+
+def load(path: Path = PATH) -> tuple[Entry, ...]:
+    """The table's entries. Raises ValueError, naming the file and the entry, for anything that is not by the schema."""
+    table = json.loads(path.read_text())
+    if not isinstance(table, dict) or table.get("schema") != SCHEMA or not isinstance(table.get("entries"), list):
+        raise ValueError(f"{path}: expected an object with schema {SCHEMA} and a list of entries")
+    entries = tuple(_entry(record, f"{path}, entry {i}") for i, record in enumerate(table["entries"]))
+    keys = [entry[:4] for entry in entries]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"{path}: more than one entry for {' '.join(key)}")
+    return entries
+
+
+def dump(entries: tuple[Entry, ...], path: Path = PATH) -> None:
+    """Write `entries`, sorted by their key, as the table; `load` reads the same entries back."""
+    records = [entry._asdict() | {"tile": asdict(entry.tile)} for entry in sorted(entries, key=lambda entry: entry[:4])]
+    path.write_text(json.dumps({"schema": SCHEMA, "entries": records}, indent=2) + "\n")
+
+
+@functools.cache
+def _by_key() -> dict[tuple[str, str, str, str], Entry]:
+    return {entry[:4]: entry for entry in load()}
+
+
+def _entry(record: object, place: str) -> Entry:
+    if not isinstance(record, dict) or set(record) != set(Entry._fields):
+        raise ValueError(f"{place}: expected the fields {', '.join(Entry._fields)}")
+    have, wanted = record["tile"], {field.name: field.type for field in fields(Tile)}
+    if not isinstance(have, dict) or {name: type(value) for name, value in have.items()} != wanted:
+        raise ValueError(f"{place}: expected a tile of {', '.join(f'{n} ({t.__name__})' for n, t in wanted.items())}")
+    entry = Entry(**record | {"tile": Tile(**have)})
+    if entry.op not in OPS or not all(isinstance(t, int | float) and t > 0 for t in (entry.us, entry.library_us)):
+        raise ValueError(f"{place}: expected an op of {', '.join(OPS)} and positive times")
+    try:
+        entry.tile.check(entry.op, parse(entry.shape))
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+    return entry
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

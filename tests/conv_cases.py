@@ -1,0 +1,92 @@
+"""Problems for the three convolution ops, and what their machine code must look like."""
+
+import torch
+from ahead_of_time import SHARED_LIMIT, Build, Facts
+from kernel_checks import channels_last
+from torch import Tensor
+
+from kernels import tiles
+from kernels.conv_shape import ConvShape
+from kernels.tiles import Gpu, Tile
+
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+CASES = {  # images, layer; tiles of 32 rows and 16 channels unless the case is about the default
+    "one_image_one_tile": (1, ConvShape(16, 32, 4, 8)),
+    "partial_last_tile": (3, ConvShape(16, 16, 4, 4)),
+    "map_smaller_than_filter": (2, ConvShape(16, 16, 1, 1)),
+    "odd_map": (2, ConvShape(16, 32, 5, 7)),
+    "several_channel_blocks": (2, ConvShape(48, 32, 4, 4)),
+    "stride2": (2, ConvShape(32, 16, 8, 8, stride=2)),
+    "stride2_odd": (3, ConvShape(16, 32, 5, 7, stride=2)),
+    "stride2_one_pixel": (1, ConvShape(16, 16, 1, 1, stride=2)),
+    "pointwise": (2, ConvShape(16, 32, 4, 8, R=1)),
+    "projection_1x1": (2, ConvShape(32, 16, 8, 8, R=1, stride=2)),
+    "projection_1x1_odd": (2, ConvShape(16, 16, 5, 3, R=1, stride=2)),
+    "c_not_multiple_of_tile": (2, ConvShape(48, 80, 6, 6)),
+}
+DEFAULT = {"c_not_multiple_of_tile"}
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+# Instructions that a warp issues in the main loop for each matrix instruction. A 128x128x64 step of 8 warps has 4 and
+# keeps an H200's tensor cores busy for 512 clocks; at 64 its schedulers, which issue one a clock, are as busy.
+INSTRUCTION_BUDGET = {80: 12, 90: 80, 100: 100}
+
+
+def use_tile(monkeypatch, case: str, descriptors: bool = False) -> None:
+    """Let the ops run with small tiles, so that a small problem has several, or with the default one in its case."""
+    default = tiles.default_tile
+
+    def tile(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> Tile:
+        if case in DEFAULT:
+            return default(op, shape, dtype, gpu.capability)
+        blocks, split = ((16, 16, 32), 3) if op == "conv_wgrad" else ((32, 16, 16), 1)
+        return Tile(*blocks, num_warps=4, num_stages=1, descriptors=descriptors, SPLIT=split)
+
+    monkeypatch.setattr(tiles, "tile", tile)
+
+
+def activation(case: str, which: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
+    """x, w, or y (also for what has y's shape) of the case."""
+    n, shape = CASES[case]
+    extents = {
+        "x": (n, shape.C, shape.H, shape.W),
+        "w": (shape.K, shape.C, shape.R, shape.R),
+        "y": (n, shape.K, shape.P, shape.Q),
+    }
+    scale = (shape.C * shape.R**2) ** -0.5 if which == "w" else 1.0
+    return channels_last(*extents[which], dtype=dtype, seed=seed, device=device, scale=scale)
+
+
+def affine(channels: int, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of a batch norm: shifts of both signs, so that the padding's zero differs from relu(shift)."""
+    generator = torch.Generator().manual_seed(seed)
+    scale, shift = torch.rand(channels, generator=generator) + 0.5, torch.randn(channels, generator=generator)
+    return scale.to(device), shift.to(device)
+
+
+def double(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.double() for t in tensors]
+
+
+def assert_machine_code(build: Build, facts: Facts) -> None:
+    """No spills, no local memory, no serialised matrix instructions, TMA from sm_90 on, few instructions for an MMA."""
+    name, arch = f"{facts.label} on sm_{facts.arch}", facts.arch
+    assert not facts.error, (name, facts.error)
+    assert (facts.spill_bytes, facts.local_bytes, facts.notes) == (0, 0, []), name
+    assert facts.shared_bytes <= SHARED_LIMIT[arch], name
+    matrix = MATRIX_INSTRUCTION[arch]
+    assert facts.count(matrix) > 0, name
+    assert build.constexprs["DESCRIPTORS"] == (arch >= 90) == (facts.count("UTMALDG") > 0), name
+    if arch == 80:
+        assert facts.count("LDGSTS", ".128") > 0 or facts.count("LDG", ".128") > 0, name
+    loops = [body for body in facts.loops if any(op.startswith(matrix) for op in body)]
+    # There is no loop where it was unrolled, and none to speak of in the few steps of a 1x1 filter.
+    if loops and build.constexprs["R"] == 3:
+        instructions, matrices = sum(loops[0].values()), sum(n for op, n in loops[0].items() if op.startswith(matrix))
+        assert instructions <= INSTRUCTION_BUDGET[arch] * matrices, (name, instructions, matrices)
+
+
+def layer_operands(shape: ConvShape, device: torch.device) -> tuple[Tensor, ...]:
+    """x, w, y of a layer at 512 images, and fp32 [C] and [K]; uninitialised, for launches that are only recorded."""
+    extents = (512, shape.C, shape.H, shape.W), (shape.K, shape.C, shape.R, shape.R), (512, shape.K, shape.P, shape.Q)
+    x, w, y = (torch.empty(e, dtype=torch.float16, device=device, memory_format=torch.channels_last) for e in extents)
+    return x, w, y, torch.empty(shape.C, device=device), torch.empty(shape.K, device=device)

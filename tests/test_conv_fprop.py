@@ -1,0 +1,363 @@
+"""conv_fprop against float64: every option, gradients, machine code."""
+
+import dataclasses
+
+import pytest
+import torch
+from ahead_of_time import compile_all, compiling, launches
+from conv_cases import (
+    CASES,
+    DTYPES,
+    MATRIX_INSTRUCTION,
+    activation,
+    affine,
+    assert_machine_code,
+    double,
+    layer_operands,
+    use_tile,
+)
+from kernel_checks import assert_as_accurate, assert_caught, channels_last, mutant
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("triton")
+
+from kernels import conv_fprop as module
+from kernels import jit, tiles
+from kernels.conv_fprop import conv_fprop, conv_fprop_cost, conv_fprop_reference
+from kernels.conv_shape import RESNET9_LAYERS, RESNET_LAYERS, ConvShape
+from kernels.cost import Cost
+
+OPTIONS = ("plain", "prologue", "residual", "affine_residual", "all")
+poisoned = pytest.mark.usefixtures("poisoned_memory")
+
+
+def operands(case: str, options: str, dtype: torch.dtype, device, seed: int = 0) -> list:
+    _, shape = CASES[case]
+    x, w = (activation(case, which, dtype, device, seed + i) for i, which in enumerate("xw"))
+    prologue = affine(shape.C, device, seed) if options in ("prologue", "all") else (None, None)
+    residual = None if options in ("plain", "prologue") else activation(case, "y", dtype, device, seed + 2)
+    residual_affine = affine(shape.K, device, seed + 1) if options in ("affine_residual", "all") else (None, None)
+    return [x, w, shape.stride, *prologue, residual, *residual_affine]
+
+
+def in_double(arguments: list) -> list:
+    return [a if isinstance(a, int) else double(a)[0] for a in arguments]
+
+
+def statistics_of(y: torch.Tensor, tile_count: int, block_m: int) -> torch.Tensor:
+    """(count, mean, M2) of every tile of y, in y's dtype."""
+    parts = y.permute(0, 2, 3, 1).flatten(0, 2).split(block_m)
+    assert len(parts) == tile_count
+    rows = [(torch.full_like(p[0], len(p)), p.mean(0), (p - p.mean(0)).square().sum(0)) for p in parts]
+    return torch.stack([torch.stack(row) for row in zip(*rows, strict=True)])
+
+
+def check(op, case: str, options: str, dtype: torch.dtype, device) -> None:
+    """What y and the partials must satisfy, and a mutant must not."""
+    arguments = operands(case, options, dtype, device)
+    y, partials = op(*arguments)
+    baseline, _ = conv_fprop_reference(*arguments)
+    truth, _ = conv_fprop_reference(*in_double(arguments))
+    assert y.stride() == baseline.stride() or y.is_contiguous(memory_format=torch.channels_last)
+    assert_as_accurate(y, baseline, truth, "y")
+    block_m = tiles.tile("conv_fprop", CASES[case][1], dtype, tiles.gpu_of(y.device)).BLOCK_M
+    truth, baseline = (statistics_of(y.to(t), partials.shape[1], block_m) for t in (torch.float64, torch.float32))
+    assert torch.equal(partials[0], baseline[0]), "counts"
+    assert_as_accurate(partials[1], baseline[1], truth[1], "means of y as stored")
+    assert_as_accurate(partials[2], baseline[2], truth[2], "M2 of y as stored")
+
+
+@poisoned
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_conv_fprop_matches_float64(device, monkeypatch, case, dtype):
+    use_tile(monkeypatch, case)
+    for options in OPTIONS if case in ("partial_last_tile", "stride2_odd") else ("plain", "all"):
+        check(conv_fprop, case, options, DTYPES[dtype], device)
+
+
+@poisoned
+@pytest.mark.parametrize("options", ["plain", "all"])
+@pytest.mark.parametrize("case", CASES)
+def test_descriptors_and_pointers_agree(device, monkeypatch, case, options):
+    arguments = operands(case, options, torch.float16, device)
+    use_tile(monkeypatch, case)
+    pointers = conv_fprop(*arguments)
+    use_tile(monkeypatch, case, descriptors=True)
+    if jit.INTERPRETED:
+        for a, b in zip(conv_fprop(*arguments), pointers, strict=True):
+            assert torch.equal(a, b)
+    else:
+        check(conv_fprop, case, options, torch.float16, device)
+
+
+def test_repeats_bit_for_bit(device, monkeypatch):
+    use_tile(monkeypatch, "stride2")
+    arguments = operands("stride2", "all", torch.float16, device)
+    for a, b in zip(conv_fprop(*arguments), conv_fprop(*arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_statistics(device):
+    arguments = operands("partial_last_tile", "all", torch.float16, device)
+    y, partials = conv_fprop(*arguments, False)
+    assert torch.equal(y, conv_fprop(*arguments)[0])
+    assert partials.shape == (3, 0, 16)
+
+
+def test_a_large_mean_does_not_cancel(device, monkeypatch):
+    """sum(y^2) / n - mean^2 in fp32 has an error of about mean^2 eps, here larger than the variance."""
+    use_tile(monkeypatch, "partial_last_tile")
+    x, w, *_ = operands("partial_last_tile", "plain", torch.float32, device)
+    residual = torch.full_like(activation("partial_last_tile", "y", torch.float32, device), 3e4)
+    y, partials = conv_fprop(x, w, 1, None, None, residual)
+    truth = statistics_of(y.double(), partials.shape[1], 32)
+    assert ((partials[2] - truth[2]).abs() < 1e-3 * truth[2]).all()
+
+
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+def test_nan_is_passed_on(device, monkeypatch, descriptors):
+    """A NaN in x makes its channel's statistics NaN, hence scale and shift; the ReLU must not hide it."""
+    use_tile(monkeypatch, "one_image_one_tile", descriptors)
+    x, w, stride, scale, shift, *_ = operands("one_image_one_tile", "prologue", torch.float16, device)
+    x[0, 3, 1, 1] = scale[3] = shift[3] = torch.nan
+    y, partials = conv_fprop(x, w, stride, scale, shift)
+    assert y.isnan().all()
+    assert partials[1:].isnan().all()
+
+
+def block(conv, x, w, stride, scale, shift, residual, residual_scale, residual_shift, gamma, beta, dz):
+    """sum(dz * bn(conv)), with batch norm made of the partials; a ReLU's mask would flip with the last bit of y."""
+    y, partials = conv(x, w, stride, scale, shift, residual, residual_scale, residual_shift)
+    count, means, m2 = partials
+    n = count.sum(0)
+    mean = (count * means).sum(0) / n
+    rstd = ((m2 + count * (means - mean).square()).sum(0) / n + 1e-5).rsqrt()
+    z = (y - mean[:, None, None]) * (gamma * rstd)[:, None, None] + beta[:, None, None]
+    return (z * dz).sum()
+
+
+@poisoned
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["partial_last_tile", "stride2_odd", "projection_1x1", "c_not_multiple_of_tile"])
+def test_gradients_through_everything(device, monkeypatch, case, dtype):
+    use_tile(monkeypatch, case)
+    arguments = operands(case, "all", DTYPES[dtype], device)
+    gamma, beta = affine(CASES[case][1].K, device, 7)
+    arguments += [gamma, beta, activation(case, "y", DTYPES[dtype], device, 8)]
+
+    def gradients(conv, values):
+        leaves = [v if isinstance(v, int) else v.clone().requires_grad_() for v in values]
+        tensors = [v for v in leaves[:-1] if not isinstance(v, int)]
+        return torch.autograd.grad(block(conv, *leaves), tensors)
+
+    names = ["x", "w", "scale", "shift", "residual", "residual_scale", "residual_shift", "gamma", "beta"]
+    ours, baseline = gradients(conv_fprop, arguments), gradients(conv_fprop_reference, arguments)
+    truth = gradients(conv_fprop_reference, in_double(arguments))
+    for name, a, b, c in zip(names, ours, baseline, truth, strict=True):
+        assert_as_accurate(a, b, c, f"d{name}")
+
+
+def test_gradients_of_what_is_asked_for(device):
+    x, w, *_ = operands("stride2", "plain", torch.float32, device)
+    w.requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        conv_fprop(x, w, 2, statistics=False)[0].sum().backward()
+    assert w.grad is not None
+    assert counter.get_total_flops() == 2 * CASES["stride2"][1].flops(2), "no dgrad"
+
+
+def test_the_statistics_alone_have_a_gradient(device, monkeypatch):
+    use_tile(monkeypatch, "partial_last_tile")
+    x, w, *_ = operands("partial_last_tile", "plain", torch.float32, device)
+    gradients = []
+    for conv in (conv_fprop, conv_fprop_reference):
+        leaf = x.clone().requires_grad_()
+        _, (count, mean, _) = conv(leaf, w)
+        gradients += torch.autograd.grad((count * mean).sum(0).square().sum(), leaf)
+    torch.testing.assert_close(*gradients)
+
+
+def test_registration(device):
+    for case, options in (("stride2_odd", "all"), ("projection_1x1", "plain")):
+        arguments = operands(case, options, torch.float32, device)
+        torch.library.opcheck(conv_fprop, [a.requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments])
+    torch.library.opcheck(conv_fprop, (*operands("stride2_odd", "prologue", torch.float16, device), False))
+
+
+def test_compiles_into_one_graph(device):
+    arguments = operands("stride2", "all", torch.float16, device)
+    gamma, beta = affine(16, device, 7)
+    arguments += [gamma, beta, activation("stride2", "y", torch.float16, device, 8)]
+
+    def gradients(step):
+        x, w = (arguments[i].clone().requires_grad_() for i in (0, 1))
+        return torch.autograd.grad(step(conv_fprop, x, w, *arguments[2:]), (x, w))
+
+    compiled = gradients(torch.compile(block, fullgraph=True, backend="aot_eager"))
+    assert all(torch.equal(a, b) for a, b in zip(compiled, gradients(block), strict=True))
+
+
+def test_flops_are_pytorchs(device):
+    """Forward and backward: three convolutions' worth, as FlopCounterMode counts those of the library."""
+    for case in ("one_image_one_tile", "stride2_odd", "projection_1x1"):
+        counts = []
+        for conv in (conv_fprop, conv_fprop_reference):
+            x, w, stride, scale, shift, *_ = operands(case, "prologue", torch.float32, device)
+            with FlopCounterMode(display=False) as counter:
+                conv(x.requires_grad_(), w.requires_grad_(), stride, scale, shift)[0].sum().backward()
+            counts.append(counter.get_total_flops())
+        n, shape = CASES[case]
+        assert counts[0] == counts[1] == 3 * shape.flops(n)
+
+
+def test_cost():
+    """64x32x32 to 64, 512 images, fp16: 38.7 GFLOP; x, y and the residual are 67.1 MB each, w 74 kB."""
+    x = torch.empty(512, 64, 32, 32, dtype=torch.float16, device="meta")
+    w = torch.empty(64, 64, 3, 3, dtype=torch.float16, device="meta")
+    c = torch.empty(64, device="meta")
+    rows = 512 * 32 * 32
+    partials = 3 * (
+        rows // tiles.tile("conv_fprop", ConvShape(64, 64, 32, 32), x.dtype, tiles.gpu_of(x.device)).BLOCK_M
+    )
+    expected = Cost(2 * rows * 64 * 64 * 9, 3 * rows * 64 * 2 + 64 * 64 * 9 * 2 + (2 + partials) * 64 * 4)
+    assert conv_fprop_cost(x, w, 1, c, c, x) == expected
+    assert conv_fprop_cost(x, w, statistics=False).bytes == 2 * rows * 64 * 2 + 64 * 64 * 9 * 2
+
+
+X, W, C16 = (2, 16, 4, 4), (32, 16, 3, 3), torch.ones(16)
+
+
+def nhwc(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return channels_last(*shape, dtype=dtype, seed=0, device=torch.device("cpu"))
+
+
+def unaligned(n: int, c: int, h: int, w: int) -> torch.Tensor:
+    return torch.zeros(n * c * h * w + 1, dtype=torch.float16)[1:].view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+@pytest.mark.skipif(not jit.INTERPRETED, reason="CPU tensors")
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        pytest.param((nhwc(*X)[:0], nhwc(*W)), ValueError, "x has shape .* non-empty", id="zero_images"),
+        pytest.param((nhwc(*X).contiguous(), nhwc(*W)), ValueError, "x .* channels_last", id="nchw"),
+        pytest.param((nhwc(*X), nhwc(*W).contiguous()), ValueError, "w .* channels_last", id="kcrs"),
+        pytest.param((nhwc(2, 32, 4, 4)[:, :16], nhwc(*W)), ValueError, "x .* channels_last", id="non_contiguous"),
+        pytest.param((nhwc(*X), nhwc(*W).float()), TypeError, "w is torch.float32, expected x's", id="w_dtype"),
+        pytest.param((nhwc(*X).double(), nhwc(*W)), TypeError, "x is torch.float64", id="dtype"),
+        pytest.param((nhwc(*X).bfloat16(), nhwc(*W)), TypeError, "bfloat16.*interpreter", id="interpreted_bf16"),
+        pytest.param((nhwc(*X), nhwc(32, 48, 3, 3)), ValueError, r"expected \[K, 16, R, R\]", id="channels_differ"),
+        pytest.param((nhwc(2, 24, 4, 4), nhwc(32, 24, 3, 3)), ValueError, "C is 24 .* multiple of 16", id="c_of_24"),
+        pytest.param((nhwc(2, 3, 4, 4), nhwc(32, 3, 3, 3)), ValueError, "C is 3 .* multiple of 16", id="first_layer"),
+        pytest.param((nhwc(*X), nhwc(8, 16, 3, 3)), ValueError, "K is 8 .* multiple of 16", id="k_of_8"),
+        pytest.param((nhwc(*X), nhwc(32, 16, 5, 5)), ValueError, "5 pixels wide", id="filter_5x5"),
+        pytest.param((nhwc(*X), nhwc(32, 16, 3, 1)), ValueError, "square", id="filter_3x1"),
+        pytest.param((nhwc(*X), nhwc(*W), 3), ValueError, "stride is 3", id="stride_3"),
+        pytest.param((unaligned(*X), nhwc(*W)), ValueError, "x's memory .* no multiple of 16", id="unaligned"),
+        pytest.param((nhwc(*X), nhwc(*W), 1, C16), ValueError, "scale and shift go together", id="scale_alone"),
+        pytest.param((nhwc(*X), nhwc(*W), 1, C16.half(), C16), TypeError, "scale is torch.float16", id="scale_dtype"),
+        pytest.param((nhwc(*X), nhwc(*W), 1, C16, C16[:8]), ValueError, "shift has shape", id="shift_shape"),
+        pytest.param(
+            (nhwc(*X), nhwc(*W), 2, None, None, nhwc(2, 32, 4, 4)), ValueError, "residual has shape", id="residual"
+        ),
+        pytest.param(
+            (nhwc(*X), nhwc(*W), 1, None, None, None, torch.ones(32), torch.ones(32)),
+            ValueError,
+            "without a residual",
+            id="residual_affine_alone",
+        ),
+    ],
+)
+def test_contract(arguments, error, message):
+    with pytest.raises(error, match=message):
+        conv_fprop(*arguments)
+
+
+def test_more_elements_than_32_bit_offsets_reach(device):
+    x = torch.empty(2**15, 64, 32, 32, dtype=torch.float16, device=device, memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"x has 2147483648 elements, .* split the batch"):
+        conv_fprop(x, x)
+
+
+MUTANTS = {
+    "padding_before_the_prologue": ("z = tl.minimum(z, tl.where(inside,", "z = tl.minimum(z, tl.where(inside | True,"),
+    "padding_before_the_prologue_descriptors": ("nan=scale is not None", "nan=False"),
+    "relu_forgotten": ("z = tl.maximum(z, 0.0, propagate", "z = tl.maximum(z, -100.0, propagate"),
+    "dropped_row_mask": ("mask_m = offs_m < N * P * Q", "mask_m = offs_m >= 0"),
+    "dropped_padding_mask": ("(mask_m & (h >= 0) & (h < H)", "(mask_m & (h >= -1) & (h < H)"),
+    "taps_off_by_one": ("(pixels + r * W + s)", "(pixels + r * W + s - 1)"),
+    "taps_transposed": ("(pixels + r * W + s)", "(pixels + s * W + r)"),
+    "taps_transposed_descriptors": ("x.load([n, p + r - PAD, s - PAD, c])", "x.load([n, p + s - PAD, r - PAD, c])"),
+    "parity_forgotten_descriptors": ("r - PAD & 1, s - PAD >> 1, (s", "0, s - PAD >> 1, (s"),
+    "last_channel_block_forgotten": ("range(R * R * BLOCKS_C)", "range(R * R * BLOCKS_C - 1)"),
+    "statistics_of_unrounded_y": ("y.to(tl.float32), 0.0)\n        count", "acc, 0.0)\n        count"),
+    "padding_rows_in_m2": ("deviation = tl.where(mask_m[:, None], y - mean, 0.0)", "deviation = y - mean"),
+    "forgotten_partial_tile": ("count = tl.minimum(N * P * Q - first, BLOCK_M)", "count = (BLOCK_M + N * 0)"),
+    "residual_after_the_statistics": ("        acc += residual\n", "        acc += residual * 0.5\n"),
+    "residual_relu_forgotten": ("residual = tl.maximum(residual, 0.0,", "residual = tl.maximum(residual, -100.0,"),
+}
+
+
+def check_mutant(op, monkeypatch, device) -> None:
+    for case, descriptors in (("partial_last_tile", False), ("stride2_odd", False), ("stride2", True), ("pair", True)):
+        case = "several_channel_blocks" if case == "pair" else case
+        use_tile(monkeypatch, case, descriptors)
+        check(op, case, "all", torch.float16, device)
+
+
+@pytest.fixture(scope="module")
+def mutants(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mutants")
+    return {name: mutant(module, folder, old, new) for name, (old, new) in MUTANTS.items()}
+
+
+@pytest.fixture(scope="module")
+def compiled(mutants):
+    """Which mutants compile, with pointers (on sm_80) and with descriptors."""
+    builds = []
+    for arch in (80, 90):
+        with pytest.MonkeyPatch.context() as patch, launches() as recorded:
+            patch.setattr(tiles, "gpu_of", lambda device, arch=arch: tiles.Gpu("", (arch // 10, 0)))
+            for changed in mutants.values():
+                x, w, c = nhwc(2, 64, 8, 8), nhwc(64, 64, 3, 3), torch.ones(64)
+                changed.conv_fprop(x, w, 1, c, c, x, c, c)
+        builds += [build.on(arch) for build in recorded]
+    results = compiling(builds)
+    return {name: results[i] and results[i + len(mutants)] for i, name in enumerate(mutants)}
+
+
+@poisoned
+@pytest.mark.skipif(not jit.INTERPRETED, reason="out-of-bounds mutants need the interpreter's guard")
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(monkeypatch, mutants, compiled, name, device):
+    assert compiled[name]
+    assert_caught(lambda: check_mutant(mutants[name].conv_fprop, monkeypatch, device))
+
+
+def test_the_check_that_mutants_fail(monkeypatch, device):
+    check_mutant(conv_fprop, monkeypatch, device)
+
+
+def layer_builds(arch: int, device) -> list:
+    """What every layer of both networks launches: the article's with everything on, ResNet9's without a prologue."""
+    builds = []
+    for shape in dict.fromkeys(RESNET_LAYERS + RESNET9_LAYERS):
+        x, w, y, c, k = layer_operands(shape, device)
+        if shape not in RESNET_LAYERS:
+            options = ()
+        else:
+            options = (c, c) if shape.R == 1 else (c, c, y, k, k)
+        with launches() as recorded:
+            conv_fprop(x, w, shape.stride, *options)
+        builds += [dataclasses.replace(build, arch=arch, label=f"conv_fprop {shape}") for build in recorded]
+    return builds
+
+
+def test_machine_code_of_every_layer(monkeypatch, device):
+    builds = []
+    for arch in MATRIX_INSTRUCTION:
+        monkeypatch.setattr(tiles, "gpu_of", lambda device, arch=arch: tiles.Gpu("", (arch // 10, 0)))
+        builds += layer_builds(arch, device)
+    for build, facts in zip(builds, compile_all(builds), strict=True):
+        assert_machine_code(build, facts)
