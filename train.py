@@ -20,6 +20,7 @@ from model.config import PRESETS, Config, preset
 from model.errors import (
     CheckpointError,
     DataError,
+    DeviceError,
     NonFiniteError,
     OutOfMemoryError,
     RunError,
@@ -70,22 +71,33 @@ def run(
     target: float | None = None,
     on_step: Callable[[int], None] = lambda number: None,
     started_ns: int | None = None,
+    insist: bool = False,
 ) -> dict[str, Any]:
     """Train `config` in the folder `out`, from `checkpoint` if there is one; returns what summary.json holds.
 
     `on_step(number)` is called after each step; `started_ns` is when the run began on `time.monotonic_ns`, if not now.
+    Where the kernels cannot run, the reference ops do, after a banner; with `insist` DeviceError is raised instead.
     Raises Interrupted with the work saved, NonFiniteError, OutOfMemoryError, CheckpointError if the last checkpoint
     could not be written, TargetMissedError below the accuracy `target`; summary.json then says so too.
     """
     from model.memory import out_of_memory, peak_bytes
-    from model.trainer import build_network, choose_dtype
+    from model.trainer import build_network, choose_dtype, triton_conv_share, with_available_ops
     from profiling.clock import Clock
     from profiling.environment import device_name, environment
     from profiling.flops import flops_per_image
     from profiling.runlog import RunLog
 
-    ranks, device = session.ranks, session.device
-    dtype = choose_dtype(config.dtype, device)
+    ranks, device, ops_requested = session.ranks, session.device, config.ops
+    config, reason = with_available_ops(config, device)
+    if reason and insist:
+        raise DeviceError(f"ops={ops_requested} cannot run here: {reason}; use --set ops=reference, or another machine")
+    if reason:
+        session.terminal.banner(
+            f"REFERENCE OPS, NOT {ops_requested.upper()}",
+            f"{config.preset} asks for ops={ops_requested}, and the kernels cannot run here: {reason}. "
+            "The same network is trained with the library's convolutions and batch norm.",
+        )
+    dtype = choose_dtype(config.dtype, device, config.ops)
     clock = Clock("set-up", started_ns)
     if device.type == "cuda":
         import torch
@@ -100,7 +112,8 @@ def run(
         "world_size": ranks.world,
         "dtype": str(dtype).removeprefix("torch."),
         "ops": config.ops,
-        "ops_requested": config.ops,
+        "ops_requested": ops_requested,
+        "triton_conv_share": triton_conv_share(config, dtype, device),
         "seed": config.seed,
         "git_sha": machine["git_sha"],
     }
@@ -108,7 +121,7 @@ def run(
         out,
         clock,
         facts,
-        flops_per_image(lambda: build_network(config)).training,
+        flops_per_image(lambda: build_network(dataclasses.replace(config, ops="reference", conv="table"))).training,
         checkpoint.state if checkpoint else {},
         ranks.is_first,
         session.terminal.warn,
@@ -231,7 +244,7 @@ def _save(session: Session, trainer: "Trainer", out: Path, log: "RunLog", final:
 
 
 def repeat(
-    session: Session, config: Config, out: Path, runs: int, target: float | None, resume: bool
+    session: Session, config: Config, out: Path, runs: int, target: float | None, resume: bool, insist: bool = False
 ) -> dict[str, Any]:
     """Train `runs` times with consecutive seeds, in out/run-000, ...; returns what out/summary.json holds.
 
@@ -252,7 +265,7 @@ def repeat(
         if done.get("status") == "complete":
             summaries.append(done)
             continue
-        summaries.append(run(session, each, folder, checkpoint))
+        summaries.append(run(session, each, folder, checkpoint, insist=insist))
     wall_s = (time.monotonic_ns() - STARTED_NS) / 1e9
     summary = aggregate(summaries, TARGET if target is None else target, required=target is not None, wall_s=wall_s)
     if session.ranks.is_first:
@@ -268,12 +281,13 @@ def repeat(
 def evaluate(session: Session, config: Config, checkpoint: "Checkpoint") -> dict[str, Any]:
     """The accuracy of a checkpoint on the test images, as a whole and by class."""
     from model.batches import Batches
-    from model.trainer import Trainer, choose_dtype
+    from model.trainer import Trainer, choose_dtype, with_available_ops
     from profiling.environment import commit, device_name
 
     dataset, ranks, device = session.dataset, session.ranks, session.device
+    config, _ = with_available_ops(config, device)
     config = dataclasses.replace(config, preprocess="on_device", draw="per_epoch", workers=0)
-    dtype = choose_dtype(config.dtype, device)
+    dtype = choose_dtype(config.dtype, device, config.ops)
     batches = Batches(dataset.train_images, dataset.train_labels, config, device, dtype, ranks.rank, ranks.world)
     trainer = Trainer(batches, dataset, ranks)
     trainer.restore(checkpoint.tensors, checkpoint.step)
@@ -376,12 +390,10 @@ def _require_fit(session: Session, checkpoint: "Checkpoint", config: Config) -> 
     """Raise CheckpointError, with the difference, unless `config` on this data is what the checkpoint began."""
     from model.checkpoint import require_same
 
-    state = checkpoint.state
-    require_same(
-        Config.from_json(state["config"]).learned(), config.learned(), f"{checkpoint.path.name}: the configuration"
-    )
-    dataset = {"data": session.dataset.fingerprint(), "processes": session.ranks.world}
-    require_same({"data": state["data"], "processes": state["world_size"]}, dataset, f"{checkpoint.path.name}: the run")
+    state, name = checkpoint.state, checkpoint.path.name
+    require_same(Config.from_json(state["config"]).learned(), config.learned(), f"configuration ({name})")
+    here = {"data": session.dataset.fingerprint(), "processes": session.ranks.world}
+    require_same({"data": state["data"], "processes": state["world_size"]}, here, f"data set or launch ({name})")
 
 
 def open_session(
@@ -437,7 +449,8 @@ def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> 
         found = checkpoints.load(request.evaluate)
         return evaluate(session, request.configure(Config.from_json(found.state["config"])), found)
     if request.preset is None and session.device.type == "cuda":
-        config = request.configure(preset("article-256"))
+        config = request.configure(preset("fused"))
+    insist = any(setting.partition("=")[0].strip() == "ops" for setting in request.settings)
     out = request.out
     if out is None and request.resume:
         out = Path(request.resume) if Path(request.resume).is_dir() else Path(request.resume).parent
@@ -447,7 +460,7 @@ def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> 
         _make_folder(out)
         checkpoints.clean(out)
     if request.runs > 1:
-        return repeat(session, config, out, request.runs, request.target_accuracy, bool(request.resume))
+        return repeat(session, config, out, request.runs, request.target_accuracy, bool(request.resume), insist)
     try:
         if request.resume:
             found = _find_checkpoint(session, request.resume, out)
@@ -467,9 +480,10 @@ def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> 
         + f"; data: {dataset.identity} ({dataset.source})"
     )
     try:
-        summary = run(session, config, out, found, request.target_accuracy, started_ns=STARTED_NS)
+        summary = run(session, config, out, found, request.target_accuracy, started_ns=STARTED_NS, insist=insist)
     except Interrupted:
-        terminal.say(f"stopped; go on with: python train.py --out {out} --resume auto")
+        how = "python" if ranks.world == 1 else f"torchrun --standalone --nproc-per-node {ranks.world}"
+        terminal.say(f"stopped; go on with: {how} train.py --out {out} --resume auto")
         raise
     for line in closing_lines(summary):
         terminal.say(line)

@@ -10,6 +10,7 @@ on_device                 uint8 images live on the device; one gather makes a ba
 All of them give the same batches, bit for bit: choices and order are functions of (seed, epoch, image index).
 """
 
+import functools
 import os
 import signal
 from collections.abc import Iterator
@@ -19,15 +20,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kernels.augment import augment_reference
+from kernels.augment import augment, augment_reference
+from kernels.jit import unavailable
 from model.choices import Augmentation, draw_choices, draw_order
 from model.config import Config
 from model.data import MEAN, STD
 
 
-def normalisation(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+@functools.cache
+def normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
     """(mean, rstd), fp32 [3], in units of 0 to 255, for `kernels.augment`."""
     return torch.tensor(MEAN, device=device), 1 / torch.tensor(STD, device=device)
+
+
+def gather(images: Tensor, index: Tensor, choices: Tensor, pad: int, cutout: int, dtype: torch.dtype) -> Tensor:
+    """A batch, [b, 3, 32, 32] channels_last: one kernel on a GPU, its bit-equal reference elsewhere. See `augment`."""
+    on_gpu = images.is_cuda and len(index) > 0 and unavailable(images.device) is None
+    op = augment if on_gpu else augment_reference
+    return op(images, index, choices, *normalisation(images.device), pad, cutout, dtype)
 
 
 class Batches:
@@ -55,7 +65,6 @@ class Batches:
         self.labels = labels.to(device)
         if config.preprocess == "on_device":
             self.images = images.to(device)
-            self.mean, self.rstd = normalisation(device)
             return
         Samples = EveryEpoch if config.preprocess == "every_epoch" else Once
         workers = min(config.workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
@@ -86,24 +95,13 @@ class Batches:
         if on_device:
             choices = draw_choices(self.augmentation, self.config.seed, epoch, self.count, self.device)
             for index in indices:
-                yield self._gather(index, choices), self.labels[index]
+                x = gather(self.images, index, choices, self.config.crop_pad, self.config.cutout, self.dtype)
+                yield x, self.labels[index]
             return
         self.sampler.batches = [(epoch * self.count + index).tolist() for index in indices]
         for index, x in zip(indices, self.loader, strict=True):
             x = x.to(self.device, non_blocking=True).to(self.dtype, memory_format=torch.channels_last)
             yield x, self.labels[index.to(self.device)]
-
-    def _gather(self, index: Tensor, choices: Tensor) -> Tensor:
-        return augment_reference(
-            self.images,
-            index,
-            choices,
-            self.mean,
-            self.rstd,
-            self.config.crop_pad,
-            self.config.cutout,
-            self.dtype,
-        )
 
 
 class _EpochSampler(Sampler):
@@ -142,7 +140,7 @@ class EveryEpoch(_Samples):
     def __init__(self, images: Tensor, config: Config, augmentation: Augmentation, dtype: torch.dtype):
         super().__init__(images, config, augmentation, dtype)
         self.images = images.share_memory_()
-        self.mean, self.rstd = normalisation()
+        self.mean, self.rstd = normalisation(torch.device("cpu"))
 
     def __getitem__(self, key: int) -> Tensor:
         image, (dy, dx, flip, cut_y, cut_x) = self.choose(key)
@@ -163,7 +161,7 @@ class Once(_Samples):
     def __init__(self, images: Tensor, config: Config, augmentation: Augmentation, dtype: torch.dtype):
         super().__init__(images, config, augmentation, dtype)
         pad = config.crop_pad
-        mean, rstd = normalisation()
+        mean, rstd = normalisation(torch.device("cpu"))
         self.padded = torch.empty(len(images), 3, 32 + 2 * pad, 32 + 2 * pad, dtype=dtype)
         for few, out in zip(images.split(1000), self.padded.split(1000), strict=True):
             x = ((few.float() - mean) * rstd).permute(0, 3, 1, 2)

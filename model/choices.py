@@ -1,7 +1,7 @@
 """Random numbers of training: pure functions of (seed, epoch, image index), so no generator has a state to keep.
 
-Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) turns a counter and a key into four
-32-bit words. The counter is (image, epoch, stream, 0), the key is the seed. Nothing drifts with batch size, rank
+Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) turns a counter and a key into
+four 32-bit words. The counter is (image, epoch, stream, 0), the key is the seed. Nothing drifts with batch size, rank
 count, the device, or a resumed run.
 """
 

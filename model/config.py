@@ -48,7 +48,8 @@ class Config:
     draw: Literal["per_image", "per_epoch"] = "per_epoch"
     workers: int = 0
     # How it is computed
-    ops: Literal["reference"] = "reference"
+    ops: Literal["reference", "batchnorm", "composed", "triton"] = "reference"
+    conv: Literal["table", "triton"] = "table"  # ops=triton: the faster by the tile table, or always our convolutions
     device: str = "auto"
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     checkpoint_s: float = 60.0  # seconds between checkpoints, taken at the end of an epoch
@@ -100,6 +101,13 @@ class Config:
             raise UsageError("prep_bn_relu is a part of network=resnet; resnet9 always has that group")
         if self.pool_first and self.network != "resnet9":
             raise UsageError("pool_first needs network=resnet9; resnet has no pooling inside")
+        if self.conv != "table" and self.ops != "triton":
+            raise UsageError(f"conv={self.conv} needs ops=triton; ops={self.ops} has no tile table to overrule")
+        if self.ops in ("composed", "triton") and any(width % 16 for width in self.widths):
+            raise UsageError(
+                f"widths={list(self.widths)} are not multiples of 16, which the convolutions of ops={self.ops} need; "
+                "use ops=batchnorm or reference"
+            )
         if self.preprocess == "on_device" and self.workers:
             raise UsageError("workers need preprocess=every_epoch or once; on_device there is nothing for them to do")
         if self.preprocess == "on_device" and self.draw == "per_image":
@@ -235,6 +243,11 @@ def article_256() -> Config:
     return replace(article_297(), preset="article-256", batch_size=512, lr_values=(0, 0.44, 0.005, 0))
 
 
+def fused() -> Config:
+    """The same recipe on this project's kernels: augmentation on the device, fused conv-BN-ReLU blocks."""
+    return replace(article_256(), preset="fused", ops="triton", preprocess="on_device")
+
+
 def resnet9() -> Config:
     """The article's Part 4: another network, cutout, 24 epochs (79 s on a V100); augmentation on the device."""
     return replace(
@@ -278,6 +291,7 @@ PRESETS: types.MappingProxyType = types.MappingProxyType(
             article_301,
             article_297,
             article_256,
+            fused,
             resnet9,
             laptop,
         )

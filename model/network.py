@@ -119,7 +119,7 @@ class ResNet9(nn.Module):
     """The article's Part 4 network: [N,3,32,32] to logits [N,10]; 6,573,120 parameters at widths 64-128-256-512.
 
     prep; three layers that each halve the map, the first and the last with a residual pair; 4x4 max-pool; a linear
-    layer without bias, scaled by 0.125. `pool_first` pools before batch norm, which then has a quarter of the work (Part 8).
+    layer without bias, scaled by 0.125. `pool_first` pools before batch norm, whose work is then a quarter (Part 8).
 
     Raises ValueError if `widths` are not four.
     """

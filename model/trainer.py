@@ -1,15 +1,16 @@
 """All that a run learns with, as one object: network, step, batches, evaluation; to and from a checkpoint."""
 
+import importlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import reference
-from kernels.augment import augment_reference
-from model.batches import Batches, normalisation
+from kernels.jit import unavailable
+from model.batches import Batches, gather
 from model.checkpoint import load_tensors_into
 from model.config import Config
 from model.data import CLASSES, Dataset
@@ -18,13 +19,40 @@ from model.errors import DeviceError, NonFiniteError
 from model.network import ResNet, ResNet9
 from model.step import TrainingStep
 
-IMPLEMENTATIONS = {"reference": reference}
 EVALUATION_BATCH = 500
+
+
+def implementation(config: Config) -> Any:
+    """What has the three functions of `kernels.reference`, as `config.ops` and `config.conv` name it."""
+    if config.ops == "triton":
+        from kernels import fused
+
+        return fused.implementation(config.conv)
+    return importlib.import_module(f"kernels.{config.ops}")
+
+
+def with_available_ops(config: Config, device: torch.device) -> tuple[Config, str | None]:
+    """(`config`, None), or (the same on the reference ops, why) where the kernels cannot run on `device`."""
+    reason = None if config.ops == "reference" else unavailable(device)
+    return (config, None) if reason is None else (replace(config, ops="reference", conv="table"), reason)
+
+
+def triton_conv_share(config: Config, dtype: torch.dtype, device: torch.device) -> float:
+    """The share of a training step's convolution FLOPs that this project's kernels run, 0..1."""
+    if config.ops in ("reference", "batchnorm"):
+        return 0.0
+    from kernels.conv_dispatch import traced_layers, triton_share
+    from kernels.tiles import gpu_of
+
+    with torch.device("meta"):
+        network, x = build_network(replace(config, ops="reference", conv="table")), torch.empty(1, 3, 32, 32)
+    forced = config.ops == "composed" or config.conv == "triton"
+    return triton_share(traced_layers(lambda: network(x)), dtype, gpu_of(device), forced)
 
 
 def build_network(config: Config) -> nn.Module:
     """The network that `config` names, on the CPU in fp32, initialised from `config.seed` alone."""
-    ops = IMPLEMENTATIONS[config.ops]
+    ops = implementation(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         if config.network == "resnet":
@@ -54,14 +82,20 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device, ops: str = "reference") -> torch.dtype:
     """The activations' dtype. `auto`: fp16 on a GPU; on a CPU bf16 if it multiplies bf16 in hardware, else fp32.
 
-    Raises DeviceError for fp16 on a CPU, whose convolutions are emulated.
+    Raises DeviceError for fp16 on a CPU, whose convolutions are emulated, and for bf16 in Triton's interpreter, which
+    computes it wrongly; there `auto` is fp32.
     """
+    interpreted = device.type == "cpu" and ops != "reference"
+    if interpreted and name == "bfloat16":
+        raise DeviceError("dtype=bfloat16 is wrong in Triton's interpreter; use dtype=float32 or ops=reference")
     if name == "auto":
         if device.type == "cuda":
             return torch.float16
+        if interpreted:
+            return torch.float32
         return (
             torch.bfloat16
             if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -155,13 +189,12 @@ class Trainer:
         """Loss and accuracy on the test images, by the running statistics; `on_batch()` is called after each batch."""
         self.ranks.average_running_statistics(self.network)
         self.network.eval()
-        mean, rstd = normalisation(self.device)
         unchanged = torch.zeros(len(self.test_images), 5, dtype=torch.int32, device=self.device)
         # Rows: images of a class, how many of them are right; and the summed loss.
         counts = torch.zeros(2, len(CLASSES), dtype=torch.int64, device=self.device)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for index in torch.arange(len(self.test_images), device=self.device).split(EVALUATION_BATCH):
-            x = augment_reference(self.test_images, index, unchanged, mean, rstd, 0, 0, self.dtype)
+            x = gather(self.test_images, index, unchanged, 0, 0, self.dtype)
             labels = self.test_labels[index]
             logits = self.network(x).float()
             loss_sum += F.cross_entropy(logits, labels, reduction="sum")

@@ -107,7 +107,12 @@ def main() -> None:
         model.step.TrainingStep.__call__ = faulty
     elif place:
         inject(signals, place)
-    tiny = [f"--set={k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in TINY_SETTINGS.items()]
+    given = {argument.partition("=")[0] for argument in sys.argv}
+    tiny = [
+        f"--set={k}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
+        for k, v in TINY_SETTINGS.items()
+        if k not in given
+    ]
     sys.argv = ["train.py", *tiny, *sys.argv[1:]]
     train.app()
 

@@ -24,6 +24,7 @@ def changes(a: str, b: str) -> set[str]:
         ("article-308", "article-301", {"draw", "workers"}),
         ("article-301", "article-297", {"workers"}),
         ("article-297", "article-256", {"batch_size", "lr_values"}),
+        ("article-256", "fused", {"ops", "preprocess"}),
     ],
 )
 def test_a_rung_changes_what_the_article_changed(a, b, expected):
@@ -88,6 +89,10 @@ def test_contradictions_raise():
         preset("resnet9").with_settings(["draw=per_image"])
     with pytest.raises(UsageError, match="prep_bn_relu"):
         preset("resnet9").with_settings(["prep_bn_relu=true"])
+    with pytest.raises(UsageError, match="conv=triton needs ops=triton"):
+        preset("article-256").with_settings(["conv=triton"])
+    with pytest.raises(UsageError, match="multiples of 16"):
+        preset("fused").with_settings(["widths=8,16,16,16"])
     with pytest.raises(UsageError, match="twice"):
         preset("resnet9").with_settings(["seed=1", "seed=2"])
 

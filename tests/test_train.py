@@ -355,6 +355,28 @@ def test_wrong_data_exits_3(tmp_path):
     assert "--download" in result.output
 
 
+NO_KERNELS = {"TRITON_INTERPRET": "0"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run here")
+def test_a_preset_falls_back_to_the_reference_ops_and_says_so(tmp_path):
+    done = tiny("--preset", "fused", "--json", "--out", str(tmp_path / "run"), env=NO_KERNELS)
+    assert done.returncode == 0, done.stderr
+    assert b"REFERENCE OPS, NOT TRITON" in done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["ops"], summary["ops_requested"], summary["triton_conv_share"]) == ("reference", "triton", 0.0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run here")
+@pytest.mark.parametrize("ops", ["batchnorm", "composed", "triton"])
+def test_kernels_asked_for_by_name_never_fall_back(tmp_path, ops):
+    done = tiny("--set", f"ops={ops}", "--set", "widths=16,16,16,16", "--out", str(tmp_path / "run"), env=NO_KERNELS)
+    assert done.returncode == 4
+    assert f"ops={ops} cannot run here".encode() in done.stderr
+    assert b"ops=reference" in done.stderr
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
 def test_an_absent_device_exits_4(tmp_path):
     result = invoke("--set", "device=cuda:99", "--out", str(tmp_path / "out"))
     assert result.exit_code == 4
