@@ -1,0 +1,341 @@
+"""The machine code of kernels for a GPU that is not there: what it says about their speed without running them.
+
+`launches` runs an op with its kernel launches recorded instead of executed, so that what is compiled is what the op
+would launch: its dtypes, tile sizes, warps, and which arguments are divisible by 16. `compile_all` compiles the records
+in child processes, since a process that interprets kernels cannot compile them, and returns `Facts`.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from kernels.tiles import Gpu
+
+ROOT = Path(__file__).parent.parent
+
+
+class Limits(NamedTuple):
+    """What the resident blocks of one multiprocessor share: warps, blocks, bytes of shared memory, tensor-memory
+    columns (0 where there is no such memory); and the bytes of shared memory that one block may use."""
+
+    warps: int
+    blocks: int
+    shared_bytes: int
+    tensor_columns: int
+    block_shared_bytes: int
+
+
+LIMITS = {
+    80: Limits(64, 32, 164 * 1024, 0, 163 * 1024),
+    90: Limits(64, 32, 228 * 1024, 0, 227 * 1024),
+    100: Limits(64, 32, 228 * 1024, 512, 227 * 1024),
+}
+"""By architecture, from the table of technical specifications in NVIDIA's CUDA C++ Programming Guide."""
+REGISTERS = 64 * 1024  # 32-bit registers of a multiprocessor; a warp gets them in units of 256
+RESERVED_SHARED_BYTES = 1024  # that the system takes of each block's share
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+_TYPES = {
+    "torch.float16": "fp16",
+    "torch.bfloat16": "bf16",
+    "torch.float32": "fp32",
+    "torch.uint8": "u8",
+    "torch.int32": "i32",
+    "torch.int64": "i64",
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel to compile.
+
+    `module` is an import name, or the path of a source file. `signature` names the type of every argument: "*fp16",
+    "i32", "constexpr", "tensordesc<fp16[1, 8, 8, 64]>". `divisible` names those known to be divisible by 16, which a
+    launch finds out from the values.
+    """
+
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constexprs: dict[str, int | float | bool | str | None]
+    divisible: tuple[str, ...] = ()
+    options: dict[str, int] = field(default_factory=dict)  # num_warps, num_stages, ...
+    arch: int = 90
+    label: str = ""
+    inspect: bool = True  # False: only see whether it compiles, which takes a quarter of the time
+
+    def on(self, arch: int) -> "Build":
+        """The same for another architecture: 80, 90, 100."""
+        return dataclasses.replace(self, arch=arch)
+
+    def key(self) -> str:
+        """The same for builds that compile to the same code, whatever they are called."""
+        return json.dumps(dataclasses.asdict(dataclasses.replace(self, label="")), sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What came out. `error` is the compiler's message where nothing did; all else is then zero or empty.
+
+    `sass` counts instructions by full mnemonic ("LDG.E.128"), `loops` does so for the body of every loop, innermost and
+    smallest first; `local_bytes` is a thread's stack and local memory, `tensor_columns` a block's part of Blackwell's
+    tensor memory, `notes` are ptxas's warnings and C75xx remarks (serialised matrix instructions).
+    """
+
+    label: str
+    arch: int
+    registers: int = 0
+    spill_bytes: int = 0
+    local_bytes: int = 0
+    shared_bytes: int = 0
+    warps: int = 0
+    tensor_columns: int = 0
+    sass: dict[str, int] = field(default_factory=dict)
+    loops: list[dict[str, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    error: str = ""
+
+    def count(self, prefix: str, suffix: str = "") -> int:
+        """Instructions whose mnemonic begins with `prefix` and contains `suffix`: count("LDG", ".128")."""
+        return sum(n for name, n in self.sass.items() if name.startswith(prefix) and suffix in name)
+
+    def blocks_per_sm(self) -> int | None:
+        """Blocks that one multiprocessor holds at once; 0 if not even one fits, None for an unknown architecture."""
+        limits = LIMITS.get(self.arch)
+        if limits is None or self.error:
+            return None
+        if self.shared_bytes > limits.block_shared_bytes:
+            return 0
+        registers = self.warps * -(-self.registers * 32 // 256) * 256
+        bounds = [
+            limits.blocks,
+            limits.warps // self.warps,
+            REGISTERS // max(registers, 1),
+            limits.shared_bytes // (self.shared_bytes + RESERVED_SHARED_BYTES),
+        ]
+        if self.tensor_columns:
+            bounds.append(limits.tensor_columns // self.tensor_columns)
+        return min(bounds)
+
+    def instructions_per_matrix_step(self) -> float | None:
+        """Instructions that a warp issues in the main loop for each matrix instruction; None without such a loop."""
+        matrix = MATRIX_INSTRUCTION.get(self.arch)
+        for body in self.loops:
+            matrices = sum(n for name, n in body.items() if matrix and name.startswith(matrix))
+            if matrices:
+                return sum(body.values()) / matrices
+        return None
+
+
+@contextlib.contextmanager
+def launches(gpu: "Gpu | None" = None) -> Iterator[list[Build]]:
+    """Record every kernel launch in the context as a Build instead of executing it; tensors may be on any device.
+
+    With `gpu`, convolutions take the tile that they would take there, and the builds are for its architecture.
+    """
+    from triton.runtime import interpreter, jit
+
+    from kernels import contract, tiles
+
+    builds: list[Build] = []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        build = _build(self, args, kwargs)
+        builds.append(build if gpu is None else build.on(10 * gpu.capability[0] + gpu.capability[1]))
+
+    with contextlib.ExitStack() as stack:
+        for owner in (interpreter.InterpretedFunction, jit.JITFunction):
+            stack.enter_context(_replaced(owner, "run", record))
+        stack.enter_context(_replaced(contract, "unavailable", lambda device: None))
+        if gpu is not None:
+            stack.enter_context(_replaced(tiles, "gpu_of", lambda device: gpu))
+        yield builds
+
+
+@contextlib.contextmanager
+def _replaced(owner: object, name: str, value: Callable) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def compiling(builds: list[Build]) -> list[bool]:
+    """Which of the builds compile at all."""
+    return [not fact.error for fact in compile_all([dataclasses.replace(build, inspect=False) for build in builds])]
+
+
+def unique(builds: list[Build]) -> list[Build]:
+    """The different ones among `builds`, in order."""
+    return list({build.key(): build for build in builds}.values())
+
+
+def _build(kernel, args: tuple, kwargs: dict) -> Build:
+    fn = kernel.fn
+    options = getattr(kernel, "kwargs", {})  # an interpreted kernel keeps its decorator's options here
+    general = options.get("do_not_specialize") or getattr(kernel, "do_not_specialize", None) or ()
+    names = fn.__code__.co_varnames[: fn.__code__.co_argcount]
+    values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+    for name, default in zip(reversed(names), reversed(fn.__defaults__ or ()), strict=False):
+        values.setdefault(name, default)
+    signature, constexprs, divisible = {}, {}, []
+    for name in names:
+        value, annotation = values[name], str(fn.__annotations__.get(name, ""))
+        if "constexpr" in annotation or value is None or (type(value) is int and value == 1 and name not in general):
+            signature[name], constexprs[name] = "constexpr", value
+        elif hasattr(value, "block_shape"):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_TYPES[str(value.base.dtype)]}[{block}]>"
+        elif hasattr(value, "data_ptr"):
+            signature[name] = "*" + _TYPES[str(value.dtype)]
+            divisible += [name] if value.data_ptr() % 16 == 0 else []
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible += [name] if value % 16 == 0 and name not in general else []
+    module = fn.__module__ if fn.__module__.startswith("kernels") else fn.__code__.co_filename
+    options = {k: v for k, v in kwargs.items() if k not in names}
+    label = " ".join([fn.__name__, *(f"{name}={value}" for name, value in constexprs.items())])
+    return Build(module, fn.__name__, signature, constexprs, tuple(divisible), options, label=label)
+
+
+def compile_all(builds: list[Build]) -> list[Facts]:
+    """Compile `builds` in as many child processes as there are processors; Facts in the same order.
+
+    A kernel that does not compile gives Facts with an `error`. RuntimeError if a child process itself fails.
+    """
+    workers = max(1, min(os.cpu_count() or 1, 8, len(builds)))
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    facts: list[Facts] = [Facts("", 0)] * len(builds)
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, f"{i}.json") for i in range(workers)]
+        children = []
+        for i, file in enumerate(files):
+            file.write_text(json.dumps([dataclasses.asdict(build) for build in builds[i::workers]]))
+            # As a module: as a script its folder would come first, whose statistics.py hides the standard library's.
+            command = [sys.executable, "-m", "profiling.ahead_of_time", str(file)]
+            children.append(subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+        errors = [child.communicate()[1] for child in children]
+        for i, (child, file) in enumerate(zip(children, files, strict=True)):
+            if child.returncode != 0:
+                raise RuntimeError(f"the compiling process ended with {child.returncode}: {errors[i][-2000:]}")
+            facts[i::workers] = [Facts(**one) for one in json.loads(file.read_text())]
+    return facts
+
+
+def _compile(build: Build) -> Facts:
+    """The facts of a build. A failure counts only if it repeats with an empty cache: Triton's may hold torn files."""
+    from triton import knobs
+
+    try:
+        return _facts(build)
+    except Exception:
+        with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
+            knobs.cache.dir = folder
+            try:
+                return _facts(build)
+            except Exception as error:  # whatever the compiler raises is the finding
+                return Facts(build.label, build.arch, error=f"{type(error).__name__}: {error}")
+
+
+def _facts(build: Build) -> Facts:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import ASTSource
+
+    kernel = getattr(_load(build.module), build.kernel)
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in build.divisible}
+    source = ASTSource(kernel, build.signature, constexprs=build.constexprs, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", build.arch, 32), options=dict(build.options))
+    if not build.inspect:
+        return Facts(build.label, build.arch)
+    log = _ptxas_log(compiled.asm["ptx"], build.arch)
+    sass = _disassemble(compiled.asm["cubin"])
+    spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    return Facts(
+        label=build.label,
+        arch=build.arch,
+        registers=int(re.search(r"Used (\d+) registers", log)[1]),
+        spill_bytes=int(spills[2]) + int(spills[3]),
+        local_bytes=int(spills[1]),
+        shared_bytes=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+        tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
+        sass=dict(collections.Counter(_mnemonics(sass))),
+        loops=_loops(sass),
+        notes=[line.strip() for line in log.splitlines() if "warning" in line or re.search(r"C75\d\d", line)],
+    )
+
+
+def _load(module: str):
+    if not module.endswith(".py"):
+        return importlib.import_module(module)
+    spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _ptxas_log(ptx: str, arch: int) -> str:
+    """ptxas -v: the one place that reports spills and serialised matrix instructions without a driver."""
+    ptxas = _tool("ptxas-blackwell" if arch >= 100 else "ptxas")
+    target = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [ptxas, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def _disassemble(cubin: bytes) -> list[str]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_tool("nvdisasm"), "--print-code", "--no-dataflow", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def _mnemonics(lines: list[str]) -> list[str]:
+    instruction = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+    return [match[1] for line in lines if (match := instruction.search(line))]
+
+
+def _loops(lines: list[str]) -> list[dict[str, int]]:
+    """The instructions from the target of every backward branch to it, the branch to itself at the end excepted."""
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\.L_x_\d+):", line))}
+    bodies = []
+    for i, line in enumerate(lines):
+        match = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if match and labels.get(match[1], i) < i and len(body := _mnemonics(lines[labels[match[1]] : i + 1])) > 1:
+            bodies.append(dict(collections.Counter(body)))
+    return sorted(bodies, key=lambda body: sum(body.values()))
+
+
+if __name__ == "__main__":
+    exchange = Path(sys.argv[1])  # the builds, and when this process is done their facts
+    requests = [Build(**one) for one in json.loads(exchange.read_text())]
+    exchange.write_text(json.dumps([dataclasses.asdict(_compile(build)) for build in requests]))

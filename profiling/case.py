@@ -1,0 +1,171 @@
+"""What a benchmark is made of: operands drawn at a layer's shape, and one op beside PyTorch doing the same work."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.bn_stats import bn_finalize_reference, bn_stats_reference
+from kernels.conv_shape import ConvShape
+from kernels.cost import Cost
+
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Makes operands: `batch` images of `dtype` on `device`, random but the same for the same seed.
+
+    Values are off zero on average, so that sums over pixels are of values that do not cancel; and never all alike.
+    `untouched` leaves memory as it is, for launches that are only recorded.
+    """
+
+    batch: int
+    device: torch.device
+    dtype: torch.dtype = torch.float16
+    untouched: bool = False
+    seed: int = 0
+
+    @functools.cached_property
+    def _generator(self) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(self.seed)
+
+    def activation(self, channels: int, height: int, width: int | None = None) -> Tensor:
+        """[batch, C, H, W], normal around means that differ by channel."""
+        x = self._normal(self.batch, channels, height, width or height)
+        if not self.untouched:
+            x += 0.5 + torch.linspace(-0.5, 0.5, channels, device=self.device)[:, None, None]
+        return x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+
+    def weight(self, shape: ConvShape) -> Tensor:
+        """[K, C, R, R], so scaled that a convolution keeps the deviation."""
+        w = self._normal(shape.K, shape.C, shape.R, shape.R)
+        if not self.untouched:
+            w *= (shape.C * shape.R**2) ** -0.5
+        return w.to(self.dtype).contiguous(memory_format=torch.channels_last)
+
+    def positive(self, *extents: int) -> Tensor:
+        """fp32 in 0.5..1.5."""
+        if self.untouched:
+            return torch.empty(extents, device=self.device)
+        return torch.rand(extents, generator=self._generator, device=self.device) + 0.5
+
+    def normal(self, *extents: int) -> Tensor:
+        """fp32, of deviation 1 around 0.25."""
+        return torch.empty(extents, device=self.device) if self.untouched else self._normal(*extents) + 0.25
+
+    def integers(self, high: int, *extents: int, dtype: torch.dtype) -> Tensor:
+        """0..high-1."""
+        if self.untouched:
+            return torch.empty(extents, dtype=dtype, device=self.device)
+        return torch.randint(high, extents, generator=self._generator, device=self.device, dtype=dtype)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """norm [5, C] of x, with a gamma and a beta that leave about two thirds of it above zero."""
+        channels = x.shape[1]
+        if self.untouched:
+            return torch.empty(5, channels, device=self.device)
+        return bn_finalize_reference(bn_stats_reference(x), self.positive(channels), self.normal(channels), EPS)
+
+    def _normal(self, *extents: int) -> Tensor:
+        if self.untouched:
+            return torch.empty(extents, dtype=self.dtype, device=self.device)
+        return torch.randn(extents, generator=self._generator, device=self.device)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the benchmark.
+
+    operands    draws the tuple that `library`, `ours`, `hybrid` and `cost` are called with
+    library     PyTorch; returns a tensor or a tuple of what is compared. With `gradient_of` it is the forward function,
+                and what is timed is its gradient in the operands of those numbers, for dy, the last operand
+    ours        this project's op; `comparable` makes of its result what is compared, outside of the clock
+    hybrid      for a convolution: the library's, with our batch-norm kernels around it
+    cost        FLOPs and compulsory bytes of `ours`
+    """
+
+    op: str
+    variant: str
+    shape: str
+    operands: Callable[[Draw], tuple]
+    library: Callable[..., Any]
+    ours: Callable[..., Any]
+    cost: Callable[..., Cost]
+    comparable: Callable[[Any], Any] = lambda result: result
+    hybrid: Callable[..., Any] | None = None
+    gradient_of: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """As in "conv_fprop[statistics] 64x32x32-64x3x3-s1"."""
+        return f"{self.op}[{self.variant}] {self.shape}" if self.variant else f"{self.op} {self.shape}"
+
+    def call(self, function: Callable[..., Any], operands: tuple) -> Callable[[], Any]:
+        """What is timed of `library`, or of the same compiled: the function on the operands, or its gradient."""
+        if not self.gradient_of:
+            return lambda: function(*operands)
+        leaves = [x.detach().requires_grad_(i in self.gradient_of) for i, x in enumerate(operands)]
+        y, wrt = function(*leaves), [leaves[i] for i in self.gradient_of]
+        return lambda: torch.autograd.grad(y, wrt, operands[-1], retain_graph=True)
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The tensors among operands or results, in order."""
+    return [x for x in (result if isinstance(result, (tuple, list)) else [result]) if torch.is_tensor(x)]
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype that sums of x are taken in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def per_channel(v: Tensor) -> Tensor:
+    return v[:, None, None]
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    return mean, var
+
+
+def moments_of(partials: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, var) of merged partials, as `moments` has them."""
+    count, means, m2 = partials
+    n = count.sum(0)
+    mean = (count * means).sum(0) / n
+    return mean, (m2 + count * (means - mean).square()).sum(0) / n
+
+
+def affine_relu(x: Tensor, scale: Tensor, shift: Tensor, zero: Tensor, one: Tensor) -> Tensor:
+    """relu(x * scale + shift) by the library's batch norm, which casts on the fly; eager multiplication would not."""
+    return F.relu(F.batch_norm(x, zero, one, scale, shift, False, 0.0, 0.0), inplace=True)
+
+
+def affine(d: Draw, channels: int) -> tuple[Tensor, ...]:
+    """(scale, shift, zero, one)."""
+    zero = torch.zeros(channels, device=d.device)
+    return d.positive(channels), d.normal(channels), zero, zero + 1
+
+
+def with_moments(result: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """(y, mean, var) of (y, partials); without partials, y alone."""
+    y, partials = result
+    return (y, *moments_of(partials)) if partials.shape[1] else (y,)
+
+
+def masked(dy: Tensor, x: Tensor, norm: Tensor, pool: bool) -> Tensor:
+    """dz, in x's map."""
+    z = x * per_channel(norm[3]) + per_channel(norm[4])
+    if not pool:
+        return torch.where(z > 0, dy, 0.0)
+    z, winner = F.max_pool2d(z, 2, return_indices=True)
+    return F.max_unpool2d(torch.where(z > 0, dy, 0.0), winner, 2)
+
+
+def sums(dz: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    return dz.sum((0, 2, 3), dtype=wide(dz)), (dz * (x - per_channel(mean))).sum((0, 2, 3))

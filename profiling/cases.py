@@ -1,0 +1,74 @@
+"""What is benchmarked: every op at every layer shape of both networks, at the article's widths.
+
+A case names an op, what is fused into it (its variant) and a layer: "CxHxW-KxRxR-sSTRIDE" for a convolution, "CxHxW" of
+x for the rest.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from kernels.augment import augment, augment_cost, augment_reference
+from kernels.conv_shape import RESNET9_LAYERS, RESNET_LAYERS
+from profiling.batchnorm_cases import (
+    bn_apply_case,
+    bn_backward_apply_case,
+    bn_backward_case,
+    bn_backward_reduce_case,
+    bn_coefficients_case,
+    bn_finalize_case,
+    bn_relu_case,
+    bn_stats_add_case,
+    bn_stats_case,
+)
+from profiling.case import Case, Draw
+from profiling.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
+
+# (C, side of the map) of what a batch norm sees: a block's sum, and x of a BN-ReLU alone, with pool, with residual.
+SUMS = ((64, 32), (128, 16), (256, 8), (256, 4))
+PLAIN = (*SUMS, (512, 4))
+POOLED = ((128, 32), (256, 16), (512, 8))
+RESIDUAL = ((128, 16), (512, 4))
+LAYERS = tuple(dict.fromkeys(RESNET_LAYERS + RESNET9_LAYERS))
+
+
+def cases() -> tuple[Case, ...]:
+    """Every case, in the order of a training step."""
+    return (
+        augment_case(),
+        *(conv_fprop_case(shape, variant) for shape in LAYERS for variant in ("", "statistics", "prologue,statistics")),
+        *(bn_stats_case(*m) for m in PLAIN + POOLED),
+        *(bn_stats_add_case(*m) for m in SUMS),
+        *(bn_finalize_case(*m) for m in PLAIN + POOLED),
+        *(bn_apply_case(*m) for m in _forward_maps()),
+        *(bn_relu_case(*m) for m in _forward_maps()),
+        *(bn_backward_reduce_case(*m) for m in _backward_maps()),
+        *(bn_coefficients_case(*m) for m in _backward_maps()),
+        *(bn_backward_apply_case(*m) for m in _backward_maps()),
+        *(bn_backward_case(*m) for m in _backward_maps()),
+        *(conv_dgrad_case(shape, variant) for shape in LAYERS for variant in ("", "mask,sums")),
+        *(conv_wgrad_case(shape, variant) for shape in LAYERS for variant in ("", "prologue")),
+    )
+
+
+def _forward_maps() -> Iterator[tuple[int, int, str]]:
+    yield from ((c, size, "") for c, size in PLAIN)
+    yield from ((c, size, "pool") for c, size in POOLED)
+    yield from ((c, size, "residual") for c, size in RESIDUAL)
+
+
+def _backward_maps() -> Iterator[tuple[int, int, str]]:
+    yield from ((c, size, "") for c, size in PLAIN)
+    yield from ((c, size, "pool") for c, size in POOLED)
+
+
+def augment_case() -> Case:
+    def operands(d: Draw) -> tuple:
+        dataset = 100 * d.batch
+        choices = [d.integers(high, dataset, 1, dtype=torch.int32) for high in (9, 9, 2, 25, 25)]
+        mean, rstd = 120 * d.positive(3), d.positive(3) / 60
+        index = d.integers(dataset, d.batch, dtype=torch.int64)
+        images = d.integers(256, dataset, 32, 32, 3, dtype=torch.uint8)
+        return images, index, torch.cat(choices, 1), mean, rstd, 4, 8, d.dtype
+
+    return Case("augment", "", "3x32x32", operands, augment_reference, augment, augment_cost)

@@ -1,0 +1,248 @@
+"""Which tile is fastest, measured: what refreshes the committed table of `kernels.tiles`.
+
+For every convolution op and layer shape, with everything fused that the networks fuse, a bounded list of tiles is held
+against float64, looked at briefly, and the best few are timed beside the library's convolution with our batch-norm
+kernels around it. What the timings say is decided by pure functions; the GPU is behind `Backend`.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from kernels import tiles
+from kernels.conv_shape import ConvShape, boxes_fit
+from kernels.tiles import Entry, Gpu, Tile
+from profiling.ahead_of_time import LIMITS
+from profiling.bench import Setup, first_line, searching
+from profiling.case import Case, Draw
+from profiling.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
+from profiling.gate import Gate
+from profiling.timing import QUICK, Samples, interleave, summarise
+
+FINALISTS = 3
+KEEP_WITHIN = 0.01
+"""A tile that is in the table stays there unless another is faster by more than this."""
+FUSED = {
+    "conv_fprop": (conv_fprop_case, "prologue,statistics"),
+    "conv_dgrad": (conv_dgrad_case, "mask,sums"),
+    "conv_wgrad": (conv_wgrad_case, "prologue"),
+}
+
+
+class Timings(NamedTuple):
+    """Median microseconds of one op at one shape: by tile, and of the library; None where it could not be measured.
+
+    A tile that is wrong, does not compile or was throttled is in `refused`, with the reason.
+    """
+
+    us: dict[Tile, float]
+    library_us: float | None
+    refused: dict[Tile, str]
+
+
+class Backend(Protocol):
+    """Where candidates are timed."""
+
+    gpu: Gpu
+
+    def time(self, case: Case, candidates: Sequence[Tile], incumbent: Tile) -> Timings:
+        """Check and time the candidates for a case; the incumbent gets to the final in any case."""
+
+
+def candidates(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> list[Tile]:
+    """At most some forty tiles: the one in use, the default, and what is worth compiling around them.
+
+    Blocks and warps vary together, and beside one plain version of each pair there is one with another stage, one with
+    pointers for descriptors, for wgrad one with half the parts. fp32 has no matrix instruction, and keeps what it has.
+    """
+    found = [tiles.tile(op, shape, dtype, gpu), tiles.default_tile(op, shape, dtype, gpu.capability)]
+    if dtype != torch.float32:
+        n, k = (shape.C, shape.K) if op == "conv_dgrad" else (shape.K, shape.C)
+        make = _wgrad_candidates(shape, gpu) if op == "conv_wgrad" else _candidates(n, k, shape, gpu)
+        found += [tile for tile in make if _fits(tile, dtype, gpu)]
+    return list(dict.fromkeys(found))
+
+
+def _candidates(n: int, k: int, shape: ConvShape, gpu: Gpu) -> Iterator[Tile]:
+    """For fprop and dgrad, which cut n channels into BLOCK_N and sum over k others in steps of BLOCK_K."""
+    block_k = min(k & -k, 64)
+    for block_m, block_n, warps in _blocks((64, 128, 256), _powers(n, 256)):
+        descriptors = _descriptors(block_m, shape, gpu)
+        plain = Tile(block_m, block_n, block_k, warps, 3, descriptors)
+        yield from (plain, replace(plain, num_stages=4), replace(plain, descriptors=False))
+
+
+def _wgrad_candidates(shape: ConvShape, gpu: Gpu) -> Iterator[Tile]:
+    descriptors = _descriptors(64, shape, gpu)
+    for block_m, block_n, warps in _blocks(_powers(shape.C, 128), _powers(shape.K, 256)):
+        programs = shape.R**2 * (shape.C // block_m) * (shape.K // block_n)
+        split = max(1, 528 // programs)  # four programs for each of an H200's 132 multiprocessors
+        plain = Tile(block_m, block_n, 64, warps, 3, descriptors, split)
+        yield from (plain, replace(plain, num_stages=4), replace(plain, descriptors=False))
+        yield replace(plain, SPLIT=max(1, split // 2))
+
+
+def _blocks(sides_m: Sequence[int], sides_n: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(BLOCK_M, BLOCK_N, warps) with 64 to 128 registers of a thread for the accumulator, or fewer of four warps."""
+    for block_m, block_n, warps in itertools.product(sides_m, sides_n, (4, 8)):
+        registers = block_m * block_n // (32 * warps)
+        if 64 <= registers <= 128 or (registers < 64 and warps == 4):
+            yield block_m, block_n, warps
+
+
+def _powers(channels: int, largest: int) -> list[int]:
+    """Powers of two from 64 to `largest` that divide `channels`, or the largest that does."""
+    power = min(channels & -channels, largest)
+    return [b for b in (64, 128, 256) if b <= power] or [power]
+
+
+def _descriptors(rows: int, shape: ConvShape, gpu: Gpu) -> bool:
+    return gpu.capability >= (9, 0) and boxes_fit(rows, shape)
+
+
+def _fits(tile: Tile, dtype: torch.dtype, gpu: Gpu) -> bool:
+    """Whether the operands in flight fit into a block's shared memory."""
+    limits = LIMITS.get(10 * gpu.capability[0] + gpu.capability[1], LIMITS[80])
+    operands = (tile.BLOCK_M + tile.BLOCK_N) * tile.BLOCK_K * dtype.itemsize * tile.num_stages
+    return operands <= limits.block_shared_bytes
+
+
+def select(
+    gpu: Gpu, op: str, shape: ConvShape, dtype: torch.dtype, triton: str, timings: Timings, incumbent: Tile
+) -> Entry | None:
+    """The table's entry that the timings call for; None if no tile, or not the library, could be measured."""
+    if not timings.us or timings.library_us is None:
+        return None
+    best = min(timings.us, key=timings.us.__getitem__)
+    if incumbent in timings.us and timings.us[incumbent] <= timings.us[best] * (1 + KEEP_WITHIN):
+        best = incumbent
+    us, library_us = round(timings.us[best], 3), round(timings.library_us, 3)
+    return Entry(gpu.name, op, str(shape), str(dtype).removeprefix("torch."), triton, us, library_us, best)
+
+
+def refreshed(entries: Sequence[Entry], measured: Sequence[Entry]) -> tuple[Entry, ...]:
+    """The table with `measured` in the place of what it had for the same GPU, op, shape and dtype."""
+    return tuple(({entry[:4]: entry for entry in entries} | {entry[:4]: entry for entry in measured}).values())
+
+
+def changed(entries: Sequence[Entry], measured: Sequence[Entry]) -> list[str]:
+    """What is new or different in `measured`, a line each; times alone are no difference."""
+    before = {entry[:4]: entry for entry in entries}
+    lines = []
+    for entry in measured:
+        old = before.get(entry[:4])
+        if old is None:
+            lines.append(f"new: {entry.op} {entry.shape} {entry.dtype}: {_measured(entry)}")
+        elif old.tile != entry.tile or _choice(old) != _choice(entry):
+            what = f"{_choice(old)}, {_tile(old.tile)} -> {_measured(entry)}"
+            lines.append(f"changed: {entry.op} {entry.shape} {entry.dtype}: {what}")
+    return lines
+
+
+def _choice(entry: Entry) -> str:
+    return "library" if entry.library_us < entry.us else "ours"
+
+
+def _measured(entry: Entry) -> str:
+    times = f"ours {entry.us:.1f} us, library {entry.library_us:.1f} us"
+    return f"{_choice(entry)} ({times}), {_tile(entry.tile)}"
+
+
+def _tile(tile: Tile) -> str:
+    split = f" split {tile.SPLIT}" if tile.SPLIT > 1 else ""
+    how = "descriptors" if tile.descriptors else "pointers"
+    blocks = f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
+    return f"{blocks} {tile.num_warps} warps {tile.num_stages} stages {how}{split}"
+
+
+def tune(
+    backend: Backend,
+    problems: Sequence[tuple[str, ConvShape]],
+    dtype: torch.dtype,
+    triton: str,
+    say: Callable[[str], None],
+) -> list[Entry]:
+    """Measure every (op, shape) of `problems`; the entries that resulted. What was refused is said."""
+    measured = []
+    for op, shape in problems:
+        make, variant = FUSED[op]
+        incumbent, tried = tiles.tile(op, shape, dtype, backend.gpu), candidates(op, shape, dtype, backend.gpu)
+        timings = backend.time(make(shape, variant), tried, incumbent)
+        for tile, reason in timings.refused.items():
+            say(f"{op} {shape}: {_tile(tile)} refused: {reason}")
+        entry = select(backend.gpu, op, shape, dtype, triton, timings, incumbent)
+        if entry is None:
+            say(f"{op} {shape}: nothing measured, the table stays as it is")
+            continue
+        measured.append(entry)
+        say(f"{op} {shape}: {_measured(entry)}")
+    return measured
+
+
+class CudaBackend:
+    """Times on the GPU of `setup`, with a cold cache: a layer's operands have left it when their turn comes."""
+
+    def __init__(self, setup: Setup):
+        self.setup, self.gpu = setup, tiles.gpu_of(setup.device)
+
+    def time(self, case: Case, candidates: Sequence[Tile], incumbent: Tile) -> Timings:
+        """As `Backend` has it: a look at every tile that is right, then the best with the library by the whole plan."""
+        setup = self.setup
+        operands = case.operands(Draw(setup.batch, setup.device, setup.dtype))
+        gate = Gate(case, operands, setup.dtype)
+        baseline = case.library(*operands)
+        wrong = gate.library_refusal(baseline)
+        if wrong:
+            raise RuntimeError(f"{case.name}: the library itself is {wrong}")
+        gate.baseline = list(baseline)
+        runs, refused = {}, {}
+        for tile in candidates:
+            run = _with_tile(case, operands, tile)
+            try:
+                reason = gate.refusal(case.comparable(run()))
+            except Exception as error:  # out of resources, or a tile that does not compile
+                reason = first_line(error)
+            if reason:
+                refused[tile] = reason
+            else:
+                runs[tile] = run
+        timer = setup.timer.for_mode("cold")
+        looked_at = _medians(interleave(runs, timer, QUICK, setup.gpu), refused)
+        finalists = [*sorted(looked_at, key=looked_at.__getitem__)[:FINALISTS], incumbent]
+        final: dict[Any, Callable] = {tile: runs[tile] for tile in dict.fromkeys(finalists) if tile in looked_at}
+        final["library"] = searching(lambda: case.hybrid(*operands), True)
+        final["library"]()
+        taken = interleave(final, timer, setup.plan, setup.gpu)
+        library = taken.pop("library")
+        library_us = None if library.refusal() else summarise(library.us).median
+        return Timings(_medians(taken, refused), library_us, refused)
+
+
+def _medians(taken: dict[Tile, Samples], refused: dict[Tile, str]) -> dict[Tile, float]:
+    """Median microseconds; a tile without enough samples goes to `refused`."""
+    refused |= {tile: samples.refusal() for tile, samples in taken.items() if samples.refusal()}
+    return {tile: summarise(samples.us).median for tile, samples in taken.items() if not samples.refusal()}
+
+
+def _with_tile(case: Case, operands: tuple, tile: Tile) -> Callable[[], Any]:
+    """The case's op as if the table said `tile`."""
+
+    def run() -> Any:
+        with forced(tile):
+            return case.ours(*operands)
+
+    return run
+
+
+@contextlib.contextmanager
+def forced(tile: Tile) -> Iterator[None]:
+    """Let every convolution take `tile`, whatever the table says."""
+    original, tiles.tile = tiles.tile, lambda op, shape, dtype, gpu: tile
+    try:
+        yield
+    finally:
+        tiles.tile = original

@@ -1,0 +1,87 @@
+"""Every case and provider through pytest-benchmark: its statistics, JSON and compare, of samples by our protocol.
+
+    pytest --benchmark-only --benchmark-json=kernels.json
+    pytest --benchmark-only --benchmark-compare -k bn_stats
+
+pytest-benchmark reads a host's clock around a call, which for a kernel is the time to launch it. So a case is sampled
+first, all providers in turns, and each benchmark then replays its provider's samples as its timer. On a GPU the samples
+are of a cold cache; on a CPU they are PyTorch's reference timings at a small batch, in the group's name.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from kernels import tiles
+from profiling import bench
+from profiling.cases import cases
+from profiling.kernel_facts import kernel_facts
+
+ON_GPU = torch.cuda.is_available()
+PROVIDERS = bench.PROVIDERS if ON_GPU else (bench.EAGER_NCHW, bench.EAGER)
+CASES = {case.name: case for case in cases()}
+
+
+class Replay:
+    """A timer whose differences, two calls at a time, are the samples that it was given."""
+
+    def __init__(self):
+        self.readings: Iterator[float] = iter(())
+
+    def load(self, samples_s: list[float]) -> None:
+        self.readings = iter([reading for s in samples_s for reading in (0.0, s)])
+
+    def __call__(self) -> float:
+        return next(self.readings)
+
+
+replay = Replay()
+
+
+@functools.cache
+def setup() -> bench.Setup:
+    return bench.setup(torch.float16, quick=not ON_GPU)
+
+
+@functools.lru_cache(maxsize=1)
+def results(name: str) -> dict[str, bench.Result]:
+    """The first mode's results of a case by provider; the providers of a case are neighbours, so one is kept."""
+    where = setup()
+    return {r.provider: r for r in bench.measure(CASES[name], where, PROVIDERS) if r.mode == where.timer.modes[0]}
+
+
+@functools.lru_cache(maxsize=1)
+def compiled(name: str) -> list[dict]:
+    facts = kernel_facts([CASES[name]], [tiles.gpu_of(setup().device)], setup().dtype)
+    return [{"kernel": f.kernel, "registers": f.registers, "spill_bytes": f.spill_bytes} for f in facts]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.benchmark(timer=replay)
+def test_kernel(benchmark, name, provider):
+    result = results(name).get(provider)
+    if result is None:
+        pytest.skip("does not apply to this case")
+    if result.wrong:
+        pytest.fail(result.us.source)
+    if not result.samples_us:
+        pytest.skip(f"unavailable: {result.us.source}")
+    benchmark.group = f"{name}, batch {result.batch}" + ("" if ON_GPU else ", CPU reference timings")
+    benchmark.extra_info |= {
+        "mode": result.mode,
+        "source": result.us.source,
+        "tflops_per_s": result.tflops_per_s.value,
+        "gb_per_s": result.gb_per_s.value,
+        "first_call_s": result.first_call_s.value,
+        "sm_clock_mhz": result.sm_clock_mhz,
+        "event_reasons": result.reasons,
+        "discarded": result.discarded,
+        "verdict": result.verdict,
+    }
+    if provider == bench.OURS:
+        benchmark.extra_info["kernels"] = compiled(name)
+    replay.load([us / 1e6 for us in result.samples_us])
+    benchmark.pedantic(lambda: None, rounds=len(result.samples_us), iterations=1)

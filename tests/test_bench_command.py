@@ -1,0 +1,125 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from profiling import bench_command, kernel_facts
+from profiling.__main__ import app
+from profiling.ahead_of_time import Facts
+from profiling.records import read_jsonl
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """A machine without a GPU, whose compiler says the same of every kernel."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    compiled = Facts("", 90, registers=40, warps=4)
+    monkeypatch.setattr(kernel_facts.kernel_facts, "__defaults__", (lambda builds: [compiled] * len(builds),))
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_one_case_on_a_cpu(tmp_path):
+    out = tmp_path / "bench.jsonl"
+    done = invoke("bn_stats", "--shape", "256x4x4", "--quick", "--json", "--out", out)
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert document["schema"] == 1
+    assert document["rows"] == read_jsonl(out)
+    timings = {row["provider"]: row for row in document["rows"] if row["kind"] == "timing"}
+    assert timings["eager channels_last"]["us"]["status"] == "measured"
+    assert timings["ours"]["us"] == {"value": None, "unit": "us", "status": "unavailable", "source": "no CUDA GPU"}
+    assert "max-autotune" not in timings
+    (facts,) = (row for row in document["rows"] if row["kind"] == "facts")
+    assert (facts["kernel"], facts["gpu"], facts["registers"]) == ("bn_stats_kernel", "sm_90", 40)
+    assert "CPU reference timings" in done.stderr
+
+    again = invoke("bn_stats", "--shape", "256x4x4", "--quick", "--compare", out)
+    assert again.exit_code == 0, again.output
+    assert " -> " in again.stdout
+    assert len(read_jsonl(out)) == len(document["rows"])
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_results_of_another_machine_are_refused_before_anything_is_timed(tmp_path):
+    out = tmp_path / "bench.jsonl"
+    assert invoke("bn_finalize", "--shape", "256x4x4", "--quick", "--out", out).exit_code == 0
+    out.write_text(
+        out.read_text().replace('"torch": "', '"torch": "1.').replace('"fingerprint": "', '"fingerprint": "x')
+    )
+    done = invoke("bn_finalize", "--shape", "256x4x4", "--quick", "--compare", out)
+    assert done.exit_code == 2
+    assert "torch: 1." in done.stderr
+    assert "provider" not in done.stdout
+
+
+BAD = {
+    "unknown_op": (("conv_fpro",), "did you mean conv_fprop?"),
+    "far_from_any_op": (("zzz",), "expected one of augment, conv_fprop"),
+    "unknown_dtype": (("--dtype", "float61"), "did you mean float16?"),
+    "unknown_shape": (("bn_stats", "--shape", "64x32x3"), "did you mean 64x32x32?"),
+    "shape_of_another_op": (("conv_wgrad", "--shape", "64x32x32"), "is unknown"),
+    "out_is_a_folder": (("--out", "."), "expected a file"),
+    "out_in_no_folder": (("--out", "no/such/folder/x.jsonl"), "expected a file in a folder that exists"),
+    "compare_with_nothing": (("--compare", "no-such-file"), "no such file"),
+    "nothing_to_tune": (("bn_stats", "--tune"), "no tiles to tune"),
+    "tune_and_compare": (("--tune", "--json"), "leave --json out"),
+    "unknown_option": (("--tunes",), "No such option"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "line"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_exit_2(arguments, line):
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert line in done.stderr
+    assert "Traceback" not in done.output
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_tuning_needs_a_gpu():
+    done = invoke("--tune")
+    assert done.exit_code == 4
+    assert done.stderr.count("\n") == 1
+    assert "needs a CUDA GPU" in done.stderr
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_kernel_found_wrong_is_exit_1(monkeypatch):
+    from profiling import bench, gate
+
+    monkeypatch.setattr(gate.Gate, "refusal", lambda gate, result: "off")
+    monkeypatch.setattr(
+        bench, "_why_not", lambda provider, device: None if provider in (bench.EAGER, bench.OURS) else "not here"
+    )
+    done = invoke("bn_finalize", "--shape", "256x4x4", "--quick")
+    assert done.exit_code == 1
+    assert "unavailable: wrong: off" in done.stdout
+
+
+def test_a_slip_of_the_finger_does_not_import_torch():
+    code = (
+        "import sys, profiling.__main__ as m\n"
+        "try: m.app(['bench', 'bn_stat'])\n"
+        "except SystemExit as e: print(e.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "2 False\n", done.stderr
+    assert "did you mean bn_stats?" in done.stderr
+
+
+def test_a_disk_that_fills_up_is_one_line(tmp_path, monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(bench_command.CommandError, match="No space left"), bench_command._disk_errors(tmp_path / "x"):
+        full()

@@ -1,0 +1,184 @@
+"""Which tiles are tried, which is chosen and what the table becomes; the GPU is a script."""
+
+import contextlib
+
+import pytest
+import torch
+
+from kernels import tiles
+from kernels.conv_shape import ConvShape
+from kernels.tiles import OPS, Entry, Gpu, Tile
+from profiling import tuning
+from profiling.bench import Setup
+from profiling.cases import LAYERS
+from profiling.timing import QUICK
+from profiling.tuning import CudaBackend, Timings, candidates, changed, forced, refreshed, select, tune
+
+H200, A100, FP16 = Gpu("NVIDIA H200", (9, 0)), Gpu("NVIDIA A100", (8, 0)), torch.float16
+SHAPE = ConvShape(64, 128, 32, 32, stride=2)
+SMALL, LARGE, WIDE = Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 4)
+
+
+@pytest.fixture(autouse=True)
+def empty_table(monkeypatch):
+    """What is committed does not matter here."""
+    monkeypatch.setattr(tiles, "_by_key", dict)
+
+
+@pytest.mark.parametrize("gpu", [A100, H200], ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("op", OPS)
+def test_candidates_are_legal_and_bounded_and_hold_the_default(op, gpu):
+    for shape in LAYERS:
+        tried = candidates(op, shape, FP16, gpu)
+        for tile in tried:
+            tile.check(op, shape)
+        assert 4 <= len(tried) == len(set(tried)) <= 42, shape
+        assert tried[0] == tiles.default_tile(op, shape, FP16, gpu.capability)
+        assert gpu is H200 or not any(tile.descriptors for tile in tried)
+
+
+def test_what_the_table_has_is_tried_again(monkeypatch):
+    odd = Tile(32, 16, 16, 1, 1)
+    monkeypatch.setattr(tiles, "_by_key", lambda: {(H200.name, "conv_fprop", str(SHAPE), "float16"): entry(tile=odd)})
+    assert candidates("conv_fprop", SHAPE, FP16, H200)[0] == odd
+
+
+def test_fp32_keeps_its_default():
+    for op in OPS:
+        assert candidates(op, SHAPE, torch.float32, H200) == [tiles.default_tile(op, SHAPE, torch.float32, (9, 0))]
+
+
+def entry(us: float = 40.0, library_us: float = 50.0, tile: Tile = LARGE, gpu: Gpu = H200) -> Entry:
+    return Entry(gpu.name, "conv_fprop", str(SHAPE), "float16", "3.6.0", us, library_us, tile)
+
+
+def chosen(us: dict[Tile, float], library_us: float | None, incumbent: Tile) -> Entry | None:
+    return select(H200, "conv_fprop", SHAPE, FP16, "3.6.0", Timings(us, library_us, {}), incumbent)
+
+
+def test_the_fastest_tile_is_chosen():
+    assert chosen({SMALL: 50.0, LARGE: 40.0, WIDE: 45.0}, 60.0, SMALL) == entry(40.0, 60.0, LARGE)
+
+
+def test_the_incumbent_stays_within_the_noise():
+    assert chosen({SMALL: 40.3, LARGE: 40.0}, 60.0, SMALL).tile == SMALL
+    assert chosen({SMALL: 40.5, LARGE: 40.0}, 60.0, SMALL).tile == LARGE
+
+
+def test_an_incumbent_that_is_wrong_goes():
+    assert chosen({LARGE: 90.0}, 60.0, SMALL).tile == LARGE
+
+
+@pytest.mark.parametrize(("us", "library_us"), [({}, 60.0), ({LARGE: 40.0}, None)], ids=["no_tile", "no_library"])
+def test_nothing_measured_is_no_entry(us, library_us):
+    assert chosen(us, library_us, SMALL) is None
+
+
+def test_the_table_keeps_what_was_not_measured(tmp_path):
+    old = (entry(), entry(gpu=A100))
+    table = refreshed(old, [entry(us=30.0, tile=WIDE)])
+    assert set(table) == {entry(us=30.0, tile=WIDE), entry(gpu=A100)}
+    tiles.dump(table, tmp_path / "tiles.json")
+    assert set(tiles.load(tmp_path / "tiles.json")) == set(table)
+
+
+@pytest.mark.parametrize(
+    ("measured", "line"),
+    [
+        (entry(us=41.0), None),
+        (
+            entry(gpu=A100),
+            "new: conv_fprop 64x32x32-128x3x3-s2 float16: ours (ours 40.0 us, library 50.0 us), 128x128x64",
+        ),
+        (
+            entry(tile=WIDE),
+            "changed: conv_fprop 64x32x32-128x3x3-s2 float16: ours, 128x128x64 8 warps 3 stages pointers -> ",
+        ),
+        (entry(us=55.0), "-> library (ours 55.0 us, library 50.0 us)"),
+    ],
+    ids=["only_the_time", "new_gpu", "another_tile", "the_library_now"],
+)
+def test_what_changed_is_said(measured, line):
+    lines = changed([entry()], [measured])
+    assert lines == [] if line is None else (len(lines) == 1 and line in lines[0])
+
+
+class ScriptedBackend:
+    """The default tile takes 100 us, the rest are slower by their place; the first of the rest is wrong."""
+
+    gpu = H200
+
+    def __init__(self, library_us: float):
+        self.library_us, self.cases = library_us, []
+
+    def time(self, case, tried, incumbent):
+        self.cases.append(case.name)
+        assert tried[0] == incumbent
+        us = {tile: 100.0 + i for i, tile in enumerate(tried)}
+        us.pop(tried[1])
+        return Timings(us, self.library_us, {tried[1]: "wrong: output 0 is off"})
+
+
+def test_tuning_measures_the_fused_case_of_every_problem():
+    backend, said = ScriptedBackend(library_us=90.0), []
+    measured = tune(backend, [(op, SHAPE) for op in OPS], FP16, "3.6.0", said.append)
+    assert backend.cases == [
+        f"conv_fprop[prologue,statistics] {SHAPE}",
+        f"conv_dgrad[mask,sums] {SHAPE}",
+        f"conv_wgrad[prologue] {SHAPE}",
+    ]
+    assert [(e.op, e.us, e.library_us) for e in measured] == [(op, 100.0, 90.0) for op in OPS]
+    assert sum("refused: wrong: output 0 is off" in line for line in said) == 3
+    assert sum("library (ours 100.0 us, library 90.0 us)" in line for line in said) == 3
+
+
+def test_a_problem_without_a_measurement_leaves_the_table():
+    said = []
+    assert tune(ScriptedBackend(library_us=None), [("conv_fprop", SHAPE)], FP16, "3.6.0", said.append) == []
+    assert said[-1].endswith("nothing measured, the table stays as it is")
+
+
+def test_a_forced_tile_is_forced_and_let_go():
+    original = tiles.tile
+    with contextlib.suppress(KeyError), forced(WIDE):
+        assert tiles.tile("conv_fprop", SHAPE, FP16, H200) == WIDE
+        raise KeyError
+    assert tiles.tile is original
+
+
+class SteadyTimer:
+    """Every call runs, and takes 5 us."""
+
+    source = "script"
+
+    def for_mode(self, mode):
+        assert mode == "cold"
+        return self.sample
+
+    def sample(self, run):
+        run()
+        return 5.0
+
+
+def test_the_backend_refuses_wrong_tiles_and_times_the_others(monkeypatch, device):
+    """The whole of it with the interpreter for a GPU: two tiles that are right, one that raises, one that is wrong."""
+    shape = ConvShape(16, 16, 4, 4)
+    right, also, raising, wrong = (Tile(32 * 2**i, 16, 16, 4, 1) for i in range(4))
+    make, variant = tuning.FUSED["conv_fprop"]
+    case = make(shape, variant)
+    ours = case.ours
+
+    def planted(*operands):
+        tile = tiles.tile("conv_fprop", shape, FP16, H200)
+        if tile == raising:
+            raise RuntimeError("out of resource")
+        y, partials = ours(*operands)
+        return (y * 1.1 if tile == wrong else y), partials
+
+    object.__setattr__(case, "ours", planted)
+    backend = CudaBackend(Setup(device, FP16, 2, QUICK, SteadyTimer()))
+    timings = backend.time(case, [right, also, raising, wrong], right)
+    assert set(timings.us) == {right, also}
+    assert timings.library_us == 5.0
+    assert timings.refused[raising] == "RuntimeError: out of resource"
+    assert "is off by" in timings.refused[wrong]
