@@ -1,0 +1,175 @@
+"""The pre-activation block as ops: registration, cost, contract; and mutants of what it hands from kernel to kernel."""
+
+import pytest
+import torch
+from block_cases import check_evaluation, check_training, no_overflow_checks  # noqa: F401
+from kernel_checks import assert_caught, channels_last, mutant
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from kernels import fused, jit
+from kernels import fused_preact as module
+from kernels.conv_shape import ConvShape
+from kernels.fused_preact import (
+    preact_block,
+    preact_block_backward,
+    preact_block_backward_cost,
+    preact_block_cost,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "no_overflow_checks")
+
+
+def operands(
+    device, images: int = 2, c: int = 16, k: int = 16, size: int = 4, stride: int = 1, evaluation: bool = False
+) -> dict[str, object]:
+    """Operands of `preact_block` by name; on the meta device nothing is computed."""
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+        if str(device) == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+        return channels_last(*shape, dtype=dtype, seed=seed, device=device)
+
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(shape, device=device)
+
+    projected = stride != 1 or c != k
+    return {
+        "x": normal(images, c, size, size, dtype=torch.float16),
+        "partials": ones(3, 1, c),
+        "gamma1": ones(c),
+        "beta1": ones(c),
+        "w1": normal(k, c, 3, 3, seed=1),
+        "gamma2": ones(k),
+        "beta2": ones(k),
+        "w2": normal(k, k, 3, 3, seed=2),
+        "w3": normal(k, c, 1, 1, seed=3) if projected else None,
+        "running2": ones(3, 1, k) if evaluation else None,
+        "stride": stride,
+        "eps1": 1e-5,
+        "eps2": 1e-5,
+        "forced": False,
+    }
+
+
+def backward_operands(forward: dict[str, object], *results: Tensor) -> dict[str, object]:
+    y, _, h, norm1, norm2, a, b = results
+    w1, w2, w3, stride = (forward[name] for name in ("w1", "w2", "w3", "stride"))
+    saved = {"x": forward["x"], "h": h, "norm1": norm1, "norm2": norm2, "a": a, "b": b}
+    return {"dy": y, **saved, "w1": w1, "w2": w2, "w3": w3, "stride": stride, "constant": False, "forced": False}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"c": 16, "k": 32, "stride": 2}, {"evaluation": True}],
+    ids=["projection_in_training", "identity_in_evaluation"],
+)
+def test_registration(device, options):
+    arguments = operands(device, **options)
+    for name in ("x", "gamma1", "beta2", "w1"):
+        arguments[name].requires_grad_()
+    torch.library.opcheck(preact_block, tuple(arguments.values()))
+
+
+@pytest.mark.parametrize("options", [{}, {"c": 16, "k": 32, "stride": 2}], ids=["identity", "projection"])
+def test_registration_of_backward(device, options):
+    arguments = operands(device, **options)
+    backward = backward_operands(arguments, *preact_block(*arguments.values()))
+    torch.library.opcheck(preact_block_backward, tuple(backward.values()))
+
+
+def meta_backward(forward: dict[str, object]) -> list:
+    return list(backward_operands(forward, *module._forward(*forward.values())).values())
+
+
+def test_an_identity_block_makes_five_and_seventeen_passes():
+    arguments = operands("meta", images=512, c=64, k=64, size=32)
+    one_pass, flops = arguments["x"].numel() * 2, 2 * ConvShape(64, 64, 32, 32).flops(512)
+    forward, backward = preact_block_cost(*arguments.values()), preact_block_backward_cost(*meta_backward(arguments))
+    assert forward.bytes / one_pass == pytest.approx(5, rel=1e-2)
+    assert backward.bytes / one_pass == pytest.approx(17, rel=1e-2)
+    assert flops < forward.flops < 1.01 * flops
+    assert 2 * flops < backward.flops < 2.01 * flops
+
+
+def test_a_projection_block_s_passes():
+    """h, y and the projection are each half of x. Forward: conv1 1.5, conv3 1.5, conv2 1.5 (reads two, writes one).
+
+    Backward: dgrads of conv2 1.5, of conv3 0.5 and a quarter of x, of conv1 0.5, x, that quarter and dz; bn applies 1.5
+    and 3; wgrads 1 and twice 1.5.
+    """
+    arguments = operands("meta", images=512, c=64, k=128, size=32, stride=2)
+    one_pass = arguments["x"].numel() * 2
+    forward, backward = preact_block_cost(*arguments.values()), preact_block_backward_cost(*meta_backward(arguments))
+    assert forward.bytes / one_pass == pytest.approx(4.5, rel=1e-2)
+    assert backward.bytes / one_pass == pytest.approx(1.5 + 0.75 + 2.75 + 4.5 + 4, rel=1e-2)
+
+
+def nhwc(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return channels_last(*shape, dtype=dtype, seed=0, device=torch.device("cpu"))
+
+
+@pytest.mark.skipif(not jit.INTERPRETED, reason="CPU tensors")
+@pytest.mark.parametrize(
+    ("options", "changes", "error", "message"),
+    [
+        pytest.param({}, {"x": nhwc(2, 16, 4, 4)[:0]}, ValueError, "x has shape .* non-empty", id="zero_images"),
+        pytest.param({}, {"x": nhwc(2, 16, 4, 4).contiguous()}, ValueError, "x .* channels_last", id="nchw"),
+        pytest.param({}, {"x": nhwc(2, 16, 4, 4).double()}, TypeError, "x is torch.float64", id="dtype"),
+        pytest.param({}, {"x": nhwc(2, 16, 4, 4).bfloat16()}, TypeError, "bfloat16.*interpreter", id="bf16"),
+        pytest.param({}, {"w1": nhwc(16, 16, 3, 3)}, TypeError, "w1 is torch.float16, expected a master", id="half_w1"),
+        pytest.param({}, {"w2": nhwc(16, 32, 3, 3).float()}, ValueError, r"w2 .* expected \[16, 16, 3, 3\]", id="w2"),
+        pytest.param({"c": 24}, {}, ValueError, "w1 takes 24 channels to 16, .* multiples of 16", id="c_of_24"),
+        pytest.param({"k": 8}, {}, ValueError, "w1 takes 16 channels to 8, .* multiples of 16", id="k_of_8"),
+        pytest.param({"k": 32}, {"w3": None}, ValueError, r"w3 is None, expected a projection", id="no_projection"),
+        pytest.param({"stride": 2}, {"w3": None}, ValueError, r"w3 is None, .* stride 2", id="no_projection_stride_2"),
+        pytest.param({}, {"stride": 3, "w3": nhwc(16, 16, 1, 1).float()}, ValueError, "stride is 3", id="stride_3"),
+        pytest.param({}, {"gamma1": torch.ones(8)}, ValueError, "gamma has shape", id="gamma"),
+        pytest.param({}, {"partials": torch.ones(3, 0, 16)}, ValueError, "partials has shape", id="no_partials"),
+    ],
+)
+def test_contract(device, options, changes, error, message):
+    with pytest.raises(error, match=message):
+        preact_block(*(operands(device, **options) | changes).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("dy", r"dy has shape .* expected \[2, 16, 4, 4\]"), ("h", r"h has shape .* expected \[2, 16, 4, 4\]")],
+)
+def test_contract_of_backward(device, name, message):
+    arguments = operands(device)
+    backward = backward_operands(arguments, *preact_block(*arguments.values()))
+    with pytest.raises(ValueError, match=message):
+        preact_block_backward(*(backward | {name: backward[name][:1]}).values())
+
+
+MUTANTS = {
+    "shortcut_gradient_forgotten": ("stride, shortcut, a, forced)", "stride, None, a, forced)"),
+    "shortcut_gradient_twice": ("shortcut = dy if w3 is None", "shortcut = 2 * dy if w3 is None"),
+    "shortcut_without_bn_relu": ("shortcut = a if w3 is None", "shortcut = Activation(x) if w3 is None"),
+    "statistics_of_h_handed_on": ("return y, partials_y, h,", "return y, partials_h.clone(), h,"),
+    "dw1_from_dz": ("dw = [wgrad(a, dh, 3,", "dw = [wgrad(a, bn_backward_apply(dh, h, norm2, coefficients2), 3,"),
+    "dw2_without_prologue": ("wgrad(b, dy, 3, 1, forced)]", "wgrad(Activation(h), dy, 3, 1, forced)]"),
+    "dbeta_for_dgamma": ("dx, None, of_bn1[0], of_bn1[1]", "dx, None, of_bn1[1], of_bn1[0]"),
+    "pixels_of_x_for_h": ("for t in (x, h))", "for t in (x, x))"),
+    "statistics_treated_as_constants": ("ctx.constant = running2 is not None", "ctx.constant = True"),
+    "other_eps": (
+        "norm1 = bn_finalize(partials, gamma1, beta1, eps1)",
+        "norm1 = bn_finalize(partials, gamma1, beta1, 1e-2)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(device, monkeypatch, tmp_path, name):
+    changed = mutant(module, tmp_path, *MUTANTS[name])
+    monkeypatch.setattr(module, "preact_block", changed.preact_block)
+    assert_caught(lambda: check_training(fused, "two_blocks", torch.float32, device))
+
+
+def test_a_mutant_that_forgets_the_constants_is_caught_in_evaluation(device, monkeypatch, tmp_path):
+    changed = mutant(module, tmp_path, "ctx.constant = running2 is not None", "ctx.constant = False")
+    monkeypatch.setattr(module, "preact_block", changed.preact_block)
+    assert_caught(lambda: check_evaluation(fused, "two_blocks_after_a_bn", device))

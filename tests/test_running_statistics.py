@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from kernels.bn_stats import bn_finalize_reference
+from kernels.reference import BatchNorm
+from kernels.running_statistics import check_has_statistics, partials_for, running_partials, update_running
+
+
+def batch_norm(training: bool) -> BatchNorm:
+    gamma, beta, mean, var = torch.rand(4, 5, generator=torch.Generator().manual_seed(0))
+    return BatchNorm(gamma, beta, mean, var, training, 0.1, 1e-5)
+
+
+def test_running_statistics_as_partials_normalise_as_they_are():
+    bn = batch_norm(training=False)
+    mean, _, rstd, *_ = bn_finalize_reference(running_partials(bn), bn.gamma, bn.beta, bn.eps)
+    torch.testing.assert_close(mean, bn.running_mean)
+    torch.testing.assert_close(rstd, (bn.running_var + bn.eps).rsqrt())
+
+
+def test_whose_statistics():
+    x, given, taken = torch.zeros(2, 5, 3, 3), torch.ones(3, 1, 5), torch.zeros(3, 1, 5)
+    assert partials_for(batch_norm(training=True), x, given) is given
+    assert partials_for(batch_norm(training=True), x, None, lambda x: taken) is taken
+    evaluation = batch_norm(training=False)
+    assert torch.equal(partials_for(evaluation, x, given), running_partials(evaluation))
+
+
+def test_update_is_pytorch_s():
+    x = torch.randn(4, 5, 3, 3)
+    bn, library = batch_norm(training=True), torch.nn.BatchNorm2d(5)
+    library.running_mean.copy_(bn.running_mean)
+    library.running_var.copy_(bn.running_var)
+    library(x)
+    update_running(bn, torch.stack([x.mean((0, 2, 3)), x.var((0, 2, 3)), *torch.full((3, 5), torch.nan)]))
+    torch.testing.assert_close(bn.running_mean, library.running_mean)
+    torch.testing.assert_close(bn.running_var, library.running_var)
+
+
+def test_no_update_in_evaluation():
+    bn = batch_norm(training=False)
+    before = bn.running_mean.clone()
+    update_running(bn, torch.full((5, 5), torch.nan))
+    assert torch.equal(bn.running_mean, before)
+
+
+def test_one_value_per_channel_is_refused_in_training_only():
+    x = torch.zeros(1, 5, 1, 1)
+    check_has_statistics(batch_norm(training=False), x)
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        check_has_statistics(batch_norm(training=True), x)
