@@ -4,6 +4,8 @@ The layout is fixed here, once. Activations are logical NCHW and channels_last i
 KCRS and channels_last (so KRSC). Activations are fp16 (bf16 or fp32 on a CPU); accumulation, statistics and master
 weights are fp32. The names are CUTLASS's: x[N,H,W,C], w[K,R,S,C], y[N,P,Q,K]; fprop, dgrad, wgrad; dx, dw, dy.
 
-A network is given its `ops` once, at the constructor, and calls nothing else: an implementation is a module that has
-`stem`, `preact_block` and `conv_bn_relu` with the signatures of `kernels.reference`.
+A network is given its `ops` once, at the constructor, and calls nothing else: an implementation has `stem`,
+`preact_block` and `conv_bn_relu` with the signatures of `kernels.reference`. There are four, each tested against the
+one before: `reference` (PyTorch), `batchnorm` (library convolutions, our batch norm), `composed` (our ops, glued by
+autograd) and `fused` (one op a block, backward by hand).
 """

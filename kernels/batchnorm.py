@@ -6,13 +6,13 @@ take them itself. A conv-BN-ReLU layer makes 14 passes over its activations, for
 `kernels.bn_backward`); a residual addition leaves its sum's statistics, which saves the next batch norm a pass.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.bn_relu import bn_relu
-from kernels.bn_stats import bn_stats, bn_stats_add
+from kernels.bn_stats import bn_stats_add
 from kernels.reference import BatchNorm, Statistics, conv
+from kernels.running_statistics import partials_for, update_running
 
 
 def stem(x: Tensor, w: Tensor, bn: BatchNorm | None = None) -> tuple[Tensor, Statistics]:
@@ -54,15 +54,15 @@ def _normalise(
     x: Tensor, statistics: Statistics, bn: BatchNorm, residual: Tensor | None = None, pool: bool = False
 ) -> Tensor:
     """bn_relu by x's statistics while training, updating the running ones, and by the running ones otherwise."""
-    if not bn.training:
-        # One tile of one pixel has just this mean and this variance.
-        running = torch.stack([torch.ones_like(bn.running_mean), bn.running_mean, bn.running_var])[:, None]
-        return bn_relu(x, running, bn.gamma, bn.beta, bn.eps, constant=True, residual=residual, pool=pool)[0]
-    if x.numel() == x.shape[1]:
-        raise ValueError(f"batch norm needs more than one value per channel in training, got {list(x.shape)}")
-    partials = bn_stats(x) if statistics is None else statistics
-    y, norm = bn_relu(x, partials, bn.gamma, bn.beta, bn.eps, residual=residual, pool=pool)
-    with torch.no_grad():
-        bn.running_mean.lerp_(norm[0], bn.momentum)
-        bn.running_var.lerp_(norm[1], bn.momentum)
+    y, norm = bn_relu(
+        x,
+        partials_for(bn, x, statistics),
+        bn.gamma,
+        bn.beta,
+        bn.eps,
+        constant=not bn.training,
+        residual=residual,
+        pool=pool,
+    )
+    update_running(bn, norm)
     return y

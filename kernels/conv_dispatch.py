@@ -168,9 +168,7 @@ def triton_share(layers: Iterable[tuple[int, ...]], dtype: torch.dtype, gpu: til
             continue
         shape = ConvShape(*layer)
         total += 3 * shape.flops(1)
-        # A projection's gradient is that of a 1x1 convolution of the pixels that it saw, see `kernels.fused_preact`.
-        of_dgrad = ConvShape(c, k, shape.P, shape.Q, 1) if r == 1 else shape
-        for op, of_op in (("conv_fprop", shape), ("conv_dgrad", of_dgrad), ("conv_wgrad", shape)):
+        for op, of_op in (("conv_fprop", shape), ("conv_dgrad", shape.of_dgrad), ("conv_wgrad", shape)):
             ours += 0 if runs_library(op, of_op, dtype, gpu, forced) else shape.flops(1)
     return ours / total
 

@@ -53,6 +53,14 @@ class ConvShape:
         """Width of y."""
         return (self.W - 1) // self.stride + 1
 
+    @property
+    def of_dgrad(self) -> "ConvShape":
+        """The layer whose dgrad a block runs for this one: itself, but for a projection the same one at stride 1.
+
+        Of a strided 1x1 convolution only the pixels that it saw get a gradient, and they are as many as y has.
+        """
+        return ConvShape(self.C, self.K, self.P, self.Q, 1) if self.R == 1 else self
+
     def flops(self, images: int) -> int:
         """Multiplications and additions of fprop, dgrad and wgrad alike; the padding's zeros count, as in PyTorch."""
         return 2 * images * self.P * self.Q * self.K * self.C * self.R**2

@@ -5,8 +5,8 @@ w        fp32 master weights [K, C, R, S]; cast to the activations' dtype on use
 gamma, beta, running_mean, running_var    fp32 [C]
 
 Every implementation of these blocks has the same three functions. A block maps (x, its statistics) to (y, its
-statistics): an implementation whose convolutions compute the statistics of what they write hands them to the next block,
-and what they are is its own affair. Here they are None, because the library's batch norm reads x itself.
+statistics): an implementation whose convolutions compute the statistics of what they write hands them to the next
+block, and what they are is its own affair. Here they are None, because the library's batch norm reads x itself.
 """
 
 from typing import Any, NamedTuple

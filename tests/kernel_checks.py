@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._device import _device_constructors
 
 _numbers = itertools.count()
 
@@ -45,6 +46,9 @@ def assert_as_accurate(ours: Tensor, baseline: Tensor, truth: Tensor, name: str 
 
 def poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what torch.empty, torch.empty_like and Tensor.new_empty return with NaN (integers: their largest value)."""
+
+    # `with torch.device(...)` remembers the factory functions that it first saw: they must be the real ones.
+    _device_constructors()
 
     def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def poisoned(*args, **kwargs) -> Tensor:

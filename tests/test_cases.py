@@ -62,8 +62,9 @@ def traced(ops) -> set[tuple[str, str, str]]:
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             name = op.name().partition("::")[2].partition(".")[0]
             if op.namespace == "aten" and name == "convolution" and args[0].shape[1] != 3:
-                shape = str(ConvShape.of(args[0], args[1], args[3][0]))
-                calls.update((conv, "", shape) for conv in ("conv_fprop", "conv_dgrad", "conv_wgrad"))
+                shape = ConvShape.of(args[0], args[1], args[3][0])
+                calls.update((conv, "", str(shape)) for conv in ("conv_fprop", "conv_wgrad"))
+                calls.add(("conv_dgrad", "", str(shape.of_dgrad)))
             if op.namespace == "cifar":
                 if name in ("bn_stats", "bn_stats_add"):
                     calls.add((name, "", shape_of(args[0])))

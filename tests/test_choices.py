@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -66,7 +68,7 @@ def test_seed_and_epoch_matter():
 def test_alternating_shows_both_orientations_in_two_epochs():
     what = Augmentation(2, "alternating", 0)
     flips = [draw_choices(what, 3, epoch, 1000)[:, 2] for epoch in range(4)]
-    assert all(torch.equal(a + b, torch.ones(1000)) for a, b in zip(flips, flips[1:], strict=False))
+    assert all(torch.equal(a + b, torch.ones(1000)) for a, b in pairwise(flips))
     assert 400 < flips[0].sum() < 600
 
 

@@ -32,8 +32,8 @@ def test_no_values_are_refused():
 
 
 def summary(accuracy: float, seed: int) -> dict:
-    same = {k: "x" for k in ("preset", "data_identity", "data_source", "device", "world_size", "dtype", "ops")}
-    times = {k: 2.0 + seed for k in ("train_s", "eval_s", "train_plus_eval_s", "warmup_s", "images_per_s")}
+    same = dict.fromkeys(("preset", "data_identity", "data_source", "device", "world_size", "dtype", "ops"), "x")
+    times = dict.fromkeys(("train_s", "eval_s", "train_plus_eval_s", "warmup_s", "images_per_s"), 2.0 + seed)
     return {
         **same,
         **times,
