@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -353,6 +354,29 @@ def test_wrong_data_exits_3(tmp_path):
     assert result.exit_code == 3
     assert str(tmp_path) in result.output
     assert "--download" in result.output
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the kernels need triton")
+def test_training_on_the_fused_kernels_is_training(tmp_path):
+    """A run of `ops=triton` ends where the reference's does, and either's checkpoint goes on in the other."""
+    data = tiny_dataset(16, 10)
+    config = tiny_config(widths=(16, 16, 16, 16), batch_size=8, epochs=1, lr_epochs=(0, 0.5, 1), lr_values=(0, 0.02, 0))
+    fused_config = dataclasses.replace(config, ops="triton")
+    session = tiny_session(data)
+    with pytest.raises(Interrupted):
+        train.run(session, config, tmp_path / "reference", on_step=stop_at(session, 1))
+    found = checkpoint.load(tmp_path / "reference")
+    expected = train.run(tiny_session(data), config, tmp_path / "reference", found)
+    train._require_fit(tiny_session(data), found, fused_config)
+    fused = train.run(tiny_session(data), fused_config, tmp_path / "fused", found)
+    assert (fused["ops"], fused["ops_requested"]) == ("triton", "triton")
+    assert fused["triton_conv_share"] > 0.9
+    for name in ("train_loss", "test_loss"):
+        assert fused[name] == pytest.approx(expected[name], rel=1e-4)
+    left, right = final_tensors(tmp_path / "reference"), final_tensors(tmp_path / "fused")
+    assert left.keys() == right.keys()
+    back = train.evaluate(tiny_session(data), config, checkpoint.load(tmp_path / "fused"))
+    assert back["test_loss"] == pytest.approx(fused["test_loss"], rel=1e-4)
 
 
 NO_KERNELS = {"TRITON_INTERPRET": "0"}
