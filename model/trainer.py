@@ -32,9 +32,29 @@ def implementation(config: Config) -> Any:
 
 
 def with_available_ops(config: Config, device: torch.device) -> tuple[Config, str | None]:
-    """(`config`, None), or (the same on the reference ops, why) where the kernels cannot run on `device`."""
-    reason = None if config.ops == "reference" else unavailable(device)
+    """(`config`, None), or (the same on the reference ops, why) where its kernels do not run on `device`.
+
+    That they do is seen from a step on two images: it compiles every kernel of the run for every layer.
+    """
+    if config.ops == "reference":
+        return config, None
+    reason = unavailable(device) or _failure(config, device)
     return (config, None) if reason is None else (replace(config, ops="reference", conv="table"), reason)
+
+
+def _failure(config: Config, device: torch.device) -> str | None:
+    """What goes wrong in forward or backward, if anything; a compiler has an exception for each of its stages."""
+    x = torch.zeros(2, 3, 32, 32, dtype=choose_dtype(config.dtype, device, config.ops), device=device)
+    try:
+        network = build_network(config).to(device, memory_format=torch.channels_last)
+        network(x.to(memory_format=torch.channels_last)).float().sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:
+        return (
+            f"a kernel failed with {type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+        )
+    return None
 
 
 def triton_conv_share(config: Config, dtype: torch.dtype, device: torch.device) -> float:

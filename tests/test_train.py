@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 import train
 from model import checkpoint
 from model.distributed import Ranks
-from model.errors import CheckpointError, NonFiniteError, OutOfMemoryError, TargetMissedError
+from model.errors import CheckpointError, DeviceError, NonFiniteError, OutOfMemoryError, TargetMissedError
 from model.interrupts import Interrupted
 from model.step import TrainingStep
 from model.trainer import Trainer
@@ -399,6 +400,32 @@ def test_kernels_asked_for_by_name_never_fall_back(tmp_path, ops):
     assert f"ops={ops} cannot run here".encode() in done.stderr
     assert b"ops=reference" in done.stderr
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_kernels_that_fail_to_compile_are_as_good_as_absent(tmp_path, monkeypatch):
+    from model import trainer
+
+    def broken(config):
+        if config.ops == "reference":
+            return implementation(config)
+
+        def stem(*_):
+            raise RuntimeError("out of resource: shared memory, Required: 300000, Hardware limit: 232448\nand more")
+
+        return SimpleNamespace(stem=stem, preact_block=stem, conv_bn_relu=stem)
+
+    implementation = trainer.implementation
+    monkeypatch.setattr(trainer, "implementation", broken)
+    monkeypatch.setattr(trainer, "unavailable", lambda device: None)
+    config = tiny_config(ops="batchnorm")
+    summary = train.run(tiny_session(), config, tmp_path / "falls_back")
+    assert (summary["status"], summary["ops"], summary["ops_requested"]) == ("complete", "reference", "batchnorm")
+    with pytest.raises(
+        DeviceError, match=r"ops=batchnorm cannot run here: a kernel failed.*232448; use --set"
+    ) as error:
+        train.run(tiny_session(), config, tmp_path / "insists", insist=True)
+    assert error.value.exit_code == 4
+    assert not (tmp_path / "insists").exists()
 
 
 def test_an_absent_device_exits_4(tmp_path):
