@@ -385,7 +385,8 @@ NO_KERNELS = {"TRITON_INTERPRET": "0"}
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run here")
 def test_a_preset_falls_back_to_the_reference_ops_and_says_so(tmp_path):
-    done = tiny("--preset", "fused", "--json", "--out", str(tmp_path / "run"), env=NO_KERNELS)
+    widths = ("--set", "widths=16,16,16,16")
+    done = tiny("--preset", "fused", *widths, "--json", "--out", str(tmp_path / "run"), env=NO_KERNELS)
     assert done.returncode == 0, done.stderr
     assert b"REFERENCE OPS, NOT TRITON" in done.stderr
     summary = json.loads(done.stdout)
