@@ -98,15 +98,14 @@ def guard() -> Iterator[None]:
             converted.handle.data = np.array([tensors.add(arg)], dtype=np.uint64)
         return converted
 
-    def masked_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
+    # `rest` differs from one Triton to the next: cache and eviction policies.
+    def masked_load(self, ptrs, mask, *rest, **policies):
         real = tensors.translate(ptrs, mask.data, storing=False)
-        return originals[builder, "create_masked_load"](
-            self, real, mask, other, cache_modifier, eviction_policy, is_volatile
-        )
+        return originals[builder, "create_masked_load"](self, real, mask, *rest, **policies)
 
-    def masked_store(self, ptrs, value, mask, cache_modifier, eviction_policy):
+    def masked_store(self, ptrs, value, mask, *rest, **policies):
         real = tensors.translate(ptrs, mask.data, storing=True)
-        return originals[builder, "create_masked_store"](self, real, value, mask, cache_modifier, eviction_policy)
+        return originals[builder, "create_masked_store"](self, real, value, mask, *rest, **policies)
 
     def atomic_rmw(self, operation, ptr, value, mask, semantics, scope):
         real = tensors.translate(ptr, mask.data, storing=False)
