@@ -4,8 +4,11 @@ import signal
 from typing import Any
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM ended the run, and what it had done is saved."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM ended the run, and what it had done is saved.
+
+    No Exception, as KeyboardInterrupt is none: code that survives any failure must not survive this.
+    """
 
     def __init__(self, signum: int):
         super().__init__(f"interrupted by {signal.Signals(signum).name}")

@@ -325,6 +325,7 @@ def test_usage_errors_exit_2_in_one_line(arguments, words, monkeypatch):
     assert result.exit_code == 2
     assert words in result.output
     assert "Traceback" not in result.output
+    assert sum(line.lower().startswith("error:") for line in result.output.splitlines()) == 1
 
 
 def test_arguments_are_checked_before_torch_is_imported():
@@ -427,6 +428,19 @@ def test_kernels_that_fail_to_compile_are_as_good_as_absent(tmp_path, monkeypatc
         train.run(tiny_session(), config, tmp_path / "insists", insist=True)
     assert error.value.exit_code == 4
     assert not (tmp_path / "insists").exists()
+
+
+def test_a_signal_while_kernels_compile_is_no_failure_of_theirs(tmp_path, monkeypatch):
+    from model import trainer
+
+    session = tiny_session()
+    monkeypatch.setattr(trainer, "unavailable", lambda device: None)
+    build, signals = trainer.build_network, [signal.SIGTERM]
+    once = lambda config: session.interrupts.handle(signals.pop()) if signals else build(config)  # noqa: E731
+    monkeypatch.setattr(trainer, "build_network", once)
+    with pytest.raises(Interrupted):
+        train.run(session, tiny_config(ops="batchnorm"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_absent_device_exits_4(tmp_path):
