@@ -229,7 +229,7 @@ class Trainer:
         )
 
     def warm_up(self) -> None:
-        """Run a step of each shape and an evaluation, so that no later one pays for compiling or searching.
+        """Run a step of each shape and a batch of evaluation, so that no later one pays for compiling or searching.
 
         Weights, statistics, momentum, sums and the step's number are those of before, bit for bit.
         """
@@ -241,6 +241,10 @@ class Trainer:
         for n in self.batches.shapes():
             x = torch.zeros(n, 3, 32, 32, dtype=self.dtype, device=self.device)
             self.step(x.to(memory_format=torch.channels_last), torch.zeros(n, dtype=torch.int64, device=self.device))
+        self.network.eval()
+        x = torch.zeros(min(EVALUATION_BATCH, len(self.test_images)), 3, 32, 32, dtype=self.dtype, device=self.device)
+        with torch.inference_mode():
+            self.network(x.to(memory_format=torch.channels_last))
         self.step.sum_gradients, self.step.number = sum_gradients, number
         self.step.bad_step.fill_(-1)
         with torch.no_grad():
