@@ -150,10 +150,13 @@ MUTANTS = {
     "velocity_not_kept": ("        tl.store(v_ptr + offs, v, mask=mask)\n", ""),
     "rate_of_the_step_before": ("tl.minimum(tl.load(step_ptr), S - 1)", "tl.minimum(tl.load(step_ptr) - 1, S - 1)"),
     "not_masked": ("mask = (offs < N) & (tl.load(bad_step_ptr) < 0)", "mask = offs < N"),
-    "nan_passes": ("tl.abs(dw) < float(\"inf\"), 0, 1", "tl.abs(dw) == float(\"inf\"), 1, 0"),
+    "nan_passes": ('tl.abs(dw) < float("inf"), 0, 1', 'tl.abs(dw) == float("inf"), 1, 0'),
     "the_last_one_kept": ("none = tl.full((), -1, tl.int64)", "none = tl.load(bad_step_ptr)"),
-    "first_tile_only": ("tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)\n    dw", "tl.arange(0, BLOCK)\n    dw"),
-}  # fmt: skip
+    "first_tile_only": (
+        "tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)\n    dw",
+        "tl.arange(0, BLOCK)\n    dw",
+    ),
+}
 
 
 def check_all(op, device) -> None:

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from runs import tiny_config
 
 from model.network import ResNet9
-from model.step import TrainingStep, piecewise_linear
+from model.schedule import piecewise_linear
+from model.step import TrainingStep
 
 KINK = ((0, 15, 15, 30, 35), (0, 0.1, 0.105, 0.005, 0))
 

@@ -169,7 +169,7 @@ def test_times_of_all_sessions_count(tmp_path):
 def test_a_value_that_is_not_finite_ends_the_run_and_spares_the_checkpoints(tmp_path, monkeypatch, where):
     original, kept = TrainingStep.__call__, {}
 
-    def poisoned(self, x, labels):
+    def poisoned(self, *batch):
         if self.number == 9:
             kept.update(digest(tmp_path))
             target = self.network.linear.weight
@@ -178,7 +178,7 @@ def test_a_value_that_is_not_finite_ends_the_run_and_spares_the_checkpoints(tmp_
                     target[0, 0] = float("nan")
             else:
                 target.register_hook(lambda g: g * float("inf"))
-        original(self, x, labels)
+        original(self, *batch)
 
     monkeypatch.setattr(TrainingStep, "__call__", poisoned)
     with pytest.raises(NonFiniteError, match=r"step 10 \(epoch 3\).*seed 0.*learning rate 0\.025") as error:
@@ -193,10 +193,10 @@ def test_a_value_that_is_not_finite_ends_the_run_and_spares_the_checkpoints(tmp_
 def test_out_of_memory_names_a_batch_to_try(tmp_path, monkeypatch):
     original = TrainingStep.__call__
 
-    def greedy(self, x, labels):
+    def greedy(self, *batch):
         if self.number == 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        original(self, x, labels)
+        original(self, *batch)
 
     monkeypatch.setattr(TrainingStep, "__call__", greedy)
     with pytest.raises(OutOfMemoryError, match="batch_size=10") as error:

@@ -55,13 +55,15 @@ def test_evaluation_is_that_of_all_images_at_once():
     list(trainer.train(0))
     result = trainer.evaluate()
     trainer.network.eval()
-    images = (trainer.test_images.float() - torch.tensor(MEAN)) / torch.tensor(STD)
+    images = (trainer.evaluator.images.float() - torch.tensor(MEAN)) / torch.tensor(STD)
     with torch.no_grad():
         logits = trainer.network(images.permute(0, 3, 1, 2))
-    right = logits.argmax(1) == trainer.test_labels
+    right = logits.argmax(1) == trainer.evaluator.labels
     assert result.accuracy == pytest.approx(right.float().mean().item())
-    assert result.loss == pytest.approx(F.cross_entropy(logits, trainer.test_labels).item(), rel=1e-4)
-    assert result.class_accuracy["airplane"] == pytest.approx(right[trainer.test_labels == 0].float().mean().item())
+    assert result.loss == pytest.approx(F.cross_entropy(logits, trainer.evaluator.labels).item(), rel=1e-4)
+    assert result.class_accuracy["airplane"] == pytest.approx(
+        right[trainer.evaluator.labels == 0].float().mean().item()
+    )
     assert list(result.class_accuracy) == [
         "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
     ]  # fmt: skip

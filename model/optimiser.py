@@ -1,0 +1,62 @@
+"""The optimiser of all parameters as one tensor: one launch updates them, one transfer sums them over ranks."""
+
+import torch
+from torch import Tensor, nn
+
+from kernels.jit import unavailable
+from kernels.sgd import sgd, sgd_reference
+
+ALIGNMENT = 32  # elements, so that every parameter begins on a cache line of 128 bytes
+
+
+class SGD:
+    """Nesterov SGD on `network`, whose parameters and gradients become views of two buffers; names and layouts stay.
+
+    `rates` are the learning rates after each number of steps (see `kernels.sgd`), on the parameters' device, where the
+    numbers of steps are counted too: a step needs nothing from the host.
+
+    weights, gradient, velocity  fp32 [N], with the parameters one after another; no velocity without momentum
+    number    int64 [1], steps done
+    bad_step  int64 [1], the first step whose gradient was not finite, or -1; from it on the weights stay
+    """
+
+    def __init__(self, network: nn.Module, rates: Tensor, momentum: float, decay: float):
+        self.rates, self.momentum, self.decay = rates, momentum, decay
+        self.parameters = list(network.parameters())
+        device = self.parameters[0].device
+        offsets, size = [], 0
+        for p in self.parameters:
+            offsets.append(size)
+            size += -(-p.numel() // ALIGNMENT) * ALIGNMENT
+        self.weights, self.gradient, velocity = (torch.zeros(size, device=device) for _ in range(3))
+        self.velocity = velocity if momentum else None
+        self.velocities: list[Tensor] = []
+        for p, offset in zip(self.parameters, offsets, strict=True):
+            place = p.shape, p.stride(), offset  # parameters are dense, in whatever layout
+            w = self.weights.as_strided(*place).copy_(p.detach())
+            p.data, p.grad = w, self.gradient.as_strided(*place)
+            if momentum:
+                self.velocities.append(velocity.as_strided(*place))
+        self.gradients = [p.grad for p in self.parameters]
+        self.number = torch.zeros(1, dtype=torch.int64, device=device)
+        self.bad_step = torch.full((1,), -1, dtype=torch.int64, device=device)
+        self._sgd = sgd if device.type == "cuda" and unavailable(device) is None else sgd_reference
+
+    def step(self) -> None:
+        """Count a step, and move the weights by `gradient` unless it, or one before it, is not finite."""
+        self.number += 1
+        self._sgd(
+            self.weights,
+            self.gradient,
+            self.velocity,
+            self.rates,
+            self.number,
+            self.bad_step,
+            self.momentum,
+            self.decay,
+        )
+
+    def buffers(self) -> list[Tensor]:
+        """The tensors that change from step to step."""
+        buffers = [self.weights, self.gradient, self.velocity, self.number, self.bad_step]
+        return [b for b in buffers if b is not None]
