@@ -59,7 +59,6 @@ class TrainingStep:
 
     def compile(self) -> None:
         """Let torch.compile make one graph of forward and loss, and one of their backward, for each size of batch."""
-        torch.compiler.reset()  # the steps of a process's runs share a cache that refuses more than a few
         self._loss = torch.compile(self._loss, fullgraph=True, dynamic=False, backend=COMPILER)
 
     def run_as_it_is(self) -> None:
