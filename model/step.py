@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from model.capture import Program
 from model.config import Config
@@ -26,9 +27,10 @@ COMPILER = "inductor"
 class TrainingStep:
     """Steps of Nesterov SGD on `network`, with sums that stay on the device until somebody reads them.
 
-    A step takes a batch: (x [b, 3, 32, 32], labels [b]), or what `load` makes these of; `load_state()` are the tensors
-    that it changes. b = 0 (a rank with nothing left) only takes part in the summing. `sum_gradient(gradient)`, in place
-    and fp32 [N], is called between backward and update: `Ranks.sum` where there are several.
+    A step takes a batch: (x [b, 3, 32, 32] in `dtype`, labels [b]), or what `load` makes these of; `load_state()` are
+    the tensors that it changes. b = 0 (a rank with nothing left) only takes part in the summing.
+    `sum_gradient(gradient)`, in place and fp32 [N], is called between backward and update: `Ranks.sum` where there are
+    several.
 
     number     steps done so far, as the host counts them
     loss_sum   fp32 [], summed loss of the images of this epoch (of this rank)
@@ -45,6 +47,7 @@ class TrainingStep:
         sum_gradient: Callable[[Tensor], Any] = lambda gradient: None,
         load: Callable[..., tuple[Tensor, Tensor]] = lambda x, labels: (x, labels),
         load_state: Callable[[], list[Tensor]] = list,
+        dtype: torch.dtype = torch.float32,
     ):
         self.network, self.sum_gradient, self.load, self.load_state = network, sum_gradient, load, load_state
         self.config, self.steps_per_epoch = config, steps_per_epoch
@@ -53,17 +56,20 @@ class TrainingStep:
         self.loss_sum = torch.zeros((), device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         rates = rate_table(config, steps_per_epoch).to(device)
-        self.optimiser = SGD(network, rates, config.momentum, config.weight_decay * config.batch_size)
+        self.optimiser = SGD(network, rates, config.momentum, config.weight_decay * config.batch_size, dtype)
+        self.copies = self.optimiser.copies
         self.bad_step = self.optimiser.bad_step
         self.program = Program(self._step, self.state, rehearsal=self._step_alone)
 
     def compile(self) -> None:
         """Let torch.compile make one graph of forward and loss, and one of their backward, for each size of batch."""
+        self.copies = {}  # a compiler traces gradients in the operands' dtype, and fuses casts with what is around them
         self._loss = torch.compile(self._loss, fullgraph=True, dynamic=False, backend=COMPILER)
 
     def run_as_it_is(self) -> None:
         """Neither compile nor record any more."""
         self.__dict__.pop("_loss", None)
+        self.copies = self.optimiser.copies
         self.program.run_as_it_is()
 
     def __call__(self, *batch: Any) -> None:
@@ -84,13 +90,14 @@ class TrainingStep:
     def _gradient(self, *batch: Any) -> None:
         x, labels = self.load(*batch)
         if len(x):
-            gradients = torch.autograd.grad(self._loss(x, labels), self.optimiser.parameters)
+            weights = [self.copies.get(name, p) for name, p in self.network.named_parameters()]
+            gradients = torch.autograd.grad(self._loss(x, labels), weights)
             torch._foreach_copy_(self.optimiser.gradients, gradients)
         else:
             self.optimiser.gradient.zero_()
 
     def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        logits = self.network(x).float()
+        logits = (functional_call(self.network, self.copies, x) if self.copies else self.network(x)).float()
         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.config.label_smoothing)
         self.correct += (logits.detach().argmax(1) == labels).sum()
         self.loss_sum += loss.detach()
@@ -104,9 +111,11 @@ class TrainingStep:
         """Continue after `number` steps, on the host and on the device."""
         self.number = number
         self.optimiser.number.fill_(number)
+        self.optimiser.refresh()
 
     def start_epoch(self) -> None:
-        """Forget the sums of the epoch before."""
+        """Forget the sums of the epoch before, and see weights that somebody else may have set since."""
+        self.optimiser.refresh()
         self.loss_sum.zero_()
         self.correct.zero_()
 

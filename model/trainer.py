@@ -140,7 +140,7 @@ class Trainer:
         self.batches, self.ranks = batches, ranks
         self.network = build_network(self.config).to(self.device, memory_format=torch.channels_last)
         self.step = TrainingStep(
-            self.network, self.config, batches.steps_per_epoch, ranks.sum, batches.load, batches.state
+            self.network, self.config, batches.steps_per_epoch, ranks.sum, batches.load, batches.state, self.dtype
         )
         shard = torch.arange(len(dataset.test_images)).tensor_split(ranks.world)[ranks.rank]
         self.test_count = len(dataset.test_images)

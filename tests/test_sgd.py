@@ -23,13 +23,14 @@ CASES = [
 ]
 
 
-def problem(n: int, momentum: float, device, seed: int = 0) -> dict:
-    generator = torch.Generator().manual_seed(seed)
+def problem(n: int, momentum: float, device, copy: torch.dtype | None = torch.float16) -> dict:
+    generator = torch.Generator().manual_seed(0)
     w, dw, v = (torch.randn(n, generator=generator).to(device) for _ in range(3))
     return {
         "w": w,
         "dw": dw,
         "v": v if momentum else None,
+        "copy": None if copy is None else w.to(copy),
         "rates": torch.tensor([7.0, 0.1, 0.2, 0.05]).to(device),  # a first step that read entry 0 would be seen
         "step": torch.ones(1, dtype=torch.int64, device=device),
         "bad_step": torch.full((1,), -1, device=device),
@@ -48,6 +49,7 @@ def hundred_steps(op, n: int, momentum: float, device) -> Tensor:
         operands["dw"].copy_(gradient(n, step))
         op(**operands)
     assert int(operands["bad_step"]) == -1
+    assert torch.equal(operands["copy"], operands["w"].half())
     return operands["w"]
 
 
@@ -80,7 +82,7 @@ def test_a_hundred_steps_are_those_of_torch_optim(device, op, n, momentum):
 
 def check_masking(op, place: int, value: float, device) -> None:
     operands = problem(BLOCK + 9, 0.9, device)
-    before = {name: operands[name].clone() for name in ("w", "v")}
+    before = {name: operands[name].clone() for name in ("w", "v", "copy")}
     operands["dw"][place] = value
     operands["step"].fill_(3)
     op(**operands)
@@ -101,7 +103,7 @@ def test_from_the_first_bad_gradient_on_nothing_moves(device, op, place, value):
 
 
 def test_the_largest_finite_gradient_is_finite(device):
-    operands = problem(4, 0.0, device)
+    operands = problem(4, 0.0, device, copy=None)
     operands["dw"].fill_(torch.finfo(torch.float32).max)
     sgd(**operands)
     assert int(operands["bad_step"]) == -1
@@ -109,7 +111,7 @@ def test_the_largest_finite_gradient_is_finite(device):
 
 def test_registration(device):
     torch.library.opcheck(sgd, (), problem(40, 0.9, device))
-    torch.library.opcheck(sgd, (), problem(40, 0.0, device))
+    torch.library.opcheck(sgd, (), problem(40, 0.0, device, None))
 
 
 def test_compiles_into_one_graph(device):
@@ -125,6 +127,7 @@ def test_compiles_into_one_graph(device):
     [
         pytest.param("w", lambda x: x.half(), TypeError, "w is torch.float16", id="dtype"),
         pytest.param("dw", lambda x: x[1:], ValueError, "dw has shape", id="length"),
+        pytest.param("copy", lambda x: x.float(), ValueError, "copy is torch.float32", id="copy"),
         pytest.param("rates", lambda x: x[:0], ValueError, "rates has shape", id="no_rates"),
         pytest.param("step", lambda x: x.int(), ValueError, "step is torch.int32", id="step"),
         pytest.param("bad_step", lambda x: x[0], ValueError, r"bad_step is torch.int64 \[\]", id="bad_step"),
@@ -140,8 +143,8 @@ def test_other_operands_are_refused(device, name, change, error, message):
 
 def test_cost():
     operands = problem(1000, 0.9, "cpu")
-    assert sgd_cost(**operands) == Cost(flops=9000, bytes=2 * 3 * 4000)
-    assert sgd_cost(**problem(1000, 0.0, "cpu")) == Cost(flops=5000, bytes=2 * 2 * 4000)
+    assert sgd_cost(**operands) == Cost(flops=9000, bytes=2 * 3 * 4000 + 2000)
+    assert sgd_cost(**problem(1000, 0.0, "cpu", None)) == Cost(flops=5000, bytes=2 * 2 * 4000)
 
 
 MUTANTS = {
@@ -152,6 +155,7 @@ MUTANTS = {
     "not_masked": ("mask = (offs < N) & (tl.load(bad_step_ptr) < 0)", "mask = offs < N"),
     "nan_passes": ('tl.abs(dw) < float("inf"), 0, 1', 'tl.abs(dw) == float("inf"), 1, 0'),
     "the_last_one_kept": ("none = tl.full((), -1, tl.int64)", "none = tl.load(bad_step_ptr)"),
+    "copy_of_the_step_before": ("w.to(copy_ptr.dtype.element_ty)", "(w + rate * g).to(copy_ptr.dtype.element_ty)"),
     "first_tile_only": (
         "tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)\n    dw",
         "tl.arange(0, BLOCK)\n    dw",
@@ -195,10 +199,10 @@ ACCESSES = {80: "128", 90: "128", 100: ""}  # bits; for 10.0 the compiler may ta
 def test_machine_code():
     """No spills, whole vectors, and one compare-and-swap, on every architecture."""
     with launches() as recorded:
-        for momentum in (0.9, 0.0):
-            sgd(**problem(2**16, momentum, "cpu"))
+        for momentum, copy in ((0.9, torch.bfloat16), (0.9, None), (0.0, torch.float16)):
+            sgd(**problem(2**16, momentum, "cpu", copy))
     builds = [build.on(arch) for build in unique(recorded) for arch in ACCESSES]
-    assert len(builds) == 9, "one check, two updates"
+    assert len(builds) == 12, "one check, three updates"
     for build, facts in zip(builds, compile_all(builds), strict=True):
         assert not facts.error, facts.error
         assert facts.spill_bytes == facts.local_bytes == 0

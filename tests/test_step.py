@@ -18,6 +18,11 @@ def batch(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.randint(0, 10, (n,), generator=generator)
 
 
+def small(x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in maps of a quarter, for the interpreter."""
+    return x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last), labels
+
+
 def make(**changes) -> TrainingStep:
     torch.manual_seed(0)
     network = ResNet9((4, 4, 4, 4))
@@ -103,6 +108,47 @@ def test_without_momentum():
     assert set(step.tensors()) == {"sums.loss", "sums.correct"}
 
 
+@pytest.mark.parametrize(
+    ("network", "ops", "widths", "dtype", "sizes"),
+    [
+        pytest.param(ResNet, reference, (4, 4, 4, 4), torch.bfloat16, (20, 10), id="resnet"),
+        pytest.param(ResNet9, reference, (4, 4, 4, 4), torch.bfloat16, (20, 10), id="resnet9"),
+        pytest.param(ResNet9, fused, (16, 16, 16, 16), torch.float16, (2, 2), id="fused"),
+    ],
+)
+def test_the_16_bit_copies_are_the_casts_bit_for_bit(network, ops, widths, dtype, sizes):
+    """And the gradients that arrive through them are fp32 as through the masters: the fused ops' unrounded."""
+    steps = []
+    for casts in (False, True):
+        torch.manual_seed(0)
+        step = TrainingStep(network(widths, ops=ops), tiny_config(), steps_per_epoch=4, dtype=dtype)
+        assert len(step.copies) == sum(p.dim() > 1 for p in step.network.parameters())
+        if casts:
+            step.copies = {}
+        for seed, n in enumerate(sizes):
+            x, labels = small(*batch(n, seed))
+            step(x.to(dtype), labels)
+        steps.append(step)
+    copies, casts = steps
+    for a, b in zip(copies.state(), casts.state(), strict=True):
+        assert torch.equal(a, b)
+    if ops is fused:
+        of_a_convolution = copies.network.layer1.conv.grad
+        assert not torch.equal(of_a_convolution, of_a_convolution.to(dtype).float())
+
+
+def test_copies_follow_the_weights():
+    torch.manual_seed(0)
+    step = TrainingStep(ResNet9((4, 4, 4, 4)), tiny_config(), steps_per_epoch=4, dtype=torch.bfloat16)
+    with torch.no_grad():
+        step.network.prep.fill_(0.3)
+    step.go_to(2)
+    for name, p in step.network.named_parameters():
+        if name in step.copies:
+            assert torch.equal(step.copies[name], p.bfloat16())
+            assert step.copies[name].stride() == p.stride()
+
+
 @pytest.fixture
 def compiler(monkeypatch):
     """One that traces forward and backward, with their decompositions, and then runs them as they are."""
@@ -129,8 +175,7 @@ def test_a_compiled_step_is_the_step_in_one_graph(network, ops, widths, sizes):
         if compiled:
             step.compile()
         for seed, n in enumerate(sizes):
-            x, labels = batch(n, seed)
-            step(x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last), labels)  # the interpreter is slow
+            step(*small(*batch(n, seed)))
         steps.append(step)
     eager, compiled = steps
     for a, b in zip(eager.state(), compiled.state(), strict=True):
