@@ -88,7 +88,7 @@ def run(
     from profiling.runlog import RunLog
 
     ranks, device, ops_requested = session.ranks, session.device, config.ops
-    config, reason = with_available_ops(config, device)
+    config, reason = with_available_ops(config, device, session.terminal.say)
     if reason and insist:
         raise DeviceError(f"ops={ops_requested} cannot run here: {reason}; use --set ops=reference, or another machine")
     if reason:

@@ -12,6 +12,7 @@ from kernels.jit import unavailable
 from model import capture
 from model.batches import Batches
 from model.checkpoint import load_tensors_into
+from model.compilation import compile_kernels
 from model.config import Config
 from model.data import Dataset
 from model.distributed import Ranks
@@ -30,13 +31,17 @@ def implementation(config: Config) -> Any:
     return importlib.import_module(f"kernels.{config.ops}")
 
 
-def with_available_ops(config: Config, device: torch.device) -> tuple[Config, str | None]:
+def with_available_ops(
+    config: Config, device: torch.device, say: Callable[[str], Any] = lambda text: None
+) -> tuple[Config, str | None]:
     """(`config`, None), or (the same on the reference ops, why) where its kernels do not run on `device`.
 
-    That they do is seen from a step on two images: it compiles every kernel of the run for every layer.
+    That they do is seen from a step on two images: it compiles every kernel of the run for every layer; `say` tells.
     """
     if config.ops == "reference":
         return config, None
+    if device.type == "cuda":
+        say(f"compiling the kernels of ops={config.ops}; from the second run on they come from Triton's cache")
     reason = unavailable(device) or _failure(config, device)
     return (config, None) if reason is None else (replace(config, ops="reference", conv="table"), reason)
 
@@ -46,6 +51,10 @@ def _failure(config: Config, device: torch.device) -> str | None:
     x = torch.zeros(2, 3, 32, 32, dtype=choose_dtype(config.dtype, device, config.ops), device=device)
     try:
         network = build_network(config).to(device, memory_format=torch.channels_last)
+        if device.type == "cuda":
+            with torch.device("meta"):
+                shapes = build_network(replace(config, ops="reference", conv="table"))
+            compile_kernels(network, shapes, x)
         network(x.to(memory_format=torch.channels_last)).float().sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
