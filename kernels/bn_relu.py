@@ -23,6 +23,7 @@ from kernels.bn_apply import bn_apply, bn_apply_cost
 from kernels.bn_backward import bn_backward_apply, bn_backward_reduce, bn_coefficients
 from kernels.bn_stats import bn_finalize, bn_finalize_cost
 from kernels.cost import Cost
+from kernels.metered_cost import BODIES
 
 
 def bn_relu_reference(
@@ -56,8 +57,15 @@ def bn_relu(
     Raises ValueError or TypeError for operands other than the module's docstring has them, and for odd maps with the
     pool.
     """
+    return _forward(x, partials, gamma, beta, eps, constant, residual, pool)
+
+
+def _forward(x, partials, gamma, beta, eps, constant=False, residual=None, pool=False):
     norm = bn_finalize(partials, gamma, beta, eps)
     return bn_apply(x, norm[3], norm[4], residual, pool), norm
+
+
+BODIES[torch.ops.cifar.bn_relu.default] = _forward
 
 
 @bn_relu.register_fake

@@ -31,7 +31,7 @@ from kernels.contract import check_activation, check_fp32, check_like
 from kernels.conv_dispatch import Activation, check_weight, dgrad, fprop, wgrad
 from kernels.conv_shape import ConvShape, flop_formula
 from kernels.cost import Cost
-from kernels.metered_cost import metered_cost
+from kernels.metered_cost import BODIES, metered_cost
 
 POOLS = (None, "first", "last")
 
@@ -71,6 +71,7 @@ def _forward(x, w, gamma, beta, running, eps, pool, residual, forced):
 
 
 conv_bn_relu.register_fake(_forward)
+BODIES[torch.ops.cifar.conv_bn_relu.default] = _forward
 
 
 @torch.library.custom_op("cifar::conv_bn_relu_backward", mutates_args=())
@@ -109,6 +110,7 @@ def _backward(dout, x, y, norm, w, pool, constant, forced):
 
 
 conv_bn_relu_backward.register_fake(_backward)
+BODIES[torch.ops.cifar.conv_bn_relu_backward.default] = _backward
 
 
 def _check(x: Tensor, w: Tensor, pool: str | None) -> ConvShape:

@@ -8,17 +8,21 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from kernels.augment import augment_cost
 from kernels.bn_apply import bn_apply_cost
 from kernels.bn_backward import bn_backward_apply_cost, bn_backward_reduce_cost, bn_coefficients_cost
-from kernels.bn_stats import bn_finalize_cost, bn_stats_cost
+from kernels.bn_stats import bn_finalize_cost, bn_stats_add_cost, bn_stats_cost
 from kernels.conv_dgrad import conv_dgrad_cost
 from kernels.conv_fprop import conv_fprop_cost
 from kernels.conv_wgrad import conv_wgrad_cost
 from kernels.cost import Cost
+from kernels.sgd import sgd_cost
 
 COSTS = {
+    torch.ops.cifar.augment.default: augment_cost,
     torch.ops.cifar.bn_apply.default: bn_apply_cost,
     torch.ops.cifar.bn_stats.default: bn_stats_cost,
+    torch.ops.cifar.bn_stats_add.default: bn_stats_add_cost,
     torch.ops.cifar.bn_finalize.default: bn_finalize_cost,
     torch.ops.cifar.bn_backward_reduce.default: bn_backward_reduce_cost,
     torch.ops.cifar.bn_coefficients.default: bn_coefficients_cost,
@@ -26,7 +30,12 @@ COSTS = {
     torch.ops.cifar.conv_fprop.default: conv_fprop_cost,
     torch.ops.cifar.conv_dgrad.default: conv_dgrad_cost,
     torch.ops.cifar.conv_wgrad.default: conv_wgrad_cost,
+    torch.ops.cifar.sgd.default: sgd_cost,
 }
+"""What each op that is a kernel costs, from the operands that it is called with."""
+
+BODIES: dict[torch._ops.OpOverload, Callable[..., object]] = {}
+"""Of each op that is made of other ops of this package, the function that calls them; the op's own module adds it."""
 
 
 def metered_cost(body: Callable[..., object], *operands: object) -> Cost:

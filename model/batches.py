@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kernels.augment import augment, augment_reference
@@ -133,11 +134,12 @@ class Batches:
         """(x, labels) of a batch as `epoch` yields it; of a part, those of the batch at `position`, which moves on."""
         if not isinstance(part_or_x, Part):
             return part_or_x, labels
-        row = self.order.index_select(0, self.position)[0]
-        index = row[part_or_x.start : part_or_x.start + part_or_x.size]
-        self.position += 1
-        x = gather(self.images, index, self.choices, self.config.crop_pad, self.config.cutout, self.dtype)
-        return x, self.labels[index]
+        with record_function("augmentation"):  # what a profiler calls it, whichever ops do it
+            row = self.order.index_select(0, self.position)[0]
+            index = row[part_or_x.start : part_or_x.start + part_or_x.size]
+            self.position += 1
+            x = gather(self.images, index, self.choices, self.config.crop_pad, self.config.cutout, self.dtype)
+            return x, self.labels[index]
 
     def state(self) -> list[Tensor]:
         """The tensors that `load` changes."""

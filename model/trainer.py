@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.augment import augment
 from kernels.jit import unavailable
 from model import capture
 from model.batches import Batches
@@ -86,6 +88,22 @@ def build_network(config: Config) -> nn.Module:
         if config.network == "resnet":
             return ResNet(config.widths, ops, config.prep_bn_relu, config.uniform_gamma)
         return ResNet9(config.widths, ops, config.uniform_gamma, config.pool_first)
+
+
+def modelled_step(config: Config, dtype: torch.dtype) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """(a step of `config` on the meta device up to its loss, the network's parameters), for `profiling.work`."""
+    network = build_network(config).to("meta").to(memory_format=torch.channels_last).train()
+    size = config.batch_size
+    labels, index = (torch.empty(size, dtype=torch.int64, device="meta") for _ in range(2))
+    images = torch.empty(size, 32, 32, 3, dtype=torch.uint8, device="meta")
+    choices = torch.empty(size, 5, dtype=torch.int32, device="meta")
+    mean, rstd = torch.empty(2, 3, device="meta")
+
+    def forward() -> Tensor:
+        x = augment(images, index, choices, mean, rstd, config.crop_pad, config.cutout, dtype)
+        return F.cross_entropy(network(x).float(), labels, reduction="sum", label_smoothing=config.label_smoothing)
+
+    return forward, list(network.parameters())
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:

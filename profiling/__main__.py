@@ -4,17 +4,21 @@ Every command imports what it needs when it is called, so that a slip of the fin
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from profiling.console import Terminal
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 
 
 @app.callback()
 def main() -> None:
-    """Where the time goes: micro-benchmarks of the kernels."""
+    """Where the time goes: ceilings of the device, micro-benchmarks of the kernels, and what this machine lacks."""
 
 
 @app.command()
@@ -38,12 +42,79 @@ def bench(
 
     Without a GPU PyTorch is timed on the CPU, and of the kernels what the compiler says is reported.
     """
-    from profiling.bench_command import CommandError, Request, run
+    from profiling.bench_command import Request, run
     from profiling.console import Terminal
 
     terminal = Terminal(json=json)
+    _end(lambda: run(Request(op, tuple(shape or ()), dtype, out, compare, json, tune, quick), terminal), terminal)
+
+
+@app.command()
+def device(
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="float16, bfloat16 or float32; without it, what a training takes.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="How long each of some 25 candidates is kept running.")] = 2.0,
+    out: Annotated[Path | None, typer.Option(help="Write the measured ceilings to this file, as JSON.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON; the tables go to stderr.")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="Print the table of specifications instead.")] = False,
+) -> None:
+    """What this device sustains, beside what its data sheet promises."""
+    from profiling.console import Terminal
+    from profiling.device_command import Request, run
+
+    terminal = Terminal(json=json)
+    _end(lambda: run(Request(device, dtype, seconds, out, json, listing), terminal), terminal)
+
+
+@app.command()
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON; the lines go to stderr.")] = False,
+) -> None:
+    """What this machine has for training and profiling, what it lacks, and the remedy. Always exits with 0."""
+    from profiling.console import Terminal
+    from profiling.doctor import run
+
+    run(Terminal(json=json), json)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run that train.py --profile wrote.")],
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Exit with 9 if the account leaves more than 2 % unexplained, or lacks a part."),
+    ] = False,
+) -> None:
+    """Write report.html, report.md and report.json into a profiled run's folder, from its records."""
+    from profiling.console import Terminal
+    from profiling.report_command import run as make
+
+    terminal = Terminal()
+    _end(lambda: make(run, strict, terminal), terminal)
+
+
+@app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="Folder of a profiled run, or its report.json.")],
+    run_b: Annotated[Path, typer.Argument(help="Another.")],
+    json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+) -> None:
+    """What each term of the account gained or lost from run A to run B."""
+    from profiling.compare import run
+    from profiling.console import Terminal
+
+    terminal = Terminal(json=json)
+    _end(lambda: run(run_a, run_b, json, terminal), terminal)
+
+
+def _end(command: Callable[[], int], terminal: "Terminal") -> None:
+    """Run `command` and exit; a failure is a line on stderr and its exit code."""
+    from profiling.errors import CommandError
+
     try:
-        code = run(Request(op, tuple(shape or ()), dtype, out, compare, json, tune, quick), terminal)
+        code = command()
     except CommandError as error:
         terminal.error(str(error))
         code = error.exit_code

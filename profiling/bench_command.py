@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from profiling.errors import CommandError, NoDeviceError
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,18 +33,6 @@ OPS = (
     "conv_dgrad",
     "conv_wgrad",
 )
-
-
-class CommandError(Exception):
-    """A failure that ends the command: `str(error)` is the line for a person, `exit_code` for a script."""
-
-    exit_code = 2
-
-
-class NoDeviceError(CommandError):
-    """What was asked for needs a device that is not there."""
-
-    exit_code = 4
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,10 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(NamedTuple):
     """From `start_ns` to `end_ns` on `time.monotonic_ns`, the run did `name`."""
 
     name: str
@@ -35,11 +34,20 @@ class Clock:
         self.phases.append(Phase(self._name, self._since_ns, now_ns))
         self._name, self._since_ns = name, now_ns
 
+    def stop(self) -> None:
+        """End the last phase: from now on the phases sum to `wall_ns`, which stands still."""
+        self.switch(self._name)
+        self.now = lambda: self._since_ns
+
     def seconds(self, name: str) -> float:
         """Time spent in `name` so far, in seconds, the present phase included."""
         ns = sum(p.end_ns - p.start_ns for p in self.phases if p.name == name)
         return (ns + (self.now() - self._since_ns if name == self._name else 0)) / 1e9
 
+    def wall_ns(self) -> int:
+        """Nanoseconds since the start."""
+        return self.now() - self.start_ns
+
     def wall_s(self) -> float:
         """Seconds since the start."""
-        return (self.now() - self.start_ns) / 1e9
+        return self.wall_ns() / 1e9

@@ -20,8 +20,15 @@ def write_json(path: Path, value: Any) -> None:
     Raises ValueError naming the key of a NaN or an infinity (JSON has neither), TypeError for what JSON cannot hold and
     OSError as the system gave it; in each case the old document is intact and no temporary is left.
     """
-    path = Path(path)
-    data = (_encode(value, indent=2) + "\n").encode()
+    _write(Path(path), (_encode(value, indent=2) + "\n").encode())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the text at `path`, atomically and durably. Raises OSError, the old text intact."""
+    _write(Path(path), text.encode("utf-8", errors="replace"))
+
+
+def _write(path: Path, data: bytes) -> None:
     # The name is unique, not mkstemp's, whose files only their owner may read.
     temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:

@@ -10,6 +10,7 @@ from typing import Any
 from profiling.clock import Clock
 from profiling.flops import V100_FLOPS_PER_S
 from profiling.records import append_jsonl, write_json
+from profiling.specifications import specification
 
 TIMED = ("preprocessing", "warm-up", "training", "evaluation")
 """Phases whose time a resumed run adds to that of the sessions it continues."""
@@ -44,6 +45,12 @@ def closing_lines(summary: dict[str, Any]) -> list[str]:
         f"{s['images_per_s']:,.0f} images/s; {s['flops'] / s['train_s'] / 1e12:.3g} TFLOP/s, "
         f"{100 * s['v100_normalised']:.2g} % of the article's V100 peak; peak memory {memory}",
     ]
+
+
+def _peak(device: str | None, dtype: str | None) -> float | None:
+    """FLOP/s of the device's data sheet, dense, or None. fp32 convolutions run as tf32, which is PyTorch's default."""
+    sheet = specification(device or "")
+    return sheet.flops_per_s.get("tf32" if dtype == "float32" else dtype) if sheet else None
 
 
 class RunLog:
@@ -125,6 +132,7 @@ class RunLog:
         train_s, eval_s = self.train_s(), self.seconds("evaluation")
         flops = images * self.flops_per_image
         known = train_s > 0 and images > 0
+        peak = _peak(self.facts.get("device"), self.facts.get("dtype"))
         summary = {
             "status": status,
             "exit_code": code,
@@ -142,7 +150,7 @@ class RunLog:
             "wall_s": self.clock.wall_s(),
             "images_per_s": images / train_s if known else None,
             "flops": flops,
-            "mfu": None,
+            "mfu": flops / train_s / peak if known and peak else None,
             "v100_normalised": flops / train_s / V100_FLOPS_PER_S if known else None,
             "peak_memory_bytes": peak_memory_bytes,
         }

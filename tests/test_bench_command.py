@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from profiling import bench_command, kernel_facts
 from profiling.__main__ import app
 from profiling.ahead_of_time import Facts
+from profiling.errors import CommandError
 from profiling.records import read_jsonl
 
 ROOT = Path(__file__).parent.parent
@@ -121,5 +122,5 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path, monkeypatch):
     def full():
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(bench_command.CommandError, match="No space left"), bench_command._disk_errors(tmp_path / "x"):
+    with pytest.raises(CommandError, match="No space left"), bench_command._disk_errors(tmp_path / "x"):
         full()

@@ -107,3 +107,20 @@ def test_what_people_read(tmp_path):
     assert "unknown" in text
     log.facts["data_identity"] = "synthetic"
     assert "not CIFAR-10" in closing_lines(log.finish("complete", 0, 50, 1000, 1))[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "peak"),
+    [
+        ("NVIDIA H200", "float16", 989.5e12),
+        ("NVIDIA A100-SXM4-80GB", "float32", 156e12),
+        ("AMD EPYC", "bfloat16", None),
+    ],
+    ids=["its_own_peak", "fp32_runs_as_tf32", "no_data_sheet"],
+)
+def test_mfu_is_against_the_devices_own_data_sheet(tmp_path, device, dtype, peak):
+    log, now, _ = make(tmp_path)
+    log.facts |= {"device": device, "dtype": dtype}
+    an_epoch(log, now)
+    s = log.finish("complete", 0, 50, 1000, None)
+    assert s["mfu"] == (pytest.approx(s["flops"] / s["train_s"] / peak, rel=1e-3) if peak else None)

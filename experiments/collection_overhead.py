@@ -1,0 +1,190 @@
+"""What collecting a timed run's records costs the run: steps timed with and without, in turns.
+
+    python -m experiments.collection_overhead [--pairs N] [--steps N] [--json]
+
+With: the clock of the steps, and the process that samples the GPU, which a signal holds still otherwise. Trainings of
+the same steps take turns, with, without, without again and back, so that a drift of the machine does not read as a
+cost. The ratio with / without stands beside the interval of without / without: what no difference looks like here.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from profiling import sampler, telemetry
+from profiling.console import Terminal
+from profiling.nvml import GpuSample
+from profiling.steps import StepClock
+from profiling.timing import FEWEST, Plan, Summary, interleave, summarise
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.trainer import Trainer
+
+BATCH = 64
+WIDTHS = (8, 16, 16, 32)
+READY_S = 10.0
+"""How long the sampler may take to its first sample."""
+
+WITH, WITHOUT, AGAIN = "with", "without", "without again"
+
+
+class Overhead(NamedTuple):
+    """Ratios of times, in pairs: medians with their 95 % intervals."""
+
+    cost: Summary
+    same: Summary
+
+    @property
+    def inside(self) -> bool:
+        """Whether the cost cannot be told from no difference."""
+        return self.same.low <= self.cost.median <= self.same.high
+
+
+def small_trainer(steps: int, device: "torch.device") -> "Trainer":
+    """A small network, and epochs of `steps` steps on noise."""
+    import torch
+
+    from model.batches import Batches
+    from model.config import Config
+    from model.data import Dataset
+    from model.distributed import Ranks
+    from model.trainer import Trainer
+
+    generator, count = torch.Generator().manual_seed(0), steps * BATCH
+    images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(count) % 10
+    dataset = Dataset(images, labels, images[:BATCH], labels[:BATCH], identity="synthetic", source="noise")
+    config = Config(
+        network="resnet9",
+        widths=WIDTHS,
+        batch_size=BATCH,
+        dtype="float32",
+        lr_epochs=(0, 35),
+        lr_values=(1e-3, 1e-3),  # noise cannot be learned, only survived
+    )
+    return Trainer(Batches(images, labels, config, device, torch.float32), dataset, Ranks())
+
+
+def sampling(device: "torch.device", path: Path) -> tuple[telemetry.Recorder, str]:
+    """(the sampler at work, what it samples). Without NVML its process has nothing to ask, at the same period.
+
+    Raises RuntimeError where no sample arrives.
+    """
+    if device.type == "cuda":
+        import torch
+
+        recorder = telemetry.start(f"GPU-{torch.cuda.get_device_properties(device).uuid}", path)
+        if _has_samples(recorder, path):
+            return recorder, "NVML"
+        recorder.stop()
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "experiments.collection_overhead", "--sampler", str(path)]
+    recorder = telemetry.Recorder(telemetry.launch(command))
+    if not _has_samples(recorder, path):
+        recorder.stop()
+        raise RuntimeError(f"the sampler left no sample within {READY_S:.0f} s")
+    return recorder, "nothing (no NVML here): its process writes empty samples at the same period"
+
+
+def _has_samples(recorder: telemetry.Recorder, path: Path) -> bool:
+    """Whether a sample arrives in time; of a process that ended none will."""
+    deadline_s = time.monotonic() + READY_S
+    while not telemetry.read(path).samples:
+        if recorder.process is None or recorder.process.poll() is not None or time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def measure(pairs: int, steps: int, device: "torch.device") -> tuple[Overhead, str]:
+    """(the overhead, what was sampled) in `pairs` turns of `steps` steps each.
+
+    Raises RuntimeError where the sampler did not last: then nothing was measured.
+    """
+    trainer, epochs = small_trainer(steps, device), itertools.count()
+
+    def train(clock: StepClock | None = None) -> float:
+        """Microseconds of an epoch; the device is idle before and after."""
+        epoch = trainer.train(next(epochs))
+        start_ns = time.monotonic_ns()
+        for _ in clock.each(epoch) if clock else epoch:
+            pass
+        trainer.check_finite()
+        return (time.monotonic_ns() - start_ns) / 1e3
+
+    def collected() -> float:
+        recorder.process.send_signal(signal.SIGCONT)
+        try:
+            return train(StepClock(device, steps))
+        finally:
+            recorder.process.send_signal(signal.SIGSTOP)
+
+    plan = Plan(min_samples=pairs, max_samples=pairs, relative_error=0.0, seconds=math.inf)
+    with tempfile.TemporaryDirectory() as folder:
+        recorder, sampled = sampling(device, Path(folder) / "telemetry.jsonl")
+        try:
+            collected(), train()
+            taken = interleave({WITH: collected, WITHOUT: train, AGAIN: train}, lambda run: run(), plan)
+            if recorder.process.poll() is not None:
+                raise RuntimeError(f"the sampler ended by itself, with exit code {recorder.process.returncode}")
+        finally:
+            recorder.process.send_signal(signal.SIGCONT)
+            recorder.stop()
+    return overhead(*(taken[name].us for name in (WITH, WITHOUT, AGAIN))), sampled
+
+
+def overhead(with_us: list[float], without_us: list[float], again_us: list[float]) -> Overhead:
+    """Both ratios, turn by turn: a drift of the machine cancels."""
+    cost, same = ([a / b for a, b in zip(us, without_us, strict=True)] for us in (with_us, again_us))
+    return Overhead(summarise(cost), summarise(same))
+
+
+def sample_nothing(path: Path) -> None:
+    """The sampler's loop on a source that knows nothing, until standard input closes."""
+    first = sampler.header(None, None, sampler.PERIOD_MS, {})
+    sampler.record(lambda: GpuSample(t_ns=time.monotonic_ns()), first, path, sampler.stdin_closes())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=30, help=f"turns; at least {FEWEST}")
+    parser.add_argument("--steps", type=int, default=50, help="steps per training")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON; the table goes to stderr")
+    parser.add_argument("--sampler", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.sampler:
+        sample_nothing(arguments.sampler)
+        return
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pairs, steps = max(arguments.pairs, FEWEST), max(arguments.steps, 1)
+    found, sampled = measure(pairs, steps, device)
+    terminal = Terminal(json=arguments.json)
+    terminal.table(
+        f"{pairs} turns of {steps} steps of a small network on {device.type}; sampled: {sampled}",
+        ["ratio of times", "median", "95 % interval"],
+        [
+            [name, f"{s.median:.4f}", f"{s.low:.4f} to {s.high:.4f}"]
+            for name, s in (("with / without", found.cost), ("without / without", found.same))
+        ],
+    )
+    place = "inside" if found.inside else "outside"
+    terminal.say(f"collection costs {found.cost.median - 1:+.2%}, {place} the interval of no difference")
+    if arguments.json:
+        record = {"version": 1, "device": device.type, "sampled": sampled, "pairs": pairs, "steps": steps}
+        ratios = {"cost": found.cost._asdict(), "same": found.same._asdict(), "inside": found.inside}
+        print(json.dumps({**record, **ratios}))
+
+
+if __name__ == "__main__":
+    main()

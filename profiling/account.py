@@ -1,0 +1,231 @@
+"""The account of a run: where every nanosecond went, from what the arithmetic needs to what the stopwatch shows.
+
+Two levels. The phases of the process are exclusive and contiguous, so they sum to its wall clock by construction. The
+training phase is then cut into terms that sum to it, in integer nanoseconds:
+
+    ideal         model FLOPs over the data sheet's peak
+    ceiling gap   the same FLOPs over the best rate that this device was seen to sustain, less the ideal
+    bound by bytes  what convolutions need beyond that because their bytes take longer than their arithmetic
+    inefficiency  what the convolution kernels took beyond these three
+    ...           the other categories of `profiling.categories`, as a profiled pass saw them
+    idle          unprofiled step time less busy time. On a CPU, where there is no second machine to be idle, the time
+                  between operations as the profiled pass saw it: the host's own work
+    residual      what is left; never hidden
+
+Without a data sheet's peak, ideal and ceiling gap are one. The profiled pass times kernels only; how long steps take is
+taken from the run that was not profiled. A term may be negative and is then shown so: sums that close by construction
+prove nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from profiling import floors
+from profiling.work import Work
+
+RESIDUAL_LIMIT = 0.02
+"""Share of the training phase above which the account is inconsistent (`--strict`)."""
+UNKNOWN_LIMIT = 0.05
+"""Share of the busy time in kernels of no category above which the account is incomplete."""
+
+ARTICLE_S = 256.0
+"""The article's run at batch 512 on a V100, its validation included (quoted)."""
+ARTICLE_IDEAL_S = 40.0
+"""What the article says that 100 % efficiency would take (quoted; from 2.8 GFLOP an image)."""
+ARTICLE_VALIDATION_S = 15.3
+"""Of the 256 s, 35 passes of 0.437 s over the test images (quoted, from the author's own log)."""
+ARTICLE_IMAGES = 35 * 50_000
+
+NAMES = {
+    "ideal": "ideal at the data sheet's peak",
+    "ceiling_gap": "peak that this device does not sustain",
+    "conv_bytes": "convolutions bound by bytes",
+    "conv_inefficiency": "convolutions below their roof",
+    "convolution": "convolutions",
+    "batch norm": "batch norm and fused epilogues",
+    "memory-bound": "pool, add, ReLU",
+    "layout and cast": "layout and casts",
+    "optimiser and loss": "optimiser and loss",
+    "augmentation and data": "augmentation and data, exposed",
+    "communication": "communication, exposed",
+    "unknown": "kernels of no known category",
+    "idle": "idle",
+    "unattributed": "not attributed",
+    "validation": "validation",
+    "residual": "residual",
+}
+
+
+@dataclass(frozen=True)
+class Term:
+    """A share of the training phase; `source` says how it is known. The parts, if any, sum to `ns`."""
+
+    key: str
+    ns: int
+    status: str
+    source: str
+    note: str | None = None
+    parts: tuple[tuple[str, int], ...] = ()
+    name: str = ""
+
+    def to_json(self, total_ns: int, recoverable: bool) -> dict[str, Any]:
+        """With what removing it would give."""
+        recoverable_ns = max(self.ns, 0) if recoverable else 0
+        what_if = ""
+        if recoverable_ns and total_ns > recoverable_ns:
+            faster = total_ns / (total_ns - recoverable_ns)
+            what_if = f"without it {(total_ns - recoverable_ns) / 1e9:.4g} s, {faster:.3g} times as fast"
+        return {
+            "key": self.key,
+            "name": self.name or NAMES[self.key],
+            "ns": self.ns,
+            "status": self.status,
+            "source": self.source,
+            "recoverable_ns": recoverable_ns,
+            "what_if": what_if,
+            "note": self.note,
+            "parts": [{"name": name, "ns": ns} for name, ns in self.parts],
+        }
+
+
+@dataclass(frozen=True)
+class Busy:
+    """What a profiled pass saw, for all images of the run: nanoseconds by category, and of the device's gaps.
+
+    `gaps` is (waiting for the host to launch, waiting in a synchronisation, between queued kernels), None where the
+    trace cannot tell. `on_gpu` is whether the categories are of a device beside the host.
+    """
+
+    by_category: dict[str, float]
+    gaps: tuple[float, float, float] | None
+    on_gpu: bool
+    source: str = "torch.profiler, a pass of its own"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that the account of the training phase is made of; None is not known.
+
+    training_ns   the phase
+    steps_ns      of it, from the start of each epoch's first step to the end of its last, unprofiled
+    flops         of the training, by the reference network
+    rows, steps   the ops of one step, and how many steps of that size the run's images make
+    peak, ceiling FLOP/s of the data sheet, and sustained; bandwidth in bytes/s, sustained
+    """
+
+    training_ns: int
+    steps_ns: int | None
+    flops: int
+    rows: Sequence[Work] | None
+    steps: float
+    peak: float | None
+    ceiling: float | None
+    bandwidth: float | None
+    busy: Busy | None
+    peak_source: str = "data sheet"
+
+
+def terms(e: Evidence) -> list[Term]:
+    """The training phase in terms, in the order of the module's docstring; they sum to it."""
+    found = _needed(e)
+    needed_ns = sum(t.ns for t in found)
+    if e.busy is not None:
+        found += _of_categories(e, needed_ns)
+        if e.steps_ns is not None and e.busy.gaps is not None:
+            found.append(_idle(e))
+    complete = e.busy is not None and e.busy.gaps is not None and e.steps_ns is not None
+    rest = e.training_ns - sum(t.ns for t in found)
+    if complete:
+        found.append(Term("residual", rest, "measured", "the training phase less all terms above"))
+    else:
+        found.append(
+            Term("unattributed", rest, "measured", "the training phase less all terms above; see what it lacks")
+        )
+    return found
+
+
+def _needed(e: Evidence) -> list[Term]:
+    """What the arithmetic and the convolutions' bytes need at the least."""
+    found = []
+    if e.peak is not None:
+        ideal = round(1e9 * e.flops / e.peak)
+        found.append(Term("ideal", ideal, "modelled", f"model FLOPs over {e.peak / 1e12:.4g} TFLOP/s, {e.peak_source}"))
+        if e.ceiling is not None:
+            gap = round(1e9 * e.flops / e.ceiling) - ideal
+            text = f"the same FLOPs over {e.ceiling / 1e12:.4g} TFLOP/s, the best this device sustained, less the ideal"
+            found.append(Term("ceiling_gap", gap, "modelled", text))
+    elif e.ceiling is not None:
+        text = f"model FLOPs over {e.ceiling / 1e12:.4g} TFLOP/s, the best this device sustained; no data sheet's peak"
+        name = "ideal at the measured ceiling"
+        found.append(Term("ideal", round(1e9 * e.flops / e.ceiling), "modelled", text, name=name))
+    roof = e.ceiling or e.peak
+    if roof and e.bandwidth and e.rows is not None:
+        each = sum(max(0.0, r.bytes / e.bandwidth - r.flops / roof) for r in e.rows if r.family in floors.CONVOLUTIONS)
+        text = f"bytes of each convolution over {e.bandwidth / 1e9:.4g} GB/s where that is longer than its arithmetic"
+        found.append(Term("conv_bytes", round(1e9 * each * e.steps), "modelled", text))
+    return found
+
+
+def _of_categories(e: Evidence, needed_ns: int) -> list[Term]:
+    by_category = dict(e.busy.by_category)
+    convolutions = round(by_category.pop("convolution", 0))
+    text = f"convolution and matrix kernels ({convolutions / 1e9:.4g} s; {e.busy.source})"
+    if needed_ns:
+        found = [Term("conv_inefficiency", convolutions - needed_ns, "measured", f"{text}, less the terms above")]
+    else:
+        found = [Term("convolution", convolutions, "measured", text)]
+    return found + [Term(key, round(ns), "measured", e.busy.source) for key, ns in by_category.items() if round(ns)]
+
+
+def _idle(e: Evidence) -> Term:
+    gaps = e.busy.gaps
+    if not e.busy.on_gpu:
+        name = "between operations: Python and dispatch"
+        return Term("idle", round(sum(gaps)), "measured", f"{e.busy.source}: time inside no operation", name=name)
+    idle = e.steps_ns - round(sum(e.busy.by_category.values()))
+    names, total = ("waiting for the host", "waiting in a synchronisation", "between queued kernels"), sum(gaps)
+    parts: tuple[tuple[str, int], ...] = ()
+    if total > 0:
+        first, second = (round(idle * gap / total) for gap in gaps[:2])
+        parts = tuple(zip(names, (first, second, idle - first - second), strict=True))
+    text = "unprofiled steps less the kernels' busy time; its parts in proportion to the profiled pass's gaps"
+    return Term("idle", idle, "measured", text, parts=parts)
+
+
+def article_terms(rows: Sequence[Work], batch: int, peak: float, bandwidth: float, flops_per_image: int) -> list[Term]:
+    """The article's 256 s on its V100 by the same terms: quoted where the author says so, else modelled.
+
+    `rows` are the ops of a step of `batch` images of the article's network. The floors are those of eager PyTorch's 19
+    passes a layer; what they do not explain remains one term.
+    """
+    steps, total_ns = ARTICLE_IMAGES / batch, round(1e9 * ARTICLE_S)
+    flops = ARTICLE_IMAGES * flops_per_image
+    kernels = floors.kernels(rows, floors.CUTS[0])
+    found = _needed(Evidence(total_ns, None, flops, kernels, steps, peak, None, bandwidth, None, "NVIDIA's data sheet"))
+    for key, families in {
+        "batch norm": ("batch norm", "relu", "relu backward", "batch norm backward"),
+        "memory-bound": ("add",),
+        "optimiser and loss": ("optimiser",),
+    }.items():
+        ns = floors.floor_ns([k for k in kernels if k.family in families], math.inf, bandwidth)
+        text = f"bytes over {bandwidth / 1e9:.4g} GB/s by eager PyTorch's passes"
+        name = "batch norm and ReLU" if key == "batch norm" else "shortcuts" if key == "memory-bound" else "optimiser"
+        found.append(Term(key, round(ns * steps), "modelled", text, name=name))
+    source = "the author's log: 35 passes of 0.437 s"
+    found.append(Term("validation", round(1e9 * ARTICLE_VALIDATION_S), "quoted", source))
+    text = "256 s less all of these: kernels below their roofs, the host, synchronisation; nobody has measured which"
+    found.append(Term("unattributed", total_ns - sum(t.ns for t in found), "modelled", text))
+    return found
+
+
+def levers(flops: int, seconds: float, peak: float, article_flops: int, article_peak: float) -> list[tuple[str, float]]:
+    """256 s over this run's `seconds` as a product: fewer FLOPs, better use of the peak, more peak."""
+    mfu = flops / seconds / peak
+    article_mfu = article_flops / ARTICLE_S / article_peak
+    return [
+        ("fewer FLOPs", article_flops / flops),
+        ("better use of the peak", mfu / article_mfu),
+        ("more peak", peak / article_peak),
+    ]

@@ -1,0 +1,48 @@
+"""A number with where it comes from. Nothing is reported without."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+STATUSES = ("measured", "modelled", "quoted", "unavailable")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """`value` in `unit`; None where it is unavailable, and then `source` says why. Raises ValueError for a mixture."""
+
+    value: float | int | None
+    unit: str
+    status: str
+    source: str
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status is {self.status!r}, expected one of {', '.join(STATUSES)}")
+        if (self.value is None) != (self.status == "unavailable"):
+            raise ValueError(f"value {self.value} cannot be {self.status}: what is not known is None and unavailable")
+        if not self.source:
+            raise ValueError("a figure needs its source, or the reason why it is unavailable")
+
+    def to_json(self, label: str | None = None) -> dict[str, Any]:
+        """As a record; with `label` if given."""
+        return asdict(self) | ({} if label is None else {"label": label})
+
+
+def measured(value: float | int, unit: str, source: str) -> Figure:
+    """Seen on this machine."""
+    return Figure(value, unit, "measured", source)
+
+
+def modelled(value: float | int, unit: str, source: str) -> Figure:
+    """Calculated."""
+    return Figure(value, unit, "modelled", source)
+
+
+def quoted(value: float | int, unit: str, source: str) -> Figure:
+    """Said by somebody else."""
+    return Figure(value, unit, "quoted", source)
+
+
+def unavailable(unit: str, reason: str) -> Figure:
+    """Not known."""
+    return Figure(None, unit, "unavailable", reason)

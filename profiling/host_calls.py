@@ -1,0 +1,104 @@
+"""What the host was doing: the operations and annotations of each thread, which lie inside of one another."""
+
+import sys
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+
+class Scope(NamedTuple):
+    """Nested operations: their names, the outermost first, and the dims of the innermost one that has any."""
+
+    ops: tuple[str, ...] = ()
+    dims: str = ""
+
+
+class Piece(NamedTuple):
+    """A stretch of time in which one operation was the innermost of its thread; all its pieces have its number."""
+
+    start_ns: int
+    end_ns: int
+    thread: int
+    number: int
+    scope: Scope
+
+
+class HostCalls:
+    """Operations of a trace's threads. They are kept in columns of integers: a trace may have millions of them."""
+
+    def __init__(self) -> None:
+        self._threads: list[_Thread] = []
+        self._texts, self._numbers = [""], {"": 0}
+        self._scopes: dict[Scope, Scope] = {}
+
+    def add(self, thread: int, start_ns: int, end_ns: int, name: str, dims: str, external: int) -> None:
+        """An operation; `dims` is "" if its inputs have no extents, `external` its External id, -1 if it has none."""
+        while thread >= len(self._threads):
+            self._threads.append(_Thread())
+        calls = self._threads[thread]
+        calls.start.append(start_ns)
+        calls.end.append(end_ns)
+        calls.external.append(external)
+        calls.name.append(self._number(name))
+        calls.dims.append(self._number(dims))
+
+    def _number(self, text: str) -> int:
+        number = self._numbers.setdefault(text, len(self._texts))
+        if number == len(self._texts):
+            self._texts.append(text)
+        return number
+
+    def _scope(self, calls: "_Thread", stack: Sequence[int]) -> Scope:
+        dims = next((calls.dims[i] for i in reversed(stack) if calls.dims[i]), 0)
+        scope = Scope(tuple(self._texts[calls.name[i]] for i in stack), self._texts[dims])
+        return self._scopes.setdefault(scope, scope)
+
+    def externals_among(self, ids: set[int]) -> set[int]:
+        """Those of `ids` that are an operation's External id."""
+        return {i for calls in self._threads for i in calls.external if i in ids}
+
+    def scopes(self, thread: int, times: Sequence[int]) -> Iterator[Scope]:
+        """What `thread` was inside of at each of `times`, which rise."""
+        calls = self._threads[thread] if thread < len(self._threads) else _Thread()
+        order, following, stack = calls.outermost_first(), 0, []
+        for time in times:
+            while following < len(order) and calls.start[order[following]] <= time:
+                calls.drop_ended(stack, calls.start[order[following]])
+                stack.append(order[following])
+                following += 1
+            calls.drop_ended(stack, time)
+            yield self._scope(calls, [i for i in stack if calls.end[i] > time])
+
+    def pieces(self) -> Iterator[Piece]:
+        """Each thread's time in operations, cut where the innermost one changes. Of two that overlap, the later."""
+        before = 0
+        for thread, calls in enumerate(self._threads):
+            stack: list[int] = []
+            done = 0
+            for i in [*calls.outermost_first(), None]:
+                until = sys.maxsize if i is None else calls.start[i]
+                while stack:
+                    end = min(calls.end[stack[-1]], until)
+                    if end > done:
+                        yield Piece(done, end, thread, before + stack[-1], self._scope(calls, stack))
+                        done = end
+                    if calls.end[stack[-1]] > until:
+                        break
+                    stack.pop()
+                if i is not None:
+                    stack.append(i)
+                    done = until
+            before += len(calls.start)
+
+
+class _Thread:
+    def __init__(self) -> None:
+        self.start, self.end, self.external = array("q"), array("q"), array("q")
+        self.name, self.dims = array("q"), array("q")
+
+    def outermost_first(self) -> list[int]:
+        return sorted(range(len(self.start)), key=lambda i: (self.start[i], -self.end[i]))
+
+    def drop_ended(self, stack: list[int], time: int) -> None:
+        while stack and self.end[stack[-1]] <= time:
+            stack.pop()

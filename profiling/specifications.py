@@ -1,0 +1,147 @@
+"""What the vendor promises of a GPU: the only place in the project that knows hardware by name.
+
+Every peak is dense; a data sheet that prints only its sparse figure is halved. Products accumulate in fp32, as training
+does, which GeForce cards do at half of their advertised fp16 rate. Bytes are decimal, caches binary.
+"""
+
+from dataclasses import dataclass
+
+from profiling.flops import V100_FLOPS_PER_S
+
+
+@dataclass(frozen=True)
+class Specification:
+    """One GPU.
+
+    `flops_per_s` is the dense peak for "float16", "bfloat16", "tf32" and "float32" (without tensor cores); what the GPU
+    has no unit for is absent. `bytes_per_s` is of device memory. `source` is the document that says so.
+    """
+
+    name: str
+    flops_per_s: dict[str, float]
+    bytes_per_s: float
+    l2_bytes: int
+    source: str
+
+
+def specification(gpu_name: str) -> Specification | None:
+    """The entry of the GPU that the driver calls `gpu_name`; None for one that the table lacks, never a neighbour's.
+
+    The name must agree to the letter but for a leading "NVIDIA ", which older drivers leave out: a MIG slice, a GPU
+    for laptops, a Ti or a D is another device under a longer name.
+    """
+    return _BY_NAME.get(gpu_name.strip().removeprefix("NVIDIA "))
+
+
+_MIB = 2**20
+
+
+def _peaks(half: float, tf32: float, single: float) -> dict[str, float]:
+    """From TFLOP/s; fp16 and bf16 are equally fast on everything that has bf16."""
+    return {"float16": half * 1e12, "bfloat16": half * 1e12, "tf32": tf32 * 1e12, "float32": single * 1e12}
+
+
+def _volta_or_turing(half: float, single: float) -> dict[str, float]:
+    """From FLOP/s; neither bf16 nor tf32 before compute capability 8.0."""
+    return {"float16": half, "float32": single}
+
+
+_V100_SHEET = "NVIDIA V100 data sheet; L2: Tesla V100 GPU architecture white paper"
+_A100_SHEET = "NVIDIA A100 data sheet; L2: A100 architecture white paper"
+_H100_PAPER = "NVIDIA H100 architecture white paper, final clocks; bandwidth: H100 data sheet"
+
+_ENTRIES: tuple[tuple[Specification, tuple[str, ...]], ...] = (
+    (
+        Specification("V100 SXM2", _volta_or_turing(V100_FLOPS_PER_S, 15.7e12), 0.9e12, 6 * _MIB, _V100_SHEET),
+        ("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB"),
+    ),
+    (
+        Specification("V100 PCIe", _volta_or_turing(112e12, 14e12), 0.9e12, 6 * _MIB, _V100_SHEET),
+        ("Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB"),
+    ),
+    (
+        Specification("A100 SXM 40 GB", _peaks(312, 156, 19.5), 1.555e12, 40 * _MIB, _A100_SHEET),
+        ("A100-SXM4-40GB",),
+    ),
+    (
+        Specification("A100 SXM 80 GB", _peaks(312, 156, 19.5), 2.039e12, 40 * _MIB, _A100_SHEET),
+        ("A100-SXM4-80GB",),
+    ),
+    (
+        Specification("A100 PCIe 40 GB", _peaks(312, 156, 19.5), 1.555e12, 40 * _MIB, _A100_SHEET),
+        ("A100-PCIE-40GB",),
+    ),
+    (
+        Specification("A100 PCIe 80 GB", _peaks(312, 156, 19.5), 1.935e12, 40 * _MIB, _A100_SHEET),
+        ("A100 80GB PCIe",),
+    ),
+    (
+        Specification("H100 SXM", _peaks(989.4, 494.7, 66.9), 3.35e12, 50 * _MIB, _H100_PAPER),
+        ("H100 80GB HBM3",),
+    ),
+    (
+        Specification("H100 PCIe", _peaks(756, 378, 51.2), 2.0e12, 50 * _MIB, _H100_PAPER),
+        ("H100 PCIe",),
+    ),
+    (
+        Specification(
+            "H200 SXM",
+            _peaks(989.5, 494.5, 67),
+            4.8e12,
+            60 * _MIB,
+            "NVIDIA H200 data sheet, its sparse figures halved; L2: as the driver reports it",
+        ),
+        ("H200",),
+    ),
+    (
+        Specification(
+            "B200",
+            _peaks(2250, 1125, 75),
+            7.7e12,
+            126 * _MIB,
+            "NVIDIA Blackwell data sheet, HGX B200, its sparse figures halved; L2: as the driver reports it",
+        ),
+        ("B200",),
+    ),
+    (
+        Specification(
+            "GeForce RTX 3090",
+            _peaks(71, 35.6, 35.6),
+            0.936e12,
+            6 * _MIB,
+            "NVIDIA Ampere GA102 architecture white paper",
+        ),
+        ("GeForce RTX 3090",),
+    ),
+    (
+        Specification(
+            "GeForce RTX 4090", _peaks(165.2, 82.6, 82.6), 1.008e12, 72 * _MIB, "NVIDIA Ada architecture white paper"
+        ),
+        ("GeForce RTX 4090",),
+    ),
+    (
+        Specification(
+            "L4",
+            _peaks(121, 60, 30.3),
+            0.3e12,
+            48 * _MIB,
+            "NVIDIA L4 data sheet, its sparse figures halved; L2: Ada architecture white paper",
+        ),
+        ("L4",),
+    ),
+    (
+        Specification(
+            "T4",
+            _volta_or_turing(65e12, 8.1e12),
+            0.32e12,
+            4 * _MIB,
+            "NVIDIA T4 data sheet; L2: Turing architecture white paper",
+        ),
+        ("Tesla T4", "T4"),
+    ),
+)
+
+SPECIFICATIONS: tuple[Specification, ...] = tuple(entry for entry, _ in _ENTRIES)
+"""Every GPU that the table knows."""
+
+_BY_NAME = {name: entry for entry, names in _ENTRIES for name in names}

@@ -1,0 +1,292 @@
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from traces import (
+    BUSY,
+    HOST_GAP_NS,
+    LAUNCH_GAP_NS,
+    STEP_GAP_NS,
+    STEP_NS,
+    US,
+    HandMadeTrace,
+    training_step,
+)
+
+from profiling.attribution import Idle, KernelKey, idle, per_step, sweep
+from profiling.categories import CATEGORIES
+from profiling.trace import Kernel, read
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "trace.json"
+
+
+def kernel(start: int, end: int, category: str = "unknown", stream: int = 7, **fields) -> Kernel:
+    """`category` is its name; see `by_name`."""
+    return Kernel(category, start, end, stream, 0, "kernel", 1, **fields)
+
+
+def by_name(kernel: Kernel) -> str:
+    return kernel.name
+
+
+def test_training_step_is_recovered(path):
+    made = HandMadeTrace()
+    for number in range(4):
+        training_step(made, number, number * STEP_NS)
+    trace = read(made.write(path))
+    step = per_step(trace)
+    assert step.steps == 4
+    assert {category: ns for category, ns in step.by_category.items() if ns} == BUSY
+    assert step.busy_ns == sum(BUSY.values())
+    assert idle(trace) == Idle(4 * HOST_GAP_NS + 3 * STEP_GAP_NS, 0, 4 * LAUNCH_GAP_NS)
+    assert sum(idle(trace)) + step.total.busy_ns == step.total.span_ns
+
+
+def test_kernel_behind_others_costs_nothing_and_keeps_its_own_time(path):
+    made = HandMadeTrace()
+    training_step(made, 0, 0)
+    hidden = {key: time for key, time in per_step(read(made.write(path))).by_kernel.items() if key.op == "aten::copy_"}
+    ((key, time),) = hidden.items()
+    assert key.category == "layout and cast"
+    assert key.dims == "[[64,32,16,16],[64,32,16,16]]"
+    assert time == (1, 0, 60 * US)
+
+
+KINDS = {"convolution": "sm90_xmma_fprop_implicit_gemm", "batch norm": "bn_apply_kernel", "unknown": "mystery"}
+NS = st.integers(1_000, 900_000)
+PLAN = st.lists(
+    st.tuples(
+        st.sampled_from(["none", "host", "sync", "launch"]),
+        NS,  # the gap
+        st.sampled_from(sorted(KINDS)),
+        NS,  # the kernel
+        st.none() | st.tuples(st.sampled_from(sorted(KINDS)), st.floats(0, 0.9), NS),  # another behind it
+    ),
+    min_size=2,
+    max_size=12,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(plan=PLAN)
+def test_planted_idle_overlap_and_kernels_are_recovered(tmp_path_factory, plan):
+    """Any sequence of gaps and kernels, some with another behind them: all of it is found, to the nanosecond."""
+    made, gaps, busy, calls = HandMadeTrace(), Counter(), Counter(), Counter()
+    now = 10_000
+    for number, (gap, gap_ns, category, duration, other) in enumerate(plan):
+        start, launch = now, now - 300
+        if gap != "none" and number:
+            gaps[gap] += gap_ns
+            start, launch = now + gap_ns, now - 300 if gap == "launch" else now + gap_ns // 2
+            if gap == "sync":
+                made.call("cudaDeviceSynchronize", now - 200, 200 + gap_ns // 3)
+        made.kernel(KINDS[category], launch, start, duration)
+        calls[category] += 1
+        now = start + duration
+        busy[category] += duration
+        if other is not None:
+            behind, share, behind_ns = other
+            behind_start = start + int(share * duration)
+            made.kernel(KINDS[behind], launch, behind_start, behind_ns, stream=20)
+            calls[behind] += 1
+            behind_end = behind_start + behind_ns
+            overlap = min(now, behind_end) - behind_start
+            winner = min(category, behind, key=CATEGORIES.index)
+            busy[category] -= overlap
+            busy[winner] += overlap
+            busy[behind] += behind_ns - overlap
+            now = max(now, behind_end)
+    made.step(0, 0, now)
+    trace = read(made.write(tmp_path_factory.mktemp("plan") / "trace.json"))
+    assert trace.lacks == []
+    assert idle(trace) == Idle(gaps["host"], gaps["sync"], gaps["launch"])
+    step = per_step(trace)
+    assert step.by_category == dict.fromkeys(CATEGORIES, 0) | busy
+    counted = Counter()
+    for key, time in step.by_kernel.items():
+        counted[key.category] += time.calls
+    assert counted == calls
+
+
+INTERVALS = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(0, 15), st.sampled_from(CATEGORIES), st.integers(0, 2)), max_size=12
+)
+
+
+@given(INTERVALS)
+def test_every_nanosecond_goes_to_one_category_and_one_kernel(intervals):
+    """Whatever overlaps, and as painted by hand: the first category in the list, in it the kernel that ran longest."""
+    kernels = [kernel(start, start + n, category, stream) for start, n, category, stream in intervals]
+    found = sweep(kernels, by_name)
+    painted = Counter()
+    for time in range(60):
+        running = [k for k in kernels if k.start_ns <= time < k.end_ns]
+        if running:
+            painted[min(running, key=lambda k: (CATEGORIES.index(k.name), k.start_ns)).name] += 1
+    assert found.by_category == dict.fromkeys(CATEGORIES, 0) | painted
+    assert sum(found.by_category.values()) == found.busy_ns == sum(painted.values())
+    assert sum(time.ns for time in found.by_kernel.values()) == found.busy_ns
+    assert sum(time.own_ns for time in found.by_kernel.values()) == sum(k.end_ns - k.start_ns for k in kernels)
+    assert sum(time.calls for time in found.by_kernel.values()) == len(kernels)
+    assert all(0 <= time.ns <= time.own_ns for time in found.by_kernel.values())
+
+
+def test_of_two_kernels_of_a_category_the_one_that_ran_longer_gets_the_time():
+    kernels = [kernel(0, 10, dims="[[1]]"), kernel(4, 14, dims="[[2]]")]
+    by_kernel = sweep(kernels, by_name).by_kernel
+    assert {key.dims: time.ns for key, time in by_kernel.items()} == {"[[1]]": 10, "[[2]]": 4}
+
+
+def test_pieces_of_one_operation_are_one_call():
+    pieces = [
+        Kernel("aten::conv2d", start, start + 5, 0, -1, "cpu", number, ("aten::conv2d",), "")
+        for start, number in [(0, 1), (10, 1), (20, 2)]
+    ]
+    ((key, time),) = sweep(pieces, lambda k: "convolution").by_kernel.items()
+    assert key == KernelKey("convolution", "aten::conv2d", "aten::conv2d", "")
+    assert time == (2, 15, 15)
+
+
+def test_sweep_of_nothing_is_nothing():
+    found = sweep([])
+    assert (found.busy_ns, found.span_ns, found.by_kernel) == (0, 0, {})
+    assert set(found.by_category.values()) == {0}
+
+
+def test_sweep_refuses_a_category_of_no_rank():
+    with pytest.raises(ValueError, match="not in tuple"):
+        sweep([kernel(0, 1)], lambda k: "miscellaneous")
+
+
+def test_sweep_of_very_many_kernels_inside_of_one_another_ends():
+    """40,000 kernels that all run at once: what looked at all of them at each time would not come back."""
+    many = 40_000
+    found = sweep([kernel(i, 2 * many - i, CATEGORIES[1 - i % 2]) for i in range(many)], by_name)
+    assert found.busy_ns == 2 * many
+    assert found.by_category["batch norm"] == 2
+
+
+def test_nanoseconds_of_a_step_sum_to_its_busy_time(path):
+    made = HandMadeTrace()
+    for number in range(3):
+        made.step(number, number * 1_000, 1_000)
+    for number, name in enumerate(["gemm", "bn_apply_kernel", "mystery", "max_pool", "direct_copy"]):
+        made.kernel(name, 600 * number, 600 * number + 50, 10)
+    step = per_step(read(made.write(path)))
+    assert step.total.busy_ns == 50
+    assert step.busy_ns == 17
+    assert sum(step.by_category.values()) == 17
+    assert all(abs(ns - step.total.by_category[c] / 3) < 1 for c, ns in step.by_category.items())
+    assert sum(time.ns for time in step.by_kernel.values()) == pytest.approx(50 / 3)
+
+
+def test_kernels_of_no_step_are_in_none(path):
+    made = HandMadeTrace()
+    made.step(0, 1_000, 1_000)
+    made.kernel("before", 10, 20, 500)
+    made.kernel("inside", 1_500, 2_500, 100)  # runs after the step that launched it
+    made.kernel("after", 2_000, 3_000, 100)
+    assert [key.name for key in per_step(read(made.write(path))).by_kernel] == ["inside"]
+
+
+def test_trace_without_steps_has_no_steps(path):
+    made = HandMadeTrace()
+    made.kernel("k", 0, 10, 10)
+    trace = read(made.write(path))
+    assert per_step(trace) is None
+    assert idle(trace) is None
+
+
+def gaps_of(path, *kernels: tuple[int, int, int], syncs=(), step=(0, 10_000)) -> Idle | None:
+    """Of kernels (launch, start, duration)."""
+    made = HandMadeTrace()
+    made.step(0, *step)
+    for launch, start, duration in kernels:
+        made.kernel("k", launch, start, duration)
+    for start, duration in syncs:
+        made.call("cudaStreamSynchronize", start, duration)
+    return idle(read(made.write(path)))
+
+
+@pytest.mark.parametrize(
+    ("kernels", "expected"),
+    [
+        pytest.param([(10, 500, 100)], Idle(0, 0, 0), id="nothing_before_the_first_and_after_the_last"),
+        pytest.param([(10, 100, 200), (20, 250, 100)], Idle(0, 0, 0), id="negative_gap"),
+        pytest.param([(10, 100, 200), (20, 300, 100)], Idle(0, 0, 0), id="no_gap"),
+        pytest.param([(10, 100, 900), (20, 200, 10), (30, 400, 10)], Idle(0, 0, 0), id="behind_a_long_kernel"),
+        pytest.param([(10, 100, 0), (20, 100, 50)], Idle(0, 0, 0), id="no_duration"),
+        pytest.param([(10, 100, 100), (20, 260, 40)], Idle(0, 0, 60), id="queued"),
+        pytest.param([(10, 100, 100), (200, 260, 40)], Idle(0, 0, 60), id="launched_as_the_gap_began"),
+        pytest.param([(10, 100, 100), (210, 260, 40)], Idle(60, 0, 0), id="launched_too_late"),
+        pytest.param([(10, 100, 100), (270, 260, 40)], Idle(60, 0, 0), id="clocks_that_disagree"),
+    ],
+)
+def test_gaps_are_told_apart(path, kernels, expected):
+    assert gaps_of(path, *kernels) == expected
+
+
+@pytest.mark.parametrize(
+    ("sync", "expected"),
+    [
+        pytest.param((150, 60), Idle(0, 60, 0), id="waited_as_the_device_ran_dry"),
+        pytest.param((150, 20), Idle(60, 0, 0), id="over_before"),
+        pytest.param((205, 3), Idle(60, 0, 0), id="began_on_an_idle_device"),
+        pytest.param((400, 50), Idle(60, 0, 0), id="later"),
+    ],
+)
+def test_gap_is_the_waits_only_if_the_host_was_waiting(path, sync, expected):
+    assert gaps_of(path, (10, 100, 100), (230, 260, 40), syncs=[sync]) == expected
+
+
+def test_wait_within_a_longer_one_does_not_hide_it(path):
+    assert gaps_of(path, (10, 100, 100), (230, 260, 40), syncs=[(50, 200), (60, 20)]) == Idle(0, 60, 0)
+
+
+def test_gap_beside_a_kernel_of_no_step_is_of_no_step(path):
+    kernels = [(10, 100, 100), (1_100, 1_200, 100), (2_100, 2_200, 100)]
+    assert gaps_of(path, *kernels, step=(1_000, 500)) == Idle(0, 0, 0)
+
+
+def test_kernel_of_no_step_is_no_gap(path):
+    kernels = [(1_050, 1_100, 100), (900, 1_200, 300), (1_060, 1_500, 100)]
+    assert gaps_of(path, *kernels, step=(1_000, 500)) == Idle(0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda made: made.call("cudaLaunchKernel", 500), id="kernel_missing"),
+        pytest.param(lambda made: made.on_device("k", 600, 10, 999), id="launch_missing"),
+        pytest.param(lambda made: made.event("kernel", "k", 600, -10), id="negative_duration"),
+        pytest.param(lambda made: made.events.pop(0), id="no_step"),
+        pytest.param(lambda made: made.events.__delitem__(slice(2, None, 2)), id="no_kernels"),
+    ],
+)
+def test_incomplete_trace_has_no_idle(path, spoil):
+    made = HandMadeTrace()
+    made.step(0, 0, 10_000)
+    made.kernel("k", 10, 100, 100)
+    made.kernel("k", 300, 400, 100)
+    assert idle(read(made.write(path))) == Idle(200, 0, 0)
+    spoil(made)
+    trace = read(made.write(path))
+    assert trace.lacks
+    assert idle(trace) is None
+
+
+def test_idle_of_a_recorded_run_is_its_span_less_its_busy_time():
+    folder = os.environ.get("GPU_TRACES_DIR")
+    if not folder:
+        pytest.skip("needs GPU_TRACES_DIR, a folder of recorded traces")
+    trace = read(Path(folder) / "h100_vit_inference.json.gz")
+    total = per_step(trace).total
+    gaps = idle(trace)
+    assert sum(gaps) == total.span_ns - total.busy_ns
+    assert gaps.host_ns > 0.99 * sum(gaps)  # a host-bound run
