@@ -69,7 +69,6 @@ class CudaGraphs:
 
 @contextlib.contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    gc.collect()
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -126,6 +125,7 @@ class Program:
 
         Raises whatever the function, a compiler or the driver raises.
         """
+        gc.collect()  # an earlier run's recordings are in reference cycles, and hold its memory
         state = self.state()
         kept = [t.clone() for t in state]
 

@@ -1,7 +1,10 @@
 """A step that is recorded and replayed is the step, and one that cannot be is found out."""
 
+import importlib.util
+
 import pytest
 import torch
+from block_cases import no_overflow_checks  # noqa: F401
 from emulation import CaptureError, EmulatedGraphs, HostReads
 from runs import tiny_config, tiny_dataset
 
@@ -10,6 +13,7 @@ from model.batches import Batches
 from model.capture import Program
 from model.choices import draw_choices
 from model.distributed import Ranks
+from model.network import ResNet9
 from model.optimiser import SGD
 from model.step import TrainingStep
 from model.trainer import Trainer
@@ -77,6 +81,25 @@ def test_a_replay_goes_on_in_the_middle_of_an_epoch(monkeypatch):
     second.restore(kept, 2)
     list(second.train(0))
     assert same(first.tensors(), second.tensors())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the kernels need triton")
+@pytest.mark.usefixtures("no_overflow_checks")
+def test_a_replayed_fused_step_is_the_eager_step_bit_for_bit():
+    """In fp16, with the weights' copies; on maps of a sixteenth, for the interpreter."""
+    from kernels import fused
+
+    generator, steps = torch.Generator().manual_seed(0), []
+    x = torch.randn(2, 3, 8, 8, generator=generator).half().contiguous(memory_format=torch.channels_last)
+    for recorder in (None, EmulatedGraphs()):
+        torch.manual_seed(0)
+        step = TrainingStep(ResNet9((16, 16, 16, 16), fused), tiny_config(), steps_per_epoch=4, dtype=torch.float16)
+        step.program.recorder = recorder
+        step(x, torch.tensor([3, 7]))
+        steps.append(step)
+    eager, replayed = steps
+    assert recorder.replays == 1
+    assert all(torch.equal(a, b) for a, b in zip(eager.state(), replayed.state(), strict=True))
 
 
 # Broken steps
