@@ -88,14 +88,14 @@ def run(
     could not be written, TargetMissedError below the accuracy `target`; summary.json then says so too.
     """
     from model.memory import out_of_memory, peak_bytes
-    from model.trainer import build_network, choose_dtype, triton_conv_share, with_available_ops
+    from model.trainer import build_network, choose_dtype, step_mode, triton_conv_share, with_available_ops
     from profiling.clock import Clock
     from profiling.environment import device_name, environment
     from profiling.flops import flops_per_image
     from profiling.runlog import RunLog
 
     ranks, device, ops_requested = session.ranks, session.device, config.ops
-    config, reason = with_available_ops(config, device)
+    config, reason = with_available_ops(config, device, session.terminal.say)
     if reason and insist:
         raise DeviceError(f"ops={ops_requested} cannot run here: {reason}; use --set ops=reference, or another machine")
     if reason:
@@ -121,6 +121,8 @@ def run(
         "ops": config.ops,
         "ops_requested": ops_requested,
         "triton_conv_share": triton_conv_share(config, dtype, device),
+        "step": None,
+        "step_requested": step_mode(config, device),
         "seed": config.seed,
         "git_sha": machine["git_sha"],
     }
@@ -179,10 +181,13 @@ def _prepare(
         raise CheckpointError("the processes found different checkpoints; put --out where all of them can read it")
     if checkpoint:
         trainer.restore(checkpoint.tensors, checkpoint.step)
-    if session.device.type == "cuda":
+    if session.device.type == "cuda" or trainer.step_requested != "eager":
         log.clock.switch("warm-up")
-        trainer.warm_up()
+        reason = trainer.warm_up(session.terminal.say)
+        if reason and ranks.is_first:
+            session.terminal.warn(f"the training step runs eagerly, not {trainer.step_requested}: {reason}")
         log.clock.switch("set-up")
+    log.facts["step"] = trainer.step_mode
     ranks.wait()
     return trainer
 

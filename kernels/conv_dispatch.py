@@ -4,7 +4,8 @@
 once. Our kernels do batch norm's work while they load and store; around the library's convolution the elementwise
 kernels do it, in passes of their own. `forced` means ours even where the table has measured the library as the faster.
 
-Weights arrive as fp32 masters and are cast to the activations' dtype here; dw leaves in fp32.
+Weights arrive as fp32 masters and are cast to the activations' dtype here, or as copies in that dtype; dw leaves in
+fp32 either way.
 """
 
 from collections.abc import Callable, Iterable
@@ -57,10 +58,13 @@ class Activation:
         return self.stored if needed and self.stored is not None else self.x.new_empty(0)
 
 
-def check_master_weight(name: str, w: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    """Raise unless `w` is fp32 of `shape` [K, C, R, R], channels_last, on x's device, and C and K suit the kernels."""
-    if w.dtype != torch.float32:
-        raise TypeError(f"{name} is {w.dtype}, expected a master weight in torch.float32")
+def check_weight(name: str, w: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """Raise unless `w` is of `shape` [K, C, R, R], channels_last, on x's device, and C and K suit the kernels.
+
+    It is a master weight in fp32, or its copy in x's dtype.
+    """
+    if w.dtype not in (torch.float32, x.dtype):
+        raise TypeError(f"{name} is {w.dtype}, expected a master weight in torch.float32 or a copy in x's {x.dtype}")
     check_activation(name, w)
     if tuple(w.shape) != shape or w.device != x.device:
         raise ValueError(

@@ -28,7 +28,7 @@ from kernels.bn_apply import bn_apply, output_shape
 from kernels.bn_backward import bn_backward_apply, bn_backward_reduce, bn_coefficients
 from kernels.bn_stats import bn_finalize, bn_stats
 from kernels.contract import check_activation, check_fp32, check_like
-from kernels.conv_dispatch import Activation, check_master_weight, dgrad, fprop, wgrad
+from kernels.conv_dispatch import Activation, check_weight, dgrad, fprop, wgrad
 from kernels.conv_shape import ConvShape, flop_formula
 from kernels.cost import Cost
 from kernels.metered_cost import BODIES, metered_cost
@@ -115,7 +115,7 @@ BODIES[torch.ops.cifar.conv_bn_relu_backward.default] = _backward
 
 def _check(x: Tensor, w: Tensor, pool: str | None) -> ConvShape:
     check_activation("x", x)
-    check_master_weight("w", w, (w.shape[0], x.shape[1], 3, 3), x)
+    check_weight("w", w, (w.shape[0], x.shape[1], 3, 3), x)
     if pool not in POOLS:
         raise ValueError(f"pool is {pool!r}, expected one of {POOLS}")
     output_shape(x, pool is not None)

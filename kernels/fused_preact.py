@@ -30,7 +30,7 @@ from torch import Tensor
 from kernels.bn_backward import bn_backward_apply, bn_coefficients
 from kernels.bn_stats import bn_finalize
 from kernels.contract import check_activation, check_fp32, check_like
-from kernels.conv_dispatch import Activation, check_master_weight, dgrad, fprop, wgrad, wgrad_stores
+from kernels.conv_dispatch import Activation, check_weight, dgrad, fprop, wgrad, wgrad_stores
 from kernels.conv_shape import ConvShape, flop_formula
 from kernels.cost import Cost
 from kernels.metered_cost import BODIES, metered_cost
@@ -142,10 +142,10 @@ def _check(x, w1, w2, w3, stride) -> ConvShape:
     """The layer that conv1 is."""
     check_activation("x", x)
     c, k = x.shape[1], w1.shape[0]
-    check_master_weight("w1", w1, (k, c, 3, 3), x)
-    check_master_weight("w2", w2, (k, k, 3, 3), x)
+    check_weight("w1", w1, (k, c, 3, 3), x)
+    check_weight("w2", w2, (k, k, 3, 3), x)
     if w3 is not None:
-        check_master_weight("w3", w3, (k, c, 1, 1), x)
+        check_weight("w3", w3, (k, c, 1, 1), x)
     elif stride != 1 or c != k:
         raise ValueError(
             f"w3 is None, expected a projection [{k}, {c}, 1, 1]: the block has stride {stride} and takes {c} channels "

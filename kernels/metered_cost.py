@@ -16,6 +16,7 @@ from kernels.conv_dgrad import conv_dgrad_cost
 from kernels.conv_fprop import conv_fprop_cost
 from kernels.conv_wgrad import conv_wgrad_cost
 from kernels.cost import Cost
+from kernels.sgd import sgd_cost
 
 COSTS = {
     torch.ops.cifar.augment.default: augment_cost,
@@ -29,6 +30,7 @@ COSTS = {
     torch.ops.cifar.conv_fprop.default: conv_fprop_cost,
     torch.ops.cifar.conv_dgrad.default: conv_dgrad_cost,
     torch.ops.cifar.conv_wgrad.default: conv_wgrad_cost,
+    torch.ops.cifar.sgd.default: sgd_cost,
 }
 """What each op that is a kernel costs, from the operands that it is called with."""
 

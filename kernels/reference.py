@@ -1,7 +1,8 @@
 """The networks' building blocks in PyTorch: library convolutions and library batch norm.
 
 x, y     activations [N, C, H, W], channels_last in memory, fp16, bf16 or fp32
-w        fp32 master weights [K, C, R, S]; cast to the activations' dtype on use, so that gradients arrive in fp32
+w        fp32 master weights [K, C, R, S], cast to the activations' dtype on use, so that gradients arrive in fp32; or
+         copies of them in that dtype
 gamma, beta, running_mean, running_var    fp32 [C]
 
 Every implementation of these blocks has the same three functions. A block maps (x, its statistics) to (y, its

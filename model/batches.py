@@ -14,6 +14,7 @@ import functools
 import os
 import signal
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +42,27 @@ def gather(images: Tensor, index: Tensor, choices: Tensor, pad: int, cutout: int
     return op(images, index, choices, *normalisation(images.device), pad, cutout, dtype)
 
 
+class Part(NamedTuple):
+    """A rank's images of a global batch that lies on the device: `size` of them, from its image `start` on."""
+
+    start: int
+    size: int
+
+
 class Batches:
     """An epoch of (x, labels) at a time: x [b, 3, 32, 32] channels_last in `dtype`, labels int64 [b], both on `device`.
 
     A global batch of `config.batch_size` images is split over `world` ranks; the last batch of an epoch is short, and a
     rank's part of it may be empty.
+
+    Of images on the device, the epoch's order and choices lie there too, in tensors that never move, and so does the
+    number of the next batch. `epoch` then yields nothing but which part of a batch is this rank's: one or two different
+    ones in a whole run; `load` reads the rest.
+
+    order     int64 [steps of an epoch + 1, batch_size], the images of each batch; the end is of no meaning, and is
+              there so that `position` may stand after the last batch
+    choices   int32 [images, 5], see `draw_choices`
+    position  int64 [1], the batch of the epoch that `load` makes next
     """
 
     def __init__(
@@ -64,8 +81,12 @@ class Batches:
         self.count = len(images)
         self.steps_per_epoch = -(-self.count // config.batch_size)
         self.labels = labels.to(device)
-        if config.preprocess == "on_device":
+        self.on_device = config.preprocess == "on_device"
+        if self.on_device:
             self.images = images.to(device)
+            self.order = torch.zeros(self.steps_per_epoch + 1, config.batch_size, dtype=torch.int64, device=device)
+            self.choices = torch.zeros(self.count, 5, dtype=torch.int32, device=device)
+            self.position = torch.zeros(1, dtype=torch.int64, device=device)
             return
         Samples = EveryEpoch if config.preprocess == "every_epoch" else Once
         workers = min(config.workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
@@ -80,31 +101,55 @@ class Batches:
             worker_init_fn=_leave_signals_to_parent,
         )
 
-    def shapes(self) -> list[int]:
-        """This rank's batch sizes: the usual one, and the epoch's last where it differs."""
-        last = self.count - (self.steps_per_epoch - 1) * self.config.batch_size
-        full = min(self.config.batch_size, self.count)
-        return sorted({len(torch.empty(n).tensor_split(self.world)[self.rank]) for n in (full, last)}, reverse=True)
+    def kinds(self) -> list[tuple]:
+        """One batch of every kind that `epoch` yields, the usual kind first; its images are of no meaning."""
+        parts = list(dict.fromkeys(self._part(i) for i in (0, self.steps_per_epoch - 1)))
+        if self.on_device:
+            return [(part,) for part in parts]
+        x = torch.zeros(parts[0].size, 3, 32, 32, dtype=self.dtype, device=self.device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return [(x[: part.size], torch.zeros_like(self.labels[: part.size])) for part in parts]
 
-    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of `epoch` (counted from 0) from `first_step` on."""
-        on_device = self.config.preprocess == "on_device"
-        order = draw_order(self.config.seed, epoch, self.count, self.device if on_device else "cpu")
-        indices = [
-            batch.tensor_split(self.world)[self.rank] for batch in order.split(self.config.batch_size)[first_step:]
-        ]
-        if on_device:
-            choices = draw_choices(self.augmentation, self.config.seed, epoch, self.count, self.device)
-            for index in indices:
-                with record_function("augmentation"):  # what a profiler calls it, whichever ops do it
-                    x = gather(self.images, index, choices, self.config.crop_pad, self.config.cutout, self.dtype)
-                    labels = self.labels[index]
-                yield x, labels
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple]:
+        """The batches of `epoch` (counted from 0) from `first_step` on, as operands of `load`, each to be loaded once.
+
+        They are (x, labels), or (Part,) where the images are on the device.
+        """
+        order = draw_order(self.config.seed, epoch, self.count, self.device if self.on_device else "cpu")
+        parts = [self._part(i) for i in range(first_step, self.steps_per_epoch)]
+        if self.on_device:
+            self.order.view(-1)[: self.count].copy_(order)
+            self.choices.copy_(draw_choices(self.augmentation, self.config.seed, epoch, self.count, self.device))
+            self.position.fill_(first_step)
+            yield from ((part,) for part in parts)
             return
+        batches = order.split(self.config.batch_size)[first_step:]
+        indices = [batch[p.start : p.start + p.size] for batch, p in zip(batches, parts, strict=True)]
         self.sampler.batches = [(epoch * self.count + index).tolist() for index in indices]
         for index, x in zip(indices, self.loader, strict=True):
             x = x.to(self.device, non_blocking=True).to(self.dtype, memory_format=torch.channels_last)
             yield x, self.labels[index.to(self.device)]
+
+    def load(self, part_or_x: Part | Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x, labels) of a batch as `epoch` yields it; of a part, those of the batch at `position`, which moves on."""
+        if not isinstance(part_or_x, Part):
+            return part_or_x, labels
+        with record_function("augmentation"):  # what a profiler calls it, whichever ops do it
+            row = self.order.index_select(0, self.position)[0]
+            index = row[part_or_x.start : part_or_x.start + part_or_x.size]
+            self.position += 1
+            x = gather(self.images, index, self.choices, self.config.crop_pad, self.config.cutout, self.dtype)
+            return x, self.labels[index]
+
+    def state(self) -> list[Tensor]:
+        """The tensors that `load` changes."""
+        return [self.position] if self.on_device else []
+
+    def _part(self, step: int) -> Part:
+        """This rank's part of the epoch's batch `step`, as `Tensor.tensor_split` has it."""
+        size = min(self.config.batch_size, self.count - step * self.config.batch_size)
+        each, more = divmod(size, self.world)
+        return Part(self.rank * each + min(self.rank, more), each + (self.rank < more))
 
 
 class _EpochSampler(Sampler):

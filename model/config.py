@@ -50,6 +50,7 @@ class Config:
     # How it is computed
     ops: Literal["reference", "batchnorm", "composed", "triton"] = "reference"
     conv: Literal["table", "triton"] = "table"  # ops=triton: the faster by the tile table, or always our convolutions
+    step: Literal["auto", "eager", "compiled", "captured"] = "auto"  # auto: captured on a GPU, eager on a CPU
     device: str = "auto"
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     checkpoint_s: float = 60.0  # seconds between checkpoints, taken at the end of an epoch

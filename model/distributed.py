@@ -7,7 +7,7 @@ running statistics are averaged before they are used.
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -50,35 +50,32 @@ class Ranks:
         """Whether this process writes files and speaks to people."""
         return self.rank == 0
 
+    @property
+    def capturable(self) -> bool:
+        """Whether `sum` can be part of a CUDA graph: NCCL's can, gloo's happens on the host."""
+        return self.world == 1 or dist.get_backend(_groups["device"]) == "nccl"
+
     def sum(self, x: Tensor) -> Tensor:
-        """`x` summed over ranks, in place; bit-equal on all of them."""
-        if self.world > 1:
-            with _reporting_loss():
-                dist.all_reduce(x, group=_groups["device"])
-        return x
+        """`x` summed over ranks, in place; bit-equal on all of them.
 
-    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Sum each parameter's `.grad` over ranks.
-
-        One all-reduce of one buffer that always holds the same parameters at the same places. From three ranks on, the
+        All gradients are one `x`, with the same parameters at the same places in every step. From three ranks on, the
         order in which an element is summed depends on its place, and a resumed run has to repeat the bits: this is why
         DistributedDataParallel, which rearranges its buckets after a process's first step, is not used. What that would
         gain is to hide the sum behind backward: 20 MB for the article's network.
         """
         if self.world > 1:
-            self._sum_all([p.grad for p in parameters])
+            with _reporting_loss():
+                dist.all_reduce(x, group=_groups["device"])
+        return x
 
     def average_running_statistics(self, network: nn.Module) -> None:
         """Every rank gets the mean of the ranks' running means and variances."""
         if self.world > 1:
             statistics = list(network.buffers())
-            self._sum_all(statistics)
+            total = self.sum(torch.cat([t.flatten() for t in statistics]))
+            parts = total.split([t.numel() for t in statistics])
+            torch._foreach_copy_(statistics, [part.view(t.shape) for part, t in zip(parts, statistics, strict=True)])
             torch._foreach_div_(statistics, self.world)
-
-    def _sum_all(self, tensors: list[Tensor]) -> None:
-        total = self.sum(torch.cat([t.flatten() for t in tensors]))
-        parts = total.split([t.numel() for t in tensors])
-        torch._foreach_copy_(tensors, [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)])
 
     def any(self, flag: int) -> int:
         """The largest of the ranks' flags, so that all of them stop after the same step."""

@@ -1,37 +1,41 @@
-"""One training step: forward, loss, backward, update.
+"""One training step: augmentation, forward, loss, backward, update; as it is, compiled, or captured in a CUDA graph.
 
 Loss is summed over the batch, so a learning rate is the schedule's value divided by the batch size and the weight decay
 is multiplied by it: a larger batch then only delays updates, to first order (the article, Part 2).
+
+Nothing that changes from step to step is a Python number: the step's number, the learning rate, the batch of the epoch
+and its choices are read from device memory, which never moves, and are advanced there.
 """
 
-import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from model.capture import Program
 from model.config import Config
+from model.optimiser import SGD
+from model.schedule import learning_rate, rate_table
 
-
-def piecewise_linear(x: float, knots: Sequence[float], values: Sequence[float]) -> float:
-    """Linear interpolation; two knots at the same place are a jump, whose later value holds from there on."""
-    i = bisect.bisect_right(knots, x)
-    if i == 0 or i == len(knots):
-        return values[max(i - 1, 0)]
-    (x0, x1), (y0, y1) = knots[i - 1 : i + 1], values[i - 1 : i + 1]
-    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+COMPILER = "inductor"
+"""torch.compile's backend."""
 
 
 class TrainingStep:
     """Steps of Nesterov SGD on `network`, with sums that stay on the device until somebody reads them.
 
-    `sum_gradients(parameters)` is called between backward and update: `Ranks.sum_gradients` where there are several.
+    A step takes a batch: (x [b, 3, 32, 32] in `dtype`, labels [b]), or what `load` makes these of; `load_state()` are
+    the tensors that it changes. b = 0 (a rank with nothing left) only takes part in the summing.
+    `sum_gradient(gradient)`, in place and fp32 [N], is called between backward and update: `Ranks.sum` where there are
+    several.
 
-    number     steps done so far
+    number     steps done so far, as the host counts them
     loss_sum   fp32 [], summed loss of the images of this epoch (of this rank)
     correct    int64 [], how many of them were classified right
-    bad_step   int64 [], the first step whose gradient was not finite, or -1. From that step on updates are masked on
+    bad_step   int64 [1], the first step whose gradient was not finite, or -1. From that step on updates are masked on
                the device: the weights stay the last good ones, and nobody waits for a read.
     """
 
@@ -40,63 +44,88 @@ class TrainingStep:
         network: nn.Module,
         config: Config,
         steps_per_epoch: int,
-        sum_gradients: Callable[[Sequence[Tensor]], None] = lambda parameters: None,
+        sum_gradient: Callable[[Tensor], Any] = lambda gradient: None,
+        load: Callable[..., tuple[Tensor, Tensor]] = lambda x, labels: (x, labels),
+        load_state: Callable[[], list[Tensor]] = list,
+        dtype: torch.dtype = torch.float32,
     ):
-        self.network, self.sum_gradients = network, sum_gradients
+        self.network, self.sum_gradient, self.load, self.load_state = network, sum_gradient, load, load_state
         self.config, self.steps_per_epoch = config, steps_per_epoch
-        self.parameters = list(network.parameters())
-        device = self.parameters[0].device
+        device = next(network.parameters()).device
         self.number = 0
         self.loss_sum = torch.zeros((), device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
-        self.bad_step = torch.full((), -1, dtype=torch.int64, device=device)
-        self.optimiser = torch.optim.SGD(
-            self.parameters,
-            lr=0.0,
-            momentum=config.momentum,
-            nesterov=config.momentum > 0,
-            weight_decay=config.weight_decay * config.batch_size,
-            fused=True,
-        )
-        if config.momentum:
-            for p in self.parameters:
-                self.optimiser.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        rates = rate_table(config, steps_per_epoch).to(device)
+        self.optimiser = SGD(network, rates, config.momentum, config.weight_decay * config.batch_size, dtype)
+        self.copies = self.optimiser.copies
+        self.bad_step = self.optimiser.bad_step
+        self.program = Program(self._step, self.state, rehearsal=self._step_alone)
+
+    def compile(self) -> None:
+        """Let torch.compile make one graph of forward and loss, and one of their backward, for each size of batch."""
+        self.copies = {}  # a compiler traces gradients in the operands' dtype, and fuses casts with what is around them
+        self._loss = torch.compile(self._loss, fullgraph=True, dynamic=False, backend=COMPILER)
+
+    def run_as_it_is(self) -> None:
+        """Neither compile nor record any more."""
+        self.__dict__.pop("_loss", None)
+        self.copies = self.optimiser.copies
+        self.program.run_as_it_is()
+
+    def __call__(self, *batch: Any) -> None:
+        """Train on a batch."""
+        self.program(*batch)
+        self.number += 1
+
+    def _step(self, *batch: Any) -> None:
+        self._gradient(*batch)
+        self.sum_gradient(self.optimiser.gradient)
+        self.optimiser.step()
+
+    def _step_alone(self, *batch: Any) -> None:
+        """To rehearse: ranks may take very different times to compile, and must not wait for each other here."""
+        self._gradient(*batch)
+        self.optimiser.step()
+
+    def _gradient(self, *batch: Any) -> None:
+        x, labels = self.load(*batch)
+        if len(x):
+            weights = [self.copies.get(name, p) for name, p in self.network.named_parameters()]
+            gradients = torch.autograd.grad(self._loss(x, labels), weights)
+            torch._foreach_copy_(self.optimiser.gradients, gradients)
+        else:
+            self.optimiser.gradient.zero_()
+
+    def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        logits = (functional_call(self.network, self.copies, x) if self.copies else self.network(x)).float()
+        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.config.label_smoothing)
+        self.correct += (logits.detach().argmax(1) == labels).sum()
+        self.loss_sum += loss.detach()
+        return loss
 
     def learning_rate(self, number: int) -> float:
-        """The schedule after `number` steps. The article takes it at the end of a step, so that the first one moves."""
-        return piecewise_linear(number / self.steps_per_epoch, self.config.lr_epochs, self.config.lr_values)
+        """The schedule after `number` steps."""
+        return learning_rate(self.config, self.steps_per_epoch, number)
 
-    def __call__(self, x: Tensor, labels: Tensor) -> None:
-        """Train on x [b, 3, 32, 32], labels [b]. b = 0 (a rank with nothing left) only takes part in the summing."""
-        if len(x):
-            logits = self.network(x).float()
-            loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.config.label_smoothing)
-            self.correct += (logits.detach().argmax(1) == labels).sum()
-            loss.backward()
-            self.loss_sum += loss.detach()
-        else:
-            for p in self.parameters:
-                p.grad = torch.zeros_like(p)
-        self.sum_gradients(self.parameters)
-        self.number += 1
-        self._update()
-
-    def _update(self) -> None:
-        largest = torch.nn.utils.get_total_norm([p.grad for p in self.parameters], norm_type=float("inf"))
-        self.bad_step.copy_(torch.where((self.bad_step < 0) & ~largest.isfinite(), self.number, self.bad_step))
-        # The fused optimiser skips its update where this is 1; it is how torch's own loss scaler tells it to.
-        self.optimiser.found_inf = (self.bad_step >= 0).float()
-        self.optimiser.param_groups[0]["lr"] = self.learning_rate(self.number) / self.config.batch_size
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+    def go_to(self, number: int) -> None:
+        """Continue after `number` steps, on the host and on the device."""
+        self.number = number
+        self.optimiser.number.fill_(number)
+        self.optimiser.refresh()
 
     def start_epoch(self) -> None:
-        """Forget the sums of the epoch before."""
+        """Forget the sums of the epoch before, and see weights that somebody else may have set since."""
+        self.optimiser.refresh()
         self.loss_sum.zero_()
         self.correct.zero_()
 
     def tensors(self) -> dict[str, Tensor]:
         """Momentum buffers and the running sums: with the network's own tensors, all a checkpoint needs."""
-        names = {p: name for name, p in self.network.named_parameters()}
-        buffers = {f"momentum.{names[p]}": s["momentum_buffer"] for p, s in self.optimiser.state.items()}
-        return {**buffers, "sums.loss": self.loss_sum, "sums.correct": self.correct}
+        names = [name for name, _ in self.network.named_parameters()]
+        momentum = {f"momentum.{names[i]}": v for i, v in enumerate(self.optimiser.velocities)}
+        return {**momentum, "sums.loss": self.loss_sum, "sums.correct": self.correct}
+
+    def state(self) -> list[Tensor]:
+        """Every tensor that a step changes, none twice."""
+        optimiser = [*self.optimiser.buffers(), self.loss_sum, self.correct]
+        return [*optimiser, *self.network.buffers(), *self.load_state()]

@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,16 +11,17 @@ from torch import Tensor, nn
 
 from kernels.augment import augment
 from kernels.jit import unavailable
-from model.batches import Batches, gather
+from model import capture
+from model.batches import Batches
 from model.checkpoint import load_tensors_into
+from model.compilation import compile_kernels
 from model.config import Config
-from model.data import CLASSES, Dataset
+from model.data import Dataset
 from model.distributed import Ranks
 from model.errors import DeviceError, NonFiniteError
+from model.evaluation import Evaluation, Evaluator
 from model.network import ResNet, ResNet9
 from model.step import TrainingStep
-
-EVALUATION_BATCH = 500
 
 
 def implementation(config: Config) -> Any:
@@ -32,13 +33,17 @@ def implementation(config: Config) -> Any:
     return importlib.import_module(f"kernels.{config.ops}")
 
 
-def with_available_ops(config: Config, device: torch.device) -> tuple[Config, str | None]:
+def with_available_ops(
+    config: Config, device: torch.device, say: Callable[[str], Any] = lambda text: None
+) -> tuple[Config, str | None]:
     """(`config`, None), or (the same on the reference ops, why) where its kernels do not run on `device`.
 
-    That they do is seen from a step on two images: it compiles every kernel of the run for every layer.
+    That they do is seen from a step on two images: it compiles every kernel of the run for every layer; `say` tells.
     """
     if config.ops == "reference":
         return config, None
+    if device.type == "cuda":
+        say(f"compiling the kernels of ops={config.ops}; from the second run on they come from Triton's cache")
     reason = unavailable(device) or _failure(config, device)
     return (config, None) if reason is None else (replace(config, ops="reference", conv="table"), reason)
 
@@ -48,6 +53,10 @@ def _failure(config: Config, device: torch.device) -> str | None:
     x = torch.zeros(2, 3, 32, 32, dtype=choose_dtype(config.dtype, device, config.ops), device=device)
     try:
         network = build_network(config).to(device, memory_format=torch.channels_last)
+        if device.type == "cuda":
+            with torch.device("meta"):
+                shapes = build_network(replace(config, ops="reference", conv="table"))
+            compile_kernels(network, shapes, x)
         network(x.to(memory_format=torch.channels_last)).float().sum().backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -143,12 +152,11 @@ def choose_dtype(name: str, device: torch.device, ops: str = "reference") -> tor
     return getattr(torch, name)
 
 
-class Evaluation(NamedTuple):
-    """The test images seen through the network: mean loss, share classified right, and the same for each class."""
-
-    loss: float
-    accuracy: float
-    class_accuracy: dict[str, float]
+def step_mode(config: Config, device: torch.device) -> str:
+    """How a step is asked to run, "eager", "compiled" or "captured"; auto is captured on a GPU, and eager elsewhere."""
+    if config.step != "auto":
+        return config.step
+    return "captured" if device.type == "cuda" else "eager"
 
 
 class Trainer:
@@ -158,12 +166,20 @@ class Trainer:
         self.config, self.device, self.dtype = batches.config, batches.device, batches.dtype
         self.batches, self.ranks = batches, ranks
         self.network = build_network(self.config).to(self.device, memory_format=torch.channels_last)
-        self.step = TrainingStep(self.network, self.config, batches.steps_per_epoch, ranks.sum_gradients)
+        self.step = TrainingStep(
+            self.network, self.config, batches.steps_per_epoch, ranks.sum, batches.load, batches.state, self.dtype
+        )
         shard = torch.arange(len(dataset.test_images)).tensor_split(ranks.world)[ranks.rank]
         self.test_count = len(dataset.test_images)
-        self.test_images = dataset.test_images[shard].to(self.device)
-        self.test_labels = dataset.test_labels[shard].to(self.device)
+        self.evaluator = Evaluator(
+            self.network,
+            dataset.test_images[shard].to(self.device),
+            dataset.test_labels[shard].to(self.device),
+            self.dtype,
+        )
         self.epoch_steps = batches.steps_per_epoch
+        self.step_requested = step_mode(self.config, self.device)
+        self.step_mode = "eager"  # until `warm_up`
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
@@ -183,7 +199,7 @@ class Trainer:
         load_tensors_into(rest, {k: v for k, v in tensors.items() if not k.startswith("network.")}, "")
         if not self.ranks.is_first:
             self.step.start_epoch()
-        self.step.number = step
+        self.step.go_to(step)
 
     def train(self, epoch: int) -> Iterator[int]:
         """Steps of `epoch` (from 0) that are still to be done; yields the number of images after each."""
@@ -191,8 +207,8 @@ class Trainer:
         if first == 0:
             self.step.start_epoch()
         self.network.train()
-        for i, (x, labels) in enumerate(self.batches.epoch(epoch, first), start=first):
-            self.step(x, labels)
+        for i, batch in enumerate(self.batches.epoch(epoch, first), start=first):
+            self.step(*batch)
             yield min(self.config.batch_size, self.batches.count - i * self.config.batch_size)
 
     def epoch_result(self) -> tuple[float, float]:
@@ -221,49 +237,48 @@ class Trainer:
                 "checkpoint is from before it. Lower lr_values or try another seed"
             )
 
-    @torch.inference_mode()
-    def evaluate(self, on_batch: Any = lambda: None) -> Evaluation:
+    def evaluate(self, on_batch: Callable[[], Any] = lambda: None) -> Evaluation:
         """Loss and accuracy on the test images, by the running statistics; `on_batch()` is called after each batch."""
         self.ranks.average_running_statistics(self.network)
-        self.network.eval()
-        unchanged = torch.zeros(len(self.test_images), 5, dtype=torch.int32, device=self.device)
-        # Rows: images of a class, how many of them are right; and the summed loss.
-        counts = torch.zeros(2, len(CLASSES), dtype=torch.int64, device=self.device)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for index in torch.arange(len(self.test_images), device=self.device).split(EVALUATION_BATCH):
-            x = gather(self.test_images, index, unchanged, 0, 0, self.dtype)
-            labels = self.test_labels[index]
-            logits = self.network(x).float()
-            loss_sum += F.cross_entropy(logits, labels, reduction="sum")
-            counts[0] += torch.bincount(labels, minlength=len(CLASSES))
-            counts[1] += torch.bincount(labels[logits.argmax(1) == labels], minlength=len(CLASSES))
-            on_batch()
-        images, right = self.ranks.sum(counts).tolist()
-        return Evaluation(
-            loss=self.ranks.sum(loss_sum).item() / self.test_count,
-            accuracy=sum(right) / self.test_count,
-            class_accuracy={name: r / n for name, r, n in zip(CLASSES, right, images, strict=True) if n},
-        )
+        return Evaluation.of(self.ranks.sum(self.evaluator(on_batch)))
 
-    def warm_up(self) -> None:
-        """Run a step of each shape and a batch of evaluation, so that no later one pays for compiling or searching.
+    def warm_up(self, say: Callable[[str], Any] = lambda text: None) -> str | None:
+        """Compile, search and record for every kind of batch, so that none of a run pays for it; `say` tells of each.
 
-        Weights, statistics, momentum, sums and the step's number are those of before, bit for bit.
+        From then on steps run as `config.step` asks. Where that fails they run eagerly, and why is returned, in a line.
+        Weights, statistics, momentum, sums and numbers are those of before, bit for bit, and so are random numbers.
         """
-        state = {**self.network.state_dict(), **self.step.tensors()}
-        kept, number = {name: t.clone() for name, t in state.items()}, self.step.number
-        # Ranks may take very different times to compile, and must not wait for each other here.
-        sum_gradients, self.step.sum_gradients = self.step.sum_gradients, lambda parameters: None
+        reason = None
+        try:
+            if self.step_requested == "captured":
+                self._capture()
+            elif self.step_requested == "compiled":
+                self.step.compile()
+            self._prepare(say, self.step_requested)
+            self.step_mode = self.step_requested
+        except Exception as error:  # a compiler and a driver have an exception for everything
+            if self.step_requested == "eager":
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.step.run_as_it_is()
+            self.evaluator.program.run_as_it_is()
+        if reason:  # outside of the handler, whose exception holds the failed step's memory
+            self._prepare(say, "eager")
+        return reason
+
+    def _capture(self) -> None:
+        if not self.ranks.capturable:
+            raise RuntimeError("a sum over ranks by gloo happens on the host; only NCCL's is part of a CUDA graph")
+        recorder = capture.recorder(self.device)
+        self.step.program.recorder = self.evaluator.program.recorder = recorder
+
+    def _prepare(self, say: Callable[[str], Any], mode: str) -> None:
         self.network.train()
-        for n in self.batches.shapes():
-            x = torch.zeros(n, 3, 32, 32, dtype=self.dtype, device=self.device)
-            self.step(x.to(memory_format=torch.channels_last), torch.zeros(n, dtype=torch.int64, device=self.device))
-        self.network.eval()
-        x = torch.zeros(min(EVALUATION_BATCH, len(self.test_images)), 3, 32, 32, dtype=self.dtype, device=self.device)
-        with torch.inference_mode():
-            self.network(x.to(memory_format=torch.channels_last))
-        self.step.sum_gradients, self.step.number = sum_gradients, number
-        self.step.bad_step.fill_(-1)
-        with torch.no_grad():
-            for name, t in state.items():
-                t.copy_(kept[name])
+        for batch in self.batches.kinds():
+            size = batch[0].size if self.batches.on_device else len(batch[0])
+            say(f"warm-up: a training step of {size} images ({mode})")
+            self.step.program.prepare(*batch)
+        self.evaluator.start()
+        for size in dict.fromkeys(self.evaluator.sizes()):
+            say(f"warm-up: evaluation of {size} images")
+            self.evaluator.program.prepare(size)

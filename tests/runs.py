@@ -11,6 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for `python tests/runs.py`
 
 import train
+from model.batches import Batches
 from model.config import Config
 from model.data import Dataset
 from model.distributed import Ranks
@@ -47,6 +48,11 @@ def tiny_dataset(train_images: int = 70, test_images: int = 30) -> Dataset:
 def tiny_config(**changes) -> Config:
     """Four steps an epoch, the last one short; three epochs."""
     return Config(**{**TINY, **changes})
+
+
+def loaded(batches: Batches, epoch: int, first: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(x, labels) of the batches of an epoch."""
+    return [batches.load(*batch) for batch in batches.epoch(epoch, first)]
 
 
 def tiny_session(dataset: Dataset | None = None) -> train.Session:
@@ -99,8 +105,8 @@ def main() -> None:
     if place == "step":
         original, pending = model.step.TrainingStep.__call__, signals.split(",")
 
-        def faulty(self, x, labels):
-            original(self, x, labels)
+        def faulty(self, *batch):
+            original(self, *batch)
             while pending and self.number == 5:
                 os.kill(os.getpid(), getattr(signal, f"SIG{pending.pop(0)}"))
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from runs import tiny_config, tiny_dataset
+from runs import loaded, tiny_config, tiny_dataset
 
-from model.batches import Batches, normalisation
+from model.batches import Batches, Part, normalisation
 from model.choices import draw_order
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def make(dtype=torch.float32, rank=0, world=1, **changes) -> Batches:
 def test_every_pipeline_gives_the_same_batches_bit_for_bit(preprocess, draw, workers, dtype):
     ours, other = make(dtype), make(dtype, preprocess=preprocess, draw=draw, workers=workers)
     for epoch in (0, 2):
-        for (x, labels), (x2, labels2) in zip(ours.epoch(epoch), other.epoch(epoch), strict=True):
+        for (x, labels), (x2, labels2) in zip(loaded(ours, epoch), loaded(other, epoch), strict=True):
             assert torch.equal(x, x2)
             assert torch.equal(labels, labels2)
             assert x.dtype == x2.dtype == dtype
@@ -39,16 +39,17 @@ def test_every_pipeline_gives_the_same_batches_bit_for_bit(preprocess, draw, wor
 
 def test_an_epoch_has_every_image_once_and_a_short_last_batch():
     batches = make()
-    sizes = [len(x) for x, _ in batches.epoch(0)]
+    sizes = [len(x) for x, _ in loaded(batches, 0)]
     assert sizes == [20, 20, 20, 10]
-    assert batches.shapes() == [20, 10]
-    labels = torch.cat([labels for _, labels in batches.epoch(0)])
+    assert batches.kinds() == [(Part(0, 20),), (Part(0, 10),)]
+    assert [x.shape[0] for x, _ in make(preprocess="once").kinds()] == [20, 10]
+    labels = torch.cat([labels for _, labels in loaded(batches, 0)])
     order = draw_order(0, 0, 70)
     assert torch.equal(labels, order % 10)
 
 
 def test_epochs_differ():
-    a, b = (torch.cat([x for x, _ in make().epoch(epoch)]) for epoch in (0, 1))
+    a, b = (torch.cat([x for x, _ in loaded(make(), epoch)]) for epoch in (0, 1))
     assert not torch.equal(a, b)
 
 
@@ -56,7 +57,7 @@ def test_epochs_differ():
 @pytest.mark.parametrize("first", [0, 1, 3, 4])
 def test_an_epoch_can_start_at_any_step(preprocess, first):
     batches = make(preprocess=preprocess)
-    whole, rest = list(batches.epoch(1)), list(batches.epoch(1, first))
+    whole, rest = loaded(batches, 1), loaded(batches, 1, first)
     assert len(rest) == 4 - first
     for (x, y), (x2, y2) in zip(whole[first:], rest, strict=True):
         assert torch.equal(x, x2)
@@ -65,15 +66,15 @@ def test_an_epoch_can_start_at_any_step(preprocess, first):
 
 @pytest.mark.parametrize("world", [2, 3, 12])
 def test_ranks_share_the_global_batch(world):
-    whole = [x for x, _ in make().epoch(0)]
-    parts = [[x for x, _ in make(rank=rank, world=world).epoch(0)] for rank in range(world)]
+    whole = [x for x, _ in loaded(make(), 0)]
+    parts = [[x for x, _ in loaded(make(rank=rank, world=world), 0)] for rank in range(world)]
     for step, x in enumerate(whole):
         assert torch.equal(x, torch.cat([part[step] for part in parts]))
 
 
 @pytest.mark.parametrize("preprocess", ["on_device", "once"])
 def test_a_rank_s_part_may_be_empty(preprocess):
-    x, labels = list(make(rank=11, world=12, preprocess=preprocess).epoch(0))[-1]
+    x, labels = loaded(make(rank=11, world=12, preprocess=preprocess), 0)[-1]
     assert x.shape == (0, 3, 32, 32)
     assert len(labels) == 0
 
@@ -82,7 +83,7 @@ def test_augmentation_moves_flips_and_cuts():
     images = torch.arange(3 * 32 * 32, dtype=torch.int64).remainder(251).to(torch.uint8).view(1, 32, 32, 3)
     config = tiny_config(cutout=6, crop_pad=4)
     batches = Batches(images, torch.zeros(1, dtype=torch.int64), config, CPU, torch.float32)
-    ((x, _),) = batches.epoch(0)
+    ((x, _),) = loaded(batches, 0)
     dy, dx, flip, cut_y, cut_x = batches.augmentation.choose(0, 0, 0)
     mean, rstd = normalisation(CPU)
     plain = ((images[0].float() - mean) * rstd).permute(2, 0, 1)
@@ -98,5 +99,5 @@ def test_the_data_set_is_not_changed():
     before = data.train_images.clone()
     for preprocess in ("on_device", "once", "every_epoch"):
         config = tiny_config(preprocess=preprocess)
-        list(Batches(data.train_images, data.train_labels, config, CPU, torch.float32).epoch(0))
+        loaded(Batches(data.train_images, data.train_labels, config, CPU, torch.float32), 0)
     assert torch.equal(data.train_images, before)

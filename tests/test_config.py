@@ -73,6 +73,7 @@ def test_the_article_s_recipe():
         ("label_smoothing=1", "label_smoothing"),
         ("flip=sideways", "alternating"),
         ("checkpoint_s=-1", "checkpoint_s"),
+        ("step=fast", "auto, eager, compiled, captured"),
     ],
 )
 def test_bad_settings_are_named(setting, words):

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from runs import final_tensors, tiny_config, tiny_dataset
+from runs import final_tensors, loaded, tiny_config, tiny_dataset
 
 import train
 from model.batches import Batches
@@ -69,10 +69,10 @@ def fail():
         (FOLDER / "training").touch()
 
 stepping = TrainingStep.__call__
-def step(self, x, labels):
+def step(self, *batch):
     if self.number + 1 >= STEP and FAULT and RANK == WHERE:
         fail()
-    stepping(self, x, labels)
+    stepping(self, *batch)
 TrainingStep.__call__ = step
 
 model.data.load = lambda *_, **__: tiny_dataset(70, 30)
@@ -189,8 +189,8 @@ def test_the_ranks_batches_are_one_process_s_batches_cut_up(images, batch_size, 
         return Batches(data.train_images, torch.arange(images), config, CPU, torch.float32, rank, world)
 
     for epoch in (0, 1):
-        whole = list(batches(0, 1).epoch(epoch))
-        parts = [list(batches(rank, world).epoch(epoch)) for rank in range(world)]
+        whole = loaded(batches(0, 1), epoch)
+        parts = [loaded(batches(rank, world), epoch) for rank in range(world)]
         assert [len(part) for part in parts] == [len(whole)] * world  # the same number of steps, or somebody waits
         seen = []
         for number, (x, labels) in enumerate(whole):
@@ -251,11 +251,11 @@ def learn():
         Batches(data.train_images, data.train_labels, tiny_config(), CPU, torch.float32, ranks.rank, ranks.world),
         data, ranks,
     )
-    gradients, summing = [], trainer.step.sum_gradients
-    def sum_gradients(parameters):
-        summing(parameters)
-        gradients.append([p.grad.clone() for p in parameters])
-    trainer.step.sum_gradients = sum_gradients
+    gradients, summing = [], trainer.step.sum_gradient
+    def sum_gradient(gradient):
+        summing(gradient)
+        gradients.append([p.grad.clone() for p in trainer.network.parameters()])
+    trainer.step.sum_gradient = sum_gradient
     for epoch in (0, 1):
         list(trainer.train(epoch))
     result = {"gradients": gradients, "parameters": [p.detach().clone() for p in trainer.network.parameters()]}
@@ -331,7 +331,8 @@ class Ghosts:
         self.others: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.loss = self.correct = 0.0
 
-    def add_the_other_shards(self, parameters: list[torch.Tensor]) -> None:
+    def add_the_other_shards(self, _: torch.Tensor) -> None:
+        parameters = list(self.step.network.parameters())
         for network, (x, labels) in zip(self.networks[1:], self.others, strict=True):
             for p, q in zip(network.parameters(), parameters, strict=True):
                 p.data.copy_(q)
@@ -347,7 +348,7 @@ class Ghosts:
         for epoch in range(epochs):
             self.step.start_epoch()
             self.loss = self.correct = 0.0
-            for mine, *others in zip(*(b.epoch(epoch) for b in self.batches), strict=True):
+            for mine, *others in zip(*(loaded(b, epoch) for b in self.batches), strict=True):
                 self.others = others
                 self.step(*mine)
         self.loss += float(self.step.loss_sum)

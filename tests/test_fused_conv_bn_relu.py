@@ -81,7 +81,9 @@ def nhwc(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
         pytest.param({}, {"x": nhwc(2, 16, 4, 4)[:0]}, ValueError, "x has shape .* non-empty", id="zero_images"),
         pytest.param({}, {"x": nhwc(2, 16, 4, 4).contiguous()}, ValueError, "x .* channels_last", id="nchw"),
         pytest.param({}, {"x": nhwc(2, 16, 4, 4).double()}, TypeError, "x is torch.float64", id="dtype"),
-        pytest.param({}, {"w": nhwc(32, 16, 3, 3)}, TypeError, "w is torch.float16, expected a master", id="half_w"),
+        pytest.param(
+            {}, {"w": nhwc(32, 16, 3, 3).bfloat16()}, TypeError, "w is torch.bfloat16, expected a master", id="w"
+        ),
         pytest.param({}, {"w": nhwc(32, 16, 1, 1).float()}, ValueError, r"w .* expected \[32, 16, 3, 3\]", id="w_1x1"),
         pytest.param({"c": 8}, {}, ValueError, "w takes 8 channels to 32, .* multiples of 16", id="c_of_8"),
         pytest.param({}, {"pool": "middle"}, ValueError, "pool is 'middle', expected one of", id="pool"),

@@ -118,7 +118,9 @@ def nhwc(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
         pytest.param({}, {"x": nhwc(2, 16, 4, 4).contiguous()}, ValueError, "x .* channels_last", id="nchw"),
         pytest.param({}, {"x": nhwc(2, 16, 4, 4).double()}, TypeError, "x is torch.float64", id="dtype"),
         pytest.param({}, {"x": nhwc(2, 16, 4, 4).bfloat16()}, TypeError, "bfloat16.*interpreter", id="bf16"),
-        pytest.param({}, {"w1": nhwc(16, 16, 3, 3)}, TypeError, "w1 is torch.float16, expected a master", id="half_w1"),
+        pytest.param(
+            {}, {"w1": nhwc(16, 16, 3, 3).bfloat16()}, TypeError, "w1 is torch.bfloat16, expected a m", id="w1"
+        ),
         pytest.param({}, {"w2": nhwc(16, 32, 3, 3).float()}, ValueError, r"w2 .* expected \[16, 16, 3, 3\]", id="w2"),
         pytest.param({"c": 24}, {}, ValueError, "w1 takes 24 channels to 16, .* multiples of 16", id="c_of_24"),
         pytest.param({"k": 8}, {}, ValueError, "w1 takes 16 channels to 8, .* multiples of 16", id="k_of_8"),

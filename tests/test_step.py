@@ -5,28 +5,22 @@ import torch
 import torch.nn.functional as F
 from runs import tiny_config
 
-from model.network import ResNet9
-from model.step import TrainingStep, piecewise_linear
-
-KINK = ((0, 15, 15, 30, 35), (0, 0.1, 0.105, 0.005, 0))
-
-
-@pytest.mark.parametrize(
-    ("epoch", "rate"),
-    [(0, 0), (7.5, 0.05), (14.999999, 0.1), (15, 0.105), (22.5, 0.055), (30, 0.005), (32.5, 0.0025), (35, 0), (99, 0)],
-)
-def test_the_schedule_of_the_341_s_entry(epoch, rate):
-    assert piecewise_linear(epoch, *KINK) == pytest.approx(rate, abs=1e-8)
-
-
-def test_before_the_first_knot_the_first_value_holds():
-    assert piecewise_linear(-1, (0, 1), (0.5, 1)) == 0.5
+from kernels import fused, reference
+from model import step as module
+from model.network import ResNet, ResNet9
+from model.schedule import piecewise_linear
+from model.step import TrainingStep
 
 
 def batch(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 3, 32, 32, generator=generator).to(memory_format=torch.channels_last)
     return x, torch.randint(0, 10, (n,), generator=generator)
+
+
+def small(x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in maps of a quarter, for the interpreter."""
+    return x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last), labels
 
 
 def make(**changes) -> TrainingStep:
@@ -112,3 +106,107 @@ def test_without_momentum():
     step = make(momentum=0.0)
     step(*batch(20))
     assert set(step.tensors()) == {"sums.loss", "sums.correct"}
+
+
+@pytest.mark.parametrize(
+    ("network", "ops", "widths", "dtype", "sizes"),
+    [
+        pytest.param(ResNet, reference, (4, 4, 4, 4), torch.bfloat16, (20, 10), id="resnet"),
+        pytest.param(ResNet9, reference, (4, 4, 4, 4), torch.bfloat16, (20, 10), id="resnet9"),
+        pytest.param(ResNet9, fused, (16, 16, 16, 16), torch.float16, (2, 2), id="fused"),
+    ],
+)
+def test_the_16_bit_copies_are_the_casts_bit_for_bit(network, ops, widths, dtype, sizes):
+    """And the gradients that arrive through them are fp32 as through the masters: the fused ops' unrounded."""
+    steps = []
+    for casts in (False, True):
+        torch.manual_seed(0)
+        step = TrainingStep(network(widths, ops=ops), tiny_config(), steps_per_epoch=4, dtype=dtype)
+        assert len(step.copies) == sum(p.dim() > 1 for p in step.network.parameters())
+        if casts:
+            step.copies = {}
+        for seed, n in enumerate(sizes):
+            x, labels = small(*batch(n, seed))
+            step(x.to(dtype), labels)
+        steps.append(step)
+    copies, casts = steps
+    for a, b in zip(copies.state(), casts.state(), strict=True):
+        assert torch.equal(a, b)
+    if ops is fused:
+        of_a_convolution = copies.network.layer1.conv.grad
+        assert not torch.equal(of_a_convolution, of_a_convolution.to(dtype).float())
+
+
+def test_copies_follow_the_weights():
+    torch.manual_seed(0)
+    step = TrainingStep(ResNet9((4, 4, 4, 4)), tiny_config(), steps_per_epoch=4, dtype=torch.bfloat16)
+    with torch.no_grad():
+        step.network.prep.fill_(0.3)
+    step.go_to(2)
+    for name, p in step.network.named_parameters():
+        if name in step.copies:
+            assert torch.equal(step.copies[name], p.bfloat16())
+            assert step.copies[name].stride() == p.stride()
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """One that traces forward and backward, with their decompositions, and then runs them as they are."""
+    monkeypatch.setattr(module, "COMPILER", "aot_eager")
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(
+    ("network", "ops", "widths", "sizes"),
+    [
+        pytest.param(ResNet, reference, (4, 4, 4, 4), (4,), id="resnet"),
+        pytest.param(ResNet9, reference, (4, 4, 4, 4), (20, 20, 10, 0), id="resnet9"),
+        pytest.param(ResNet9, fused, (16, 16, 16, 16), (2,), id="fused"),
+    ],
+)
+def test_a_compiled_step_is_the_step_in_one_graph(network, ops, widths, sizes):
+    """fullgraph=True is an error at the first graph break; there is a graph for each size of batch."""
+    steps = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        step = TrainingStep(network(widths, ops=ops), tiny_config(), steps_per_epoch=4)
+        if compiled:
+            step.compile()
+        for seed, n in enumerate(sizes):
+            step(*small(*batch(n, seed)))
+        steps.append(step)
+    eager, compiled = steps
+    for a, b in zip(eager.state(), compiled.state(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # the graph may add gradients in another order
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_graph_break_is_an_error():
+    step = make()
+    forward = step.network.forward
+
+    def broken(x):
+        return forward(x) if x.sum() > 0 else forward(-x)
+
+    step.network.forward = broken
+    step.compile()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        step(*batch(20))
+    step.run_as_it_is()
+    step(*batch(20))
+
+
+def test_the_state_is_all_that_a_step_changes():
+    step = make()
+    step(*batch(20))
+    everything = {id(t): t for t in [*step.state(), *step.network.parameters(), *step.tensors().values()]}
+    kept = {key: t.clone() for key, t in everything.items()}
+    before = [t.clone() for t in step.state()]
+    step(*batch(20, 1))
+    assert all(not torch.equal(t, kept[key]) for key, t in everything.items() if t is not step.bad_step)
+    for t, old in zip(step.state(), before, strict=True):
+        t.copy_(old)
+    with torch.no_grad():
+        assert all(torch.equal(t, kept[key]) for key, t in everything.items())

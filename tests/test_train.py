@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from emulation import EmulatedGraphs
 from runs import final_tensors, tiny_config, tiny_dataset, tiny_session
 from typer.testing import CliRunner
 
@@ -32,7 +33,7 @@ STEPS = 12
 SUMMARY_KEYS = {
     "status", "preset", "data_identity", "device", "ops", "ops_requested", "epochs", "steps", "seed", "test_accuracy",
     "train_s", "eval_s", "train_plus_eval_s", "warmup_s", "wall_s", "images_per_s", "flops", "mfu", "v100_normalised",
-    "peak_memory_bytes", "git_sha",
+    "peak_memory_bytes", "git_sha", "step", "step_requested",
 }  # fmt: skip
 
 
@@ -122,6 +123,39 @@ def test_resuming_inside_an_epoch_of_the_article_s_pipelines(tmp_path, preproces
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.fixture
+def cpu_modes(monkeypatch):
+    """Steps of every mode on a CPU: CUDA graphs emulated, a compiler that compiles nothing."""
+    monkeypatch.setattr("model.capture.recorder", lambda device: EmulatedGraphs())
+    monkeypatch.setattr("model.step.COMPILER", "aot_eager")
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("cpu_modes")
+@pytest.mark.parametrize(("mode", "stops"), [("captured", (1, 6, 11)), ("compiled", (6,))])
+def test_resuming_inside_an_epoch_in_every_mode(whole, tmp_path, mode, stops):
+    config = tiny_config(step=mode)
+    summary = train.run(tiny_session(), config, tmp_path / "whole")
+    assert (summary["step"], summary["step_requested"]) == (mode, mode)
+    assert summary["warmup_s"] > 0
+    for stop in stops:
+        session, out = tiny_session(), tmp_path / str(stop)
+        with pytest.raises(Interrupted):
+            train.run(session, config, out, on_step=stop_at(session, stop))
+        train.run(tiny_session(), config, out, checkpoint.load(out))
+        assert_same_run(tmp_path / "whole", out)
+    if mode == "captured":
+        assert_same_run(whole, tmp_path / "whole")
+
+
+def test_a_step_that_cannot_be_captured_is_in_the_summary(whole, tmp_path, capsys):
+    summary = train.run(tiny_session(), tiny_config(step="captured"), tmp_path)
+    assert (summary["status"], summary["step"], summary["step_requested"]) == ("complete", "eager", "captured")
+    assert re.search("warning: the training step runs eagerly, not captured: .* CUDA GPU", capsys.readouterr().err)
+    assert_same_run(whole, tmp_path)
+
+
 @pytest.mark.parametrize("how", ["signal", "crash"])
 def test_stopped_between_an_epoch_s_end_and_its_evaluation(whole, tmp_path, monkeypatch, how):
     session, original, calls = tiny_session(), Trainer.evaluate, []
@@ -165,11 +199,12 @@ def test_times_of_all_sessions_count(tmp_path):
 # Failures
 
 
-@pytest.mark.parametrize("where", ["weights", "gradient"])
-def test_a_value_that_is_not_finite_ends_the_run_and_spares_the_checkpoints(tmp_path, monkeypatch, where):
+@pytest.mark.usefixtures("cpu_modes")
+@pytest.mark.parametrize(("where", "mode"), [("weights", "eager"), ("gradient", "eager"), ("weights", "captured")])
+def test_a_value_that_is_not_finite_ends_the_run_and_spares_the_checkpoints(tmp_path, monkeypatch, where, mode):
     original, kept = TrainingStep.__call__, {}
 
-    def poisoned(self, x, labels):
+    def poisoned(self, *batch):
         if self.number == 9:
             kept.update(digest(tmp_path))
             target = self.network.linear.weight
@@ -178,11 +213,11 @@ def test_a_value_that_is_not_finite_ends_the_run_and_spares_the_checkpoints(tmp_
                     target[0, 0] = float("nan")
             else:
                 target.register_hook(lambda g: g * float("inf"))
-        original(self, x, labels)
+        original(self, *batch)
 
     monkeypatch.setattr(TrainingStep, "__call__", poisoned)
     with pytest.raises(NonFiniteError, match=r"step 10 \(epoch 3\).*seed 0.*learning rate 0\.025") as error:
-        train.run(tiny_session(), tiny_config(), tmp_path)
+        train.run(tiny_session(), tiny_config(step=mode), tmp_path)
     assert error.value.exit_code == 5
     assert digest(tmp_path) == kept
     assert len(kept) == 4
@@ -193,10 +228,10 @@ def test_a_value_that_is_not_finite_ends_the_run_and_spares_the_checkpoints(tmp_
 def test_out_of_memory_names_a_batch_to_try(tmp_path, monkeypatch):
     original = TrainingStep.__call__
 
-    def greedy(self, x, labels):
+    def greedy(self, *batch):
         if self.number == 6:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        original(self, x, labels)
+        original(self, *batch)
 
     monkeypatch.setattr(TrainingStep, "__call__", greedy)
     with pytest.raises(OutOfMemoryError, match="batch_size=10") as error:

@@ -3,13 +3,14 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from emulation import EmulatedGraphs
 from runs import tiny_config, tiny_dataset
 
 from model.batches import Batches
 from model.data import MEAN, STD
 from model.distributed import Ranks
 from model.errors import DeviceError, NonFiniteError
-from model.trainer import Trainer, build_network, choose_device, choose_dtype
+from model.trainer import Trainer, build_network, choose_device, choose_dtype, step_mode
 
 CPU = torch.device("cpu")
 
@@ -31,14 +32,76 @@ def test_initial_weights_are_a_function_of_the_seed_alone():
     assert not torch.equal(a.prep, other.prep)
 
 
-def test_warm_up_leaves_everything_as_it_was():
-    trainer = make()
+@pytest.mark.parametrize("preprocess", ["on_device", "once"])
+@pytest.mark.parametrize("mode", ["eager", "compiled", "captured"])
+def test_warm_up_leaves_everything_as_it_was(monkeypatch, mode, preprocess):
+    trainer = make(step=mode, preprocess=preprocess)
+    monkeypatch.setattr("model.step.COMPILER", "eager")
+    monkeypatch.setattr("model.capture.recorder", lambda device: EmulatedGraphs())
     list(trainer.train(0))
-    before = {name: t.clone() for name, t in trainer.tensors().items()}
-    trainer.warm_up()
+    trainer.evaluate()
+    state = [*trainer.step.state(), *trainer.evaluator.state()]
+    before, random = [t.clone() for t in state], torch.random.get_rng_state()
+    tensors, said = {name: t.clone() for name, t in trainer.tensors().items()}, []
+    assert trainer.warm_up(said.append) is None
+    assert trainer.step_mode == mode
+    assert len(said) == 3, "two sizes of a training batch, one of evaluation"
     assert trainer.step.number == 4
-    assert all(torch.equal(t, before[name]) for name, t in trainer.tensors().items())
+    assert torch.equal(random, torch.random.get_rng_state())
+    assert all(torch.equal(t, tensors[name]) for name, t in trainer.tensors().items())
+    moved = {id(t) for t in trainer.evaluator.state()}
+    assert all(torch.equal(t, old) for t, old in zip(state, before, strict=True) if id(t) not in moved)
     trainer.check_finite()
+
+
+@pytest.mark.parametrize(
+    ("mode", "place", "reason"),
+    [
+        ("captured", None, "a CUDA graph needs a CUDA GPU, and this run is on cpu"),
+        ("captured", "record", "out of memory"),
+        ("compiled", "COMPILER", "Invalid backend"),
+    ],
+    ids=["no_gpu", "too_little_memory", "no_compiler"],
+)
+def test_a_step_that_cannot_run_as_asked_runs_eagerly_and_says_why(monkeypatch, mode, place, reason):
+    trainer, expected = make(step=mode), make()
+    if place == "record":
+
+        def fail(self, run):
+            run()
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore than there is")
+
+        monkeypatch.setattr(EmulatedGraphs, "record", fail)
+        monkeypatch.setattr("model.capture.recorder", lambda device: EmulatedGraphs())
+    elif place == "COMPILER":
+        monkeypatch.setattr("model.step.COMPILER", "no_such_compiler")
+    said = trainer.warm_up()
+    assert reason in said
+    assert "\n" not in said
+    assert (trainer.step_mode, trainer.step_requested) == ("eager", mode)
+    for run in (trainer, expected):
+        list(run.train(0))
+    assert all(torch.equal(t, expected.tensors()[name]) for name, t in trainer.tensors().items())
+
+
+def test_sums_over_gloo_are_not_captured(monkeypatch):
+    trainer = make(step="captured")
+    monkeypatch.setattr(Ranks, "capturable", False)
+    assert "gloo" in trainer.warm_up()
+    assert trainer.step_mode == "eager"
+
+
+def test_an_eager_step_that_fails_in_warm_up_fails(monkeypatch):
+    trainer = make()
+    monkeypatch.setattr(trainer.network, "forward", lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trainer.warm_up()
+
+
+def test_captured_is_the_default_on_a_gpu_only():
+    assert step_mode(tiny_config(), CPU) == "eager"
+    assert step_mode(tiny_config(), torch.device("cuda")) == "captured"
+    assert step_mode(tiny_config(step="compiled"), CPU) == "compiled"
 
 
 def test_it_learns():
@@ -55,13 +118,15 @@ def test_evaluation_is_that_of_all_images_at_once():
     list(trainer.train(0))
     result = trainer.evaluate()
     trainer.network.eval()
-    images = (trainer.test_images.float() - torch.tensor(MEAN)) / torch.tensor(STD)
+    images = (trainer.evaluator.images.float() - torch.tensor(MEAN)) / torch.tensor(STD)
     with torch.no_grad():
         logits = trainer.network(images.permute(0, 3, 1, 2))
-    right = logits.argmax(1) == trainer.test_labels
+    right = logits.argmax(1) == trainer.evaluator.labels
     assert result.accuracy == pytest.approx(right.float().mean().item())
-    assert result.loss == pytest.approx(F.cross_entropy(logits, trainer.test_labels).item(), rel=1e-4)
-    assert result.class_accuracy["airplane"] == pytest.approx(right[trainer.test_labels == 0].float().mean().item())
+    assert result.loss == pytest.approx(F.cross_entropy(logits, trainer.evaluator.labels).item(), rel=1e-4)
+    assert result.class_accuracy["airplane"] == pytest.approx(
+        right[trainer.evaluator.labels == 0].float().mean().item()
+    )
     assert list(result.class_accuracy) == [
         "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
     ]  # fmt: skip

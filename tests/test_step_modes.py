@@ -1,0 +1,61 @@
+import json
+
+import pytest
+import torch
+from runs import tiny_config, tiny_dataset
+
+from experiments import step_modes
+from model.errors import RunError
+from profiling.timing import QUICK
+
+CPU = torch.device("cpu")
+
+
+def test_modes_take_turns_on_whole_batches(monkeypatch):
+    """On a CPU nothing is captured, and the row says so."""
+    monkeypatch.setattr("model.step.COMPILER", "eager")
+    rows = step_modes.measure(tiny_config(), tiny_dataset(), CPU, step_modes.MODES, 3, QUICK)
+    assert [row["step"] for row in rows] == list(step_modes.MODES)
+    eager, compiled, captured = rows
+    for row in (eager, compiled):
+        assert row["reason"] is None
+        assert 0 < row["low"] <= row["images_per_s"] <= row["high"]
+        assert row["idle_share"] is None
+        assert row["against"] == "eager"
+    assert "needs a CUDA GPU" in captured["reason"]
+    assert "images_per_s" not in captured
+    assert "unavailable: a CUDA graph" in step_modes.cells(captured)[2]
+    json.dumps(rows)
+
+
+def test_a_batch_of_more_images_than_there_are_is_refused():
+    with pytest.raises(RunError, match="batch 99 is more than the 70 images"):
+        step_modes.measure(tiny_config(batch_size=99), tiny_dataset(), CPU, ("eager",), 1, QUICK)
+
+
+def test_training_goes_on_without_an_end():
+    trainer, reason = step_modes.prepare(tiny_config(epochs=1, lr_epochs=(0, 0.5, 1)), tiny_dataset(60), CPU)
+    assert reason is None
+    stream = step_modes.endless(trainer)
+    assert [next(stream) for _ in range(7)] == [20] * 7
+    assert trainer.step.number == 7
+
+
+def test_the_command_prints_a_table_and_writes_what_it_measured(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(step_modes, "load", lambda *args, **kwargs: tiny_dataset())
+    monkeypatch.setattr(step_modes, "as_many_as_cifar10", lambda dataset: dataset)
+    settings = ["--set", "widths=4,4,4,4", "--set", "device=cpu", "--set", "dtype=float32"]
+    command = ["step_modes", "--batch", "20", "35", "--modes", "eager", "--steps", "2", "--quick", "--preset", "laptop"]
+    monkeypatch.setattr("sys.argv", [*command, *settings, "--out", str(tmp_path / "out")])
+    step_modes.main()
+    out = capsys.readouterr().out
+    assert "eager" in out
+    written = json.loads((tmp_path / "out" / "step_modes.json").read_text())
+    assert [row["batch"] for row in written["rows"]] == [20, 35]
+    assert written["environment"]["packages"]["torch"]
+
+
+def test_synthetic_images_are_as_many_as_cifar_10_s():
+    data = step_modes.as_many_as_cifar10(tiny_dataset())
+    assert len(data.train_images) == len(data.train_labels) == 50_000
+    assert torch.equal(data.train_images[140:210], tiny_dataset().train_images)
