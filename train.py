@@ -322,7 +322,7 @@ def _profile_pass(session: Session, out: Path, counters: bool) -> None:
     trainer = Trainer(
         Batches(dataset.train_images, dataset.train_labels, config, device, dtype), dataset, session.ranks
     )
-    if device.type == "cuda":
+    if device.type == "cuda" or trainer.step_requested != "eager":
         trainer.warm_up()
     steps = (images for epoch in itertools.count() for images in trainer.train(epoch))
     if counters:
@@ -334,7 +334,8 @@ def _profile_pass(session: Session, out: Path, counters: bool) -> None:
         torch.cuda.profiler.stop()
         return
     write_json(folder / "work.json", _work(config, dtype, config.epochs * len(dataset.train_images)))
-    record_trace(steps, device, folder, environment(device, ROOT))
+    eagerly = trainer.step.eagerly if trainer.step_mode == "captured" else None
+    record_trace(steps, device, folder, environment(device, ROOT), eagerly)
 
 
 def _work(config: Config, dtype: "torch.dtype", images: int) -> dict[str, Any]:

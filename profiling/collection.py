@@ -6,6 +6,7 @@ on slower after one. Nothing here fails a run: what cannot be collected is missi
 """
 
 import contextlib
+import itertools
 import os
 import secrets
 import subprocess
@@ -82,10 +83,17 @@ def run_pass(what: str, command: list[str], folder: Path, warn: Callable[[str], 
 
 
 def record_trace(
-    steps: Iterator[int], device: "torch.device", folder: Path, about: dict[str, Any], active: int = ACTIVE_STEPS
+    steps: Iterator[int],
+    device: "torch.device",
+    folder: Path,
+    about: dict[str, Any],
+    eagerly: Callable[[], contextlib.AbstractContextManager] | None = None,
+    active: int = ACTIVE_STEPS,
 ) -> None:
     """Take the session: `steps` trains, a step at a time, and yields the images of each.
 
+    Where steps are replayed, one more is recorded before them within `eagerly()`: which operation launched a kernel can
+    only be learned from that.
     Writes trace.json.gz and profile.json to `folder`; `about` is the environment. Raises OSError where it cannot.
     """
     import torch
@@ -100,18 +108,21 @@ def record_trace(
         os.replace(temporary, path)
 
     clock, images = StepClock(device), []
-    first = WAIT_STEPS + WARM_UP_STEPS
-    plan = schedule(wait=WAIT_STEPS, warmup=WARM_UP_STEPS, active=active, repeat=1)
+    before, learned = WAIT_STEPS + WARM_UP_STEPS, 1 if eagerly else 0
+    first = before + learned
+    plan = schedule(wait=WAIT_STEPS, warmup=WARM_UP_STEPS, active=learned + active, repeat=1)
+    if eagerly:
+        steps = _with_one_eager(steps, before, eagerly)
     try:
         with profile(activities=activities, schedule=plan, on_trace_ready=save, record_shapes=True) as session:
             for number, count in enumerate(clock.each(steps), start=1):
                 images.append(count)
-                if number == first and device.type == "cuda":
+                if number == before and device.type == "cuda":
                     torch.cuda.synchronize(device)  # no kernel of an earlier step within the recorded ones
-                session.step()
                 if number == first + active:
+                    clock.end_epoch()  # before the session ends, which takes longer than a step
                     break
-        clock.end_epoch()
+                session.step()
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -119,6 +130,7 @@ def record_trace(
         folder / "profile.json",
         {
             "version": VERSION,
+            "eager_steps": learned,
             "active_steps": len(images[first:]),
             "images": sum(images[first:]),
             "step_ns": clock.durations_ns()[first:],
@@ -128,8 +140,19 @@ def record_trace(
     )
 
 
+def _with_one_eager(
+    steps: Iterator[int], before: int, eagerly: Callable[[], contextlib.AbstractContextManager]
+) -> Iterator[int]:
+    """`steps`, of which the one after `before` others runs within `eagerly()`."""
+    yield from itertools.islice(steps, before)
+    with eagerly():
+        images = next(steps)
+    yield images
+    yield from steps
+
+
 def record_failure(folder: Path, error: str) -> None:
     """Leave word that the profiled pass failed; a disk that is full takes none."""
-    nothing = {"version": VERSION, "active_steps": 0, "images": 0, "step_ns": [], "environment": None}
+    nothing = {"version": VERSION, "eager_steps": 0, "active_steps": 0, "images": 0, "step_ns": [], "environment": None}
     with contextlib.suppress(OSError):
         write_json(folder / "profile.json", nothing | {"error": error})

@@ -31,6 +31,10 @@ WORK = ("batch", "dtype", "images", "flops_per_image", "ops", "article_batch", "
 """What records/work.json must have; it may have the ops of other implementations too."""
 
 
+DISTURBED = 0.15
+"""Difference of profiled and timed steps above which an account of a CPU cannot join the two."""
+
+
 class Run(NamedTuple):
     """Everything that was read. None is missing, and `lacks` says so."""
 
@@ -44,7 +48,6 @@ class Run(NamedTuple):
     ceilings: Ceilings | None
     profile: dict[str, Any]
     trace: Trace | None
-    learned: list[Learned]
     telemetry: telemetry.Telemetry
     counters: dict[str, ncu.Measured]
     lacks: list[str]
@@ -79,7 +82,9 @@ def read(folder: Path) -> Run:
     if not isinstance(summary, dict) or "train_s" not in summary:
         raise ReportError(f"{folder}/summary.json is not that of a single run; name one of its run-NNN folders")
     profile = optional(
-        "record of the profiled pass", lambda: checked("profile", "active_steps", "images", "step_ns", "error"), {}
+        "record of the profiled pass",
+        lambda: checked("profile", "eager_steps", "active_steps", "images", "step_ns", "error"),
+        {},
     )
     if profile.get("error"):
         lacks.append(f"The profiled pass failed: {profile['error']}.")
@@ -90,8 +95,6 @@ def read(folder: Path) -> Run:
         if not trace.on_gpu and environment.get("gpu"):
             lacks.append("The trace of a run on a GPU holds none of its kernels.")
     counted = (records / "ncu.csv").exists()
-    has_replays = trace is not None and any(kernel.graph is not None for kernel in trace.kernels)
-    eager = optional("trace of an eager step", lambda: read_trace(records / "eager.json.gz")) if has_replays else None
     heard = telemetry.read(records / "telemetry.jsonl")
     return Run(
         summary,
@@ -104,7 +107,6 @@ def read(folder: Path) -> Run:
         optional("measurement of this device's ceilings", lambda: Ceilings.from_json(checked("ceilings"))),
         profile,
         trace,
-        learn(eager.kernels) if eager else [],
         heard,
         optional("output of ncu", lambda: _counters(records / "ncu.csv", lacks), {}) if counted else {},
         lacks + heard.lacks,
@@ -165,8 +167,9 @@ def analyse(run: Run) -> Analysis:
     }
     seen, gaps, images_seen = None, None, run.profile.get("images")
     if run.trace is not None and images_seen:
-        trained, incomplete = attribute_replays(run.trace, run.learned)
-        trace = replace(run.trace, kernels=trained, lacks=[*run.trace.lacks, *incomplete])
+        trace, learned = _without_eager_steps(run.trace, run.profile["eager_steps"])
+        trained, incomplete = attribute_replays(trace, learned)
+        trace = replace(trace, kernels=trained, lacks=[*trace.lacks, *incomplete])
         lacks += incomplete
         seen, gaps = per_step(trace), idle(trace)
         if seen is None:
@@ -180,6 +183,12 @@ def analyse(run: Run) -> Analysis:
         unknown = total.by_category["unknown"] / total.busy_ns if total.busy_ns else None
         if unknown is not None and unknown > account.UNKNOWN_LIMIT:
             lacks.append(f"{unknown:.1%} of the busy time is in kernels of no known category.")
+    perturbation = _perturbation(run)
+    if perturbation is not None and not on_gpu and not 1 - DISTURBED < perturbation < 1 + DISTURBED:
+        lacks.append(
+            f"A profiled step took {perturbation:.3g} times as long as a timed one: something else used this machine "
+            "in one of the two. Profile again when it is idle."
+        )
     training_ns = _phase_ns(run, "training")
     steps_ns = sum(epoch[-1] - epoch[0] for epoch in run.steps if len(epoch) > 1) if run.steps else None
     evidence = Evidence(
@@ -194,7 +203,13 @@ def analyse(run: Run) -> Analysis:
         busy=busy,
         peak_source=spec.source if spec else "",
     )
-    return Analysis(evidence, account.terms(evidence), timed, active, _perturbation(run), unknown, spec, rows, lacks)
+    return Analysis(evidence, account.terms(evidence), timed, active, perturbation, unknown, spec, rows, lacks)
+
+
+def _without_eager_steps(trace: Trace, count: int) -> tuple[Trace, list[Learned]]:
+    """(the trace's replayed steps, the kernels of the `count` eager ones before them)."""
+    learned = [kernel for kernel in trace.kernels if (step := trace.step_of(kernel)) is not None and step < count]
+    return replace(trace, steps=trace.steps[count:]), learn(learned)
 
 
 def _phase_ns(run: Run, name: str) -> int:

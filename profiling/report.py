@@ -77,7 +77,7 @@ def residual_share(report: dict[str, Any]) -> float | None:
 def _run_facts(run: Run) -> dict[str, Any]:
     s, keys = (
         run.summary,
-        ("preset", "data_identity", "data_source", "device", "dtype", "ops", "epochs", "steps", "seed"),
+        ("preset", "data_identity", "data_source", "device", "dtype", "ops", "step", "epochs", "steps", "seed"),
     )
     return {
         **{key: s.get(key) for key in keys},

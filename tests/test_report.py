@@ -61,6 +61,7 @@ def make_run(folder, steps_ns=STEP_NS):
         "version": 1,
         "active_steps": ACTIVE,
         "images": ACTIVE * BATCH,
+        "eager_steps": 0,
         "step_ns": [21 * MS] * ACTIVE,
         "error": None,
     }
@@ -190,6 +191,51 @@ def test_the_column_of_counters_comes_from_ncu(tmp_path):
     rows = {row["name"]: row for row in report.build(folder)["kernels"]}
     assert rows["nchwToNhwcKernel"]["dram_bytes"] == 2000
     assert rows["cudnn::bn_fw_tr_1C11"]["dram_bytes"] is None
+
+
+def replayed(path, missing: int = 0) -> None:
+    """One eager step, then steps of one graph launch each, the last one `missing` some kernels."""
+    trace = traces.HandMadeTrace()
+    names = ["sm90_xmma_fprop_implicit_gemm_f16f16", "cudnn::bn_fw_tr_1C11", "nchwToNhwcKernel"]
+    ops = [("aten::cudnn_convolution", [X, W]), ("aten::cudnn_batch_norm", [X, [64]]), ("aten::copy_", [X, X])]
+    lengths = [CONV_NS, BN_NS, CAST_NS]
+    for number in range(ACTIVE + 1):
+        begin = number * STEP_NS
+        trace.step(number + 6, begin, STEP_NS)
+        start, kernels = begin + 100 * US, []
+        for i, (name, (op, dims), length) in enumerate(zip(names, ops, lengths, strict=True)):
+            if number == 0:
+                trace.op(op, begin + i * 30 * US, 25 * US, dims)
+                trace.kernel(name, begin + i * 30 * US + 5 * US, start, length)
+            kernels.append((name, start, length))
+            start += length
+        if number:
+            trace.graph(begin + 10 * US, kernels[: len(kernels) - (missing if number == ACTIVE else 0)])
+    trace.write(path)
+
+
+def test_replayed_kernels_are_attributed_by_the_eager_step_before_them(tmp_path):
+    folder = make_run(tmp_path / "run")
+    profile = json.loads((folder / "records" / "profile.json").read_text())
+    write_json(folder / "records" / "profile.json", profile | {"eager_steps": 1})
+    replayed(folder / "records" / "trace.json.gz")
+    made = report.build(folder)
+    found = ns(made)
+    assert found["batch norm"] == pytest.approx(STEPS * BN_NS, rel=0.01)
+    assert found["idle"] == pytest.approx(STEPS * IDLE_NS, rel=0.01)
+    assert "unknown" not in found
+    assert made["layers"][0]["ns_per_step"] == pytest.approx(CONV_NS)
+    assert not any("incomplete" in line for line in made["lacks"])
+
+
+def test_a_replay_that_lost_a_kernel_gives_no_idle(tmp_path):
+    folder = make_run(tmp_path / "run")
+    profile = json.loads((folder / "records" / "profile.json").read_text())
+    write_json(folder / "records" / "profile.json", profile | {"eager_steps": 1})
+    replayed(folder / "records" / "trace.json.gz", missing=1)
+    made = report.build(folder)
+    assert "idle" not in ns(made)
+    assert any("trace incomplete" in line for line in made["lacks"])
 
 
 @pytest.mark.parametrize("name", ["two_streams", "alexnet", "h100_vit_inference", "graph_replay", "compiled_triton"])
