@@ -99,6 +99,7 @@ def report(
 def compare(
     run_a: Annotated[Path, typer.Argument(help="Folder of a profiled run, or its report.json.")],
     run_b: Annotated[Path, typer.Argument(help="Another.")],
+    out: Annotated[Path | None, typer.Option(help="Draw the comparison as a page in this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
     """What each term of the account gained or lost from run A to run B."""
@@ -106,7 +107,7 @@ def compare(
     from profiling.console import Terminal
 
     terminal = Terminal(json=json)
-    _end(lambda: run(run_a, run_b, json, terminal), terminal)
+    _end(lambda: run(run_a, run_b, out, json, terminal), terminal)
 
 
 def _end(command: Callable[[], int], terminal: "Terminal") -> None:

@@ -109,6 +109,17 @@ def waterfall(key: str, title: str, terms: Sequence[Record], order: Mapping[str,
     return Chart(key, title, 24 * len(bars) + 56, data, whole, narrow={"xaxis": roomy, "yaxis": rows_axis})
 
 
+def difference(compared: Record) -> Chart:
+    """From run A's training to run B's by what each term gained or lost; see `profiling.compare.compare`."""
+    start = {"key": "a", "name": "A", "ns": number(compared, "a_ns"), "status": "measured", "source": "run A"}
+    gained = [
+        {"key": text(row, "key"), "name": text(row, "name"), "ns": number(row, "difference_ns"), "source": "B less A"}
+        for row in rows(compared, "terms")
+    ]
+    order = {term["key"]: term["name"] for term in [start, *gained]}
+    return waterfall("difference", "B", [start, *gained], order)
+
+
 def learning_curve(report: Record, key: str, names: dict[str, str]) -> Chart:
     """What the log says under the keys of `names`, over epochs."""
     log = rows(report, "epochs")

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from profiling.errors import RefusedError, ReportError
-from profiling.records import read_json
+from profiling.errors import CommandError, RefusedError, ReportError
+from profiling.records import read_json, write_text
 
 if TYPE_CHECKING:
     from profiling.console import Terminal
@@ -158,9 +158,16 @@ def lines(c: dict[str, Any]) -> list[str]:
     return [*text, "", c["sentence"]]
 
 
-def run(run_a: Path, run_b: Path, as_json: bool, terminal: "Terminal") -> int:
-    """Say how two runs differ; the exit code. Raises ReportError and RefusedError."""
+def run(run_a: Path, run_b: Path, out: Path | None, as_json: bool, terminal: "Terminal") -> int:
+    """Say how two runs differ, and draw it to `out`; the exit code. Raises ReportError, RefusedError, CommandError."""
     compared = compare(load(run_a), load(run_b))
+    if out is not None:
+        from profiling.page import render_comparison
+
+        try:
+            write_text(out, render_comparison(compared))
+        except OSError as error:
+            raise CommandError(f"--out {out}: {error}") from None
     if as_json:
         print(json.dumps(compared, indent=2))
     for line in lines(compared):

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from profiling import content
-from profiling.charts import charts
+from profiling.charts import charts, difference
+from profiling.plot import Chart
 from profiling.telemetry_table import telemetry_table
 from profiling.untrusted import Record, clean, part, plain, text, texts
 
@@ -45,14 +47,8 @@ def render_html(report: Record) -> str:
     report = clean(report)
     drawn = charts(report)
     phases = content.phases(report)
-    script = (HERE / "report.js").read_text(encoding="utf-8")
-    plotly = get_plotlyjs()
-    return _template().render(
-        policy=_policy(script, plotly),
-        css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        script=Markup(script),
-        plotly=Markup(plotly if any(chart.data for chart in drawn) else ""),
-        data=Markup(_json([asdict(chart) for chart in drawn if chart.data])),
+    return _template("report.html.jinja").render(
+        **_assets(drawn),
         charts={chart.key: chart for chart in drawn},
         statuses=STATUSES,
         sections=SECTIONS,
@@ -89,6 +85,44 @@ def head(report: Record) -> list[tuple[str, str]]:
     return [(name, value[:12] if name == "git sha" else value) for name, value in known]
 
 
+def render_comparison(compared: Record) -> str:
+    """The page of what `profiling.compare.compare` returned."""
+    compared = clean(compared)
+    chart = difference(compared)
+    training = {"name": "training", "a_ns": compared["a_ns"], "b_ns": compared["b_ns"]}
+    phases = [{**phase, "name": f"phase {phase['name']}"} for phase in compared["phases"]]
+    return _template("compare.html.jinja").render(
+        **_assets([chart]),
+        chart=chart,
+        a=compared["a"],
+        b=compared["b"],
+        sentence=compared["sentence"],
+        differs=compared["differs"],
+        rows=[
+            {
+                "name": row["name"],
+                "a": f"{row['a_ns'] / 1e9:.3f}",
+                "b": f"{row['b_ns'] / 1e9:.3f}",
+                "difference": f"{(row['b_ns'] - row['a_ns']) / 1e9:+.3f}",
+            }
+            for row in [training, *compared["terms"], *phases]
+        ],
+    )
+
+
+def _assets(drawn: Sequence[Chart]) -> dict[str, Any]:
+    """What every page brings with it."""
+    script = (HERE / "report.js").read_text(encoding="utf-8")
+    plotly = get_plotlyjs()
+    return {
+        "policy": _policy(script, plotly),
+        "css": Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        "script": Markup(script),
+        "plotly": Markup(plotly if any(chart.data for chart in drawn) else ""),
+        "data": Markup(_json([asdict(chart) for chart in drawn if chart.data])),
+    }
+
+
 def data_warning(report: Record) -> tuple[str, str] | None:
     """What to know about images that are not the official ones."""
     identity = text(part(report, "run"), "data_identity")
@@ -101,12 +135,12 @@ def data_warning(report: Record) -> tuple[str, str] | None:
 
 
 @cache
-def _template() -> Template:
+def _template(name: str) -> Template:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
     )
     environment.filters["zip"] = zip
-    return environment.get_template("report.html.jinja")
+    return environment.get_template(name)
 
 
 def _json(value: Any) -> Markup:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from profiling.work import Dims, Work, family
 
+NEARLY_ALL = 0.9
+
 
 class Timed(NamedTuple):
     """A kernel of the profiled pass: `calls` and `ns` in all of its steps together.
@@ -67,7 +69,9 @@ class _Ops:
         self.rows: dict[Dims, list[Work]] = defaultdict(list)
         for w in work:
             self.rows[w.key].append(w)
-        self.kernels = Counter((t.op, t.dims, t.category) for t in timed)
+        self.ns: dict[tuple[Dims, str], float] = defaultdict(float)
+        for t in timed:
+            self.ns[_key(t.op, t.dims), t.category] += t.ns
 
     def of(self, t: Timed) -> list[Work]:
         """Everything that the op which launched the kernel does in a step, over all its calls."""
@@ -78,10 +82,13 @@ class _Ops:
         return max(Counter(w.family for w in self.of(t)).values(), default=0)
 
     def done_by(self, t: Timed) -> list[Work]:
-        """The part of it that is this kernel's; nothing where the op's kernels cannot be told apart."""
+        """The part of it that is this kernel's; nothing where the op's kernels cannot be told apart.
+
+        They can by their names, or where one takes nearly all of the time: on a CPU an op's wrappers take some too.
+        """
         rows = self.of(t)
         named = [w for w in rows if w.family in t.name.lower()]
-        return named or (rows if self.kernels[t.op, t.dims, t.category] == 1 else [])
+        return named or (rows if t.ns > NEARLY_ALL * self.ns[_key(t.op, t.dims), t.category] else [])
 
 
 def kernel_rows(timed: Sequence[Timed], work: Sequence[Work], steps: float, roofs: Roofs) -> list[Row]:

@@ -22,7 +22,7 @@ def roofline(report: Record) -> Chart:
     roofs = _roofs(part(report, "roofs"))
     if not points and not roofs:
         return chart
-    counted = [row for row in groups["kernels"] if (number(row, "dram_bytes") or 0) > 0 and number(row, "flops")]
+    counted = [row for row in groups["kernels"] if min(number(row, key) or 0 for key in ("flops", "dram_bytes")) > 0]
     x = [row["intensity"] for row in points] + [rate / bandwidth for rate, bandwidth, _, _ in roofs]
     x += [row["flops"] / row["dram_bytes"] for row in counted]
     y = [row["flops_per_s"] for row in points] + [rate for rate, _, _, _ in roofs]

@@ -1,6 +1,5 @@
 """Reading a report that may hold anything: values null or of another kind than agreed, lists empty, texts hostile."""
 
-import math
 import re
 from typing import Any
 
@@ -8,14 +7,16 @@ Record = dict[str, Any]
 
 _UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 """Control and bidirectional characters, halves of surrogate pairs, and what is no character at all."""
+LARGEST = 1e60
+"""Of a number, and its inverse the smallest: no quantity is beyond, and products of a few such numbers stay finite."""
 LONGEST = 1000
 """Letters of a text that are shown."""
 
 
 def clean(value: Any) -> Any:
-    """A copy fit to be shown: control, bidirectional and surrogate characters replaced, NaN and infinities None.
+    """A copy fit to be shown: control, bidirectional and surrogate characters replaced, numbers that cannot be None.
 
-    Texts are cut after LONGEST letters.
+    Those are NaN, infinities and what is beyond LARGEST. Texts are cut after LONGEST letters.
     """
     if isinstance(value, str):
         whole = value if len(value) <= LONGEST else value[: LONGEST - 1] + "…"
@@ -24,7 +25,7 @@ def clean(value: Any) -> Any:
         return {clean(str(key)): clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [clean(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, int | float) and not (value == 0 or 1 / LARGEST <= abs(value) <= LARGEST):
         return None
     return value
 

@@ -8,6 +8,7 @@ import report_sample
 
 from profiling.compare import compare, lines, load
 from profiling.errors import RefusedError, ReportError
+from profiling.page import render_comparison
 
 
 @pytest.fixture
@@ -80,6 +81,18 @@ def test_the_text_shows_every_term_and_the_sentence(pair):
     assert "faster" in text[-1]
 
 
+def test_it_can_be_drawn(pair, tmp_path):
+    pair[1]["run"]["ops"] = "<script>alert(1)</script>"
+    page = render_comparison(compare(*pair))
+    chart = json.loads(page.split('id="charts">')[1].split("</script>")[0])[0]
+    bars = next(trace for trace in chart["data"] if trace["type"] == "bar")
+    assert bars["x"][0] == pytest.approx(sum(t["ns"] for t in pair[0]["terms"]) / 1e9)
+    assert bars["x"][-1] == pytest.approx(sum(t["ns"] for t in pair[1]["terms"]) / 1e9)
+    assert bars["x"][1:3] == [-1, 0.5]
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert" in page
+
+
 def test_a_report_file_or_its_folder_is_taken(pair, tmp_path):
     path = tmp_path / "report.json"
     path.write_text(json.dumps(pair[0]))
@@ -100,7 +113,8 @@ def test_the_commands_exit_codes(pair, tmp_path):
     for name, report in zip("ab", pair, strict=True):
         (tmp_path / f"{name}.json").write_text(json.dumps(report))
     a, b = tmp_path / "a.json", tmp_path / "b.json"
-    done = command("compare", a, b, "--json")
+    done = command("compare", a, b, "--json", "--out", tmp_path / "c.html")
+    assert (tmp_path / "c.html").exists()
     assert done.returncode == 0
     assert json.loads(done.stdout)["difference_ns"] == -500_000_000
     pair[1]["run"]["images"] = 1

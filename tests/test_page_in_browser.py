@@ -7,7 +7,8 @@ import chromium
 import pytest
 from report_sample import HOSTILE, cpu, empty, gpu, hostile
 
-from profiling.page import render_html
+from profiling.compare import compare
+from profiling.page import render_comparison, render_html
 
 CHARTS = {"gpu": 6, "cpu": 5, "empty": 0, "hostile": 6}
 FITTED = (
@@ -161,3 +162,19 @@ def test_a_chart_that_cannot_be_drawn_says_so_and_the_others_are_drawn(browser, 
     assert page.evaluate("document.documentElement.dataset.drawn") == "5"
     assert "could not be drawn" in page.evaluate("document.getElementById('chart-loss').textContent")
     assert page.evaluate("document.documentElement.dataset.error") != ""
+
+
+def test_a_comparison_is_drawn_without_an_error_or_a_request(browser, folder):
+    one, other = gpu(), gpu()
+    for report in (one, other):
+        report["run"].update(status="complete")
+    other["terms"][3]["ns"] += 10**9
+    other["run"]["ops"] = HOSTILE
+    path = folder / "comparison.html"
+    path.write_text(render_comparison(compare(one, other)), encoding="utf-8")
+    page = chromium.Page(browser, path)
+    page.wait_for(DRAWN)
+    assert page.evaluate("document.querySelectorAll('figure.chart svg').length") > 0
+    assert page.evaluate("document.documentElement.dataset.drawn") == "1"
+    assert page.errors() == []
+    assert page.requests() == []

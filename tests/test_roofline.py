@@ -69,6 +69,14 @@ def test_kernels_that_cannot_be_told_apart_are_given_no_flops(work):
     assert layer.ns_per_step == 4e6
 
 
+def test_an_ops_wrappers_on_a_cpu_did_none_of_its_work(work):
+    inner = timed("mkldnn", "aten::mkldnn_convolution", ns=2e6)
+    wrappers = [timed(op, op, ns=1e4) for op in ("aten::conv2d", "aten::convolution")]
+    rows = {row.op: row for row in kernel_rows([inner, *wrappers], work, 1, ROOFS)}
+    assert rows["aten::mkldnn_convolution"].flops == FLOPS
+    assert [rows[t.op].flops for t in wrappers] == [None, None]
+
+
 def test_a_kernel_of_unknown_work_keeps_its_time(work):
     (row,) = kernel_rows([timed(op="aten::other", category="unknown", dims=([7],))], work, 1, ROOFS)
     assert row.ns_per_step == 2e6

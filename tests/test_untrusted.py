@@ -25,6 +25,12 @@ def test_numbers_that_json_lacks_are_not_known():
     assert clean([math.nan, math.inf, -math.inf, 1.0]) == [None, None, None, 1.0]
 
 
+@pytest.mark.parametrize("wild", [1e300, -1e300, 10**400, 1e-300, 5e-324], ids=str)
+def test_numbers_that_no_quantity_has_are_not_known(wild):
+    assert clean({"n": wild}) == {"n": None}
+    assert clean([1e30, -1e-30, 0, 0.0]) == [1e30, -1e-30, 0, 0.0]
+
+
 def test_long_texts_are_cut():
     assert clean("x" * 10**6) == "x" * (LONGEST - 1) + "…"
     assert clean("x" * LONGEST) == "x" * LONGEST
