@@ -6,6 +6,7 @@ Arguments are checked before torch is imported, so that a slip of the finger cos
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 import sys
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from model.data import Dataset
     from model.distributed import Ranks
     from model.trainer import Trainer
+    from profiling.collection import Collection
     from profiling.console import Terminal
     from profiling.runlog import RunLog
 
@@ -43,6 +45,9 @@ ROOT = Path(__file__).resolve().parent
 STARTED_NS = time.monotonic_ns()
 TARGET = 0.94
 """The accuracy that the article and DAWNBench train to."""
+PROFILE_PASS = [sys.executable, str(ROOT / "train.py"), "--profile-pass"]
+"""The command that profiles the run in the folder that follows it."""
+MEASURE_CEILINGS = [sys.executable, "-m", "profiling", "device"]
 
 _STATUS = {
     Interrupted: "interrupted",
@@ -72,11 +77,13 @@ def run(
     on_step: Callable[[int], None] = lambda number: None,
     started_ns: int | None = None,
     insist: bool = False,
+    collect: bool = False,
 ) -> dict[str, Any]:
     """Train `config` in the folder `out`, from `checkpoint` if there is one; returns what summary.json holds.
 
     `on_step(number)` is called after each step; `started_ns` is when the run began on `time.monotonic_ns`, if not now.
     Where the kernels cannot run, the reference ops do, after a banner; with `insist` DeviceError is raised instead.
+    With `collect` it leaves `profiling.collection`'s records of phases, steps and GPU, for `profile` to go on with.
     Raises Interrupted with the work saved, NonFiniteError, OutOfMemoryError, CheckpointError if the last checkpoint
     could not be written, TargetMissedError below the accuracy `target`; summary.json then says so too.
     """
@@ -131,10 +138,14 @@ def run(
     if ranks.is_first:
         _make_folder(out)
     log.begin(config.to_json(), machine)
-    trainer = None
+    trainer, collection = None, None
+    if collect:
+        from profiling.collection import Collection
+
+        collection = Collection(out, device, session.terminal.warn)
     try:
         trainer = _prepare(session, config, dtype, checkpoint, log)
-        _train(session, trainer, out, log, on_step)
+        _train(session, trainer, out, log, on_step, collection)
         accuracy = log.history[-1]["test_accuracy"]
         if target is not None and accuracy < target:
             raise TargetMissedError(f"test accuracy {accuracy:.2%} is below the target of {target:.2%}")
@@ -143,6 +154,9 @@ def run(
         error = out_of_memory(raised, device, config.batch_size) or raised
         status = _STATUS.get(type(error), "failed")
     steps, images = (trainer.step.number, trainer.images_seen()) if trainer else (0, 0)
+    clock.stop()
+    if collection:
+        collection.finish(clock)
     summary = log.finish(status, getattr(error, "exit_code", 1) if error else 0, steps, images, peak_bytes(device))
     if error:
         error.summary = summary
@@ -178,7 +192,14 @@ def _prepare(
     return trainer
 
 
-def _train(session: Session, trainer: "Trainer", out: Path, log: "RunLog", on_step: Callable[[int], None]) -> None:
+def _train(
+    session: Session,
+    trainer: "Trainer",
+    out: Path,
+    log: "RunLog",
+    on_step: Callable[[int], None],
+    collection: "Collection | None",
+) -> None:
     from profiling.runlog import COLUMNS, cells
 
     config, clock, ranks, interrupts = trainer.config, log.clock, session.ranks, session.interrupts
@@ -199,7 +220,8 @@ def _train(session: Session, trainer: "Trainer", out: Path, log: "RunLog", on_st
         for epoch in range(len(log.history), config.epochs):
             text = f"epoch {epoch + 1}/{config.epochs}"
             clock.switch("training")
-            for images in trainer.train(epoch):
+            steps = trainer.train(epoch)
+            for images in collection.steps.each(steps) if collection else steps:
                 if session.device.type == "cpu":  # on a GPU a read would hold up the queue
                     trainer.check_finite()
                     text = f"epoch {epoch + 1}/{config.epochs}  {trainer.so_far()}"
@@ -246,6 +268,107 @@ def _save(session: Session, trainer: "Trainer", out: Path, log: "RunLog", final:
         if final:
             raise CheckpointError(f"{text}. Free some space and go on with --resume auto") from None
         session.terminal.warn(f"{text}, and training goes on")
+
+
+def profile(session: Session, config: Config, out: Path, data: list[str], counters: bool) -> None:
+    """Account for the run in `out`: a profiled pass in a fresh process, then report.html, .md and .json.
+
+    `data` are the command line's words for the same data. With `counters`, Nsight Compute reads the GPU's in a pass
+    more. Whatever fails is said in the report; the run stands.
+    """
+    import torch
+
+    from model.trainer import choose_dtype
+    from profiling import ncu, report_command
+    from profiling.collection import RECORDS, record_failure, run_pass
+    from profiling.errors import ReportError
+
+    terminal, device, folder = session.terminal, session.device, out.absolute() / RECORDS
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    terminal.say("profiling: a pass of its own in a fresh process ...")
+    error = run_pass("the profiled pass", [*PROFILE_PASS, str(out.absolute()), *data], ROOT, terminal.warn)
+    if error:
+        record_failure(folder, error)
+    dtype = str(choose_dtype(config.dtype, device, config.ops)).removeprefix("torch.")
+    terminal.say("measuring what this device sustains, about a minute ...")
+    words = ["--device", str(device), "--dtype", dtype, "--out", str(folder / "ceilings.json")]
+    run_pass("the measurement of ceilings", [*MEASURE_CEILINGS, *words], ROOT, terminal.warn)
+    reason = ncu.probe() if counters else None
+    if reason:
+        terminal.warn(f"no counters: {reason}")
+    elif counters:
+        command = ncu.command([*PROFILE_PASS, str(out.absolute()), "--ncu", *data], folder / "ncu.csv")
+        run_pass("the pass under ncu", command, ROOT, terminal.warn)
+    try:
+        report_command.run(out, False, terminal)
+    except ReportError as error:
+        terminal.warn(f"{error}; try again with python -m profiling report {out}")
+
+
+def _profile_pass(session: Session, out: Path, counters: bool) -> None:
+    """In a process of its own: profile steps of the run in `out`, or have their counters read; count their work."""
+    import torch
+
+    from model.batches import Batches
+    from model.trainer import Trainer, choose_dtype
+    from profiling.collection import RECORDS, WARM_UP_STEPS, record_trace
+    from profiling.environment import environment
+    from profiling.records import read_json, write_json
+
+    dataset, device, folder = session.dataset, session.device, out / RECORDS
+    config = Config.from_json(read_json(out / "config.json"))
+    dtype = choose_dtype(config.dtype, device, config.ops)
+    trainer = Trainer(
+        Batches(dataset.train_images, dataset.train_labels, config, device, dtype), dataset, session.ranks
+    )
+    if device.type == "cuda" or trainer.step_requested != "eager":
+        trainer.warm_up()
+    steps = (images for epoch in itertools.count() for images in trainer.train(epoch))
+    if counters:
+        list(itertools.islice(steps, WARM_UP_STEPS))
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        next(steps)
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+        return
+    write_json(folder / "work.json", _work(config, dtype, config.epochs * len(dataset.train_images)))
+    eagerly = trainer.step.eagerly if trainer.step_mode == "captured" else None
+    record_trace(steps, device, folder, environment(device, ROOT), eagerly)
+
+
+def _work(config: Config, dtype: "torch.dtype", images: int) -> dict[str, Any]:
+    """records/work.json: what a step of this run does, by its own ops and by others', and what the article's did."""
+    import torch
+
+    from model.trainer import build_network, modelled_step
+    from profiling import work
+    from profiling.flops import flops_per_image
+
+    article = preset("article-256")
+    variants = {
+        "ops": (config, dtype),
+        "reference": (dataclasses.replace(config, ops="reference", conv="table"), dtype),
+        "article": (article, torch.float16),
+    }
+    with contextlib.suppress(UsageError):  # widths that the fused kernels do not take
+        variants["fused"] = (dataclasses.replace(config, ops="triton"), dtype)
+    counted = {name: work.work_of(*modelled_step(*variant)) for name, variant in variants.items()}
+
+    def flops(c: Config) -> int:
+        return flops_per_image(lambda: build_network(dataclasses.replace(c, ops="reference", conv="table"))).training
+
+    return {
+        "version": work.VERSION,
+        "batch": config.batch_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "images": images,
+        "flops_per_image": flops(config),
+        "article_batch": article.batch_size,
+        "article_flops_per_image": flops(article),
+        **{name: [dataclasses.asdict(row) for row in rows] for name, rows in counted.items()},
+    }
 
 
 def repeat(
@@ -336,6 +459,9 @@ class Request:
     resume: str | None
     evaluate: Path | None
     target_accuracy: float | None
+    profile: bool
+    ncu: bool
+    profile_pass: Path | None
     settings: list[str]
     json: bool
 
@@ -355,6 +481,12 @@ class Request:
             raise UsageError(
                 "--evaluate takes the network from its checkpoint: leave out --preset, --epochs, --runs, --resume"
             )
+        if self.profile and (self.evaluate or self.resume or self.runs > 1):
+            raise UsageError("--profile accounts for one whole run: leave out --evaluate, --resume and --runs")
+        if self.ncu and not (self.profile or self.profile_pass):
+            raise UsageError("--ncu adds counters to the report of a profiled run; give --profile too")
+        if self.profile and "RANK" in os.environ:
+            raise UsageError("--profile accounts for one process; profile it without torchrun")
         self.configure(preset(self.preset or "laptop"))  # a wrong value is answered now, whatever the default will be
         if self.out and not self.resume and self.out.exists():
             if not self.out.is_dir():
@@ -370,6 +502,12 @@ class Request:
         if self.seed is not None:
             config = dataclasses.replace(config, seed=self.seed)
         return config
+
+    def data_again(self, identity: str) -> list[str]:
+        """The words by which another process loads the same data, without asking the network for it."""
+        if identity == "synthetic":
+            return ["--synthetic"]
+        return ["--data-dir", str(self.data_dir or "data")]
 
 
 def _find_checkpoint(session: Session, resume: str, out: Path) -> "Checkpoint | None":
@@ -446,10 +584,16 @@ def open_session(
 def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> dict[str, Any]:
     """Do what was asked; returns the summary."""
     from model import checkpoint as checkpoints
+    from profiling.records import read_json
     from profiling.runlog import closing_lines
 
     config, found = request.configure(preset(request.preset or "laptop")), None
+    if request.profile_pass:
+        config = Config.from_json(read_json(request.profile_pass / "config.json"))
     session = open_session(terminal, interrupts, config.device, request.data_dir, request.download, request.synthetic)
+    if request.profile_pass:
+        _profile_pass(session, request.profile_pass, request.ncu)
+        return {}
     if request.evaluate:
         found = checkpoints.load(request.evaluate)
         return evaluate(session, request.configure(Config.from_json(found.state["config"])), found)
@@ -485,7 +629,16 @@ def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> 
         + f"; data: {dataset.identity} ({dataset.source})"
     )
     try:
-        summary = run(session, config, out, found, request.target_accuracy, started_ns=STARTED_NS, insist=insist)
+        summary = run(
+            session,
+            config,
+            out,
+            found,
+            request.target_accuracy,
+            started_ns=STARTED_NS,
+            insist=insist,
+            collect=request.profile,
+        )
     except Interrupted:
         how = "python" if ranks.world == 1 else f"torchrun --standalone --nproc-per-node {ranks.world}"
         terminal.say(f"stopped; go on with: {how} train.py --out {out} --resume auto")
@@ -493,6 +646,8 @@ def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> 
     for line in closing_lines(summary):
         terminal.say(line)
     terminal.say(f"written to {out}")
+    if request.profile:
+        profile(session, config, out, request.data_again(dataset.identity), request.ncu)
     return summary
 
 
@@ -553,6 +708,13 @@ def main(
     resume: Annotated[str | None, typer.Option(help="auto (newest checkpoint in --out), or a checkpoint.")] = None,
     evaluate: Annotated[Path | None, typer.Option(help="Only test this checkpoint.")] = None,
     target_accuracy: Annotated[float | None, typer.Option(help="Exit with 7 below this, such as 0.94.")] = None,
+    profiled: Annotated[
+        bool, typer.Option("--profile", help="Account for every second: report.html in the run's folder.")
+    ] = False,
+    counters: Annotated[
+        bool, typer.Option("--ncu", help="With --profile: DRAM bytes and tensor activity by Nsight Compute.")
+    ] = False,
+    profile_pass: Annotated[Path | None, typer.Option(hidden=True)] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting. Repeatable.")
     ] = None,
@@ -564,7 +726,7 @@ def main(
         _list_presets(as_json)
         return
     given = (preset_name, data_dir, download, synthetic, epochs, runs, seed, out, resume, evaluate, target_accuracy)
-    raise typer.Exit(_guarded(lambda: Request(*given, settings or [], as_json)))
+    raise typer.Exit(_guarded(lambda: Request(*given, profiled, counters, profile_pass, settings or [], as_json)))
 
 
 def _guarded(read: Callable[[], Request]) -> int:

@@ -7,7 +7,8 @@ Nothing that changes from step to step is a Python number: the step's number, th
 and its choices are read from device memory, which never moves, and are advanced there.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -71,6 +72,15 @@ class TrainingStep:
         self.__dict__.pop("_loss", None)
         self.copies = self.optimiser.copies
         self.program.run_as_it_is()
+
+    @contextlib.contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """Steps within are not replayed: what a profiler needs to learn which operation launches which kernel."""
+        recorder, self.program.recorder = self.program.recorder, None
+        try:
+            yield
+        finally:
+            self.program.recorder = recorder
 
     def __call__(self, *batch: Any) -> None:
         """Train on a batch."""

@@ -74,9 +74,9 @@ class Term:
         """With what removing it would give."""
         recoverable_ns = max(self.ns, 0) if recoverable else 0
         what_if = ""
-        if recoverable_ns and total_ns > recoverable_ns:
+        if recoverable_ns > 0.005 * total_ns and total_ns > recoverable_ns:
             faster = total_ns / (total_ns - recoverable_ns)
-            what_if = f"without it {(total_ns - recoverable_ns) / 1e9:.4g} s, {faster:.3g} times as fast"
+            what_if = f"without it {(total_ns - recoverable_ns) / 1e9:.3g} s, {faster:.3g} times as fast"
         return {
             "key": self.key,
             "name": self.name or NAMES[self.key],

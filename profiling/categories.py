@@ -66,8 +66,8 @@ _OPERATIONS = _patterns(
     ("batch norm", r"\w*batchnorm\w* cifar::bn\w+"),
     (
         "optimiser and loss",
-        r"""fused(sgd|adamw?) foreach\w+ (torch::autograd::)?accumulategrad linalgvectornorm softmax argmax item
-        localscalardense bincount""",
+        r"""cifar::sgd fused(sgd|adamw?) foreach\w+ (torch::autograd::)?accumulategrad linalgvectornorm softmax argmax
+        item localscalardense bincount""",
     ),
     ("layout and cast", r"copy tocopy to toc\w+ contiguous clone cat stack constantpadnd pad mkldnnreordertensor"),
     ("augmentation and data", r"index indexselect gather pinmemory randperm"),
@@ -93,6 +93,7 @@ _OF_ONE_PURPOSE = _patterns(
     ("augmentation and data", r"^augment_kernel memcpy\shtod memcpy\sdtoh"),
     ("convolution", r"^conv_(fprop|dgrad|wgrad)\w*_kernel"),
     ("batch norm", r"^bn_\w+_kernel"),
+    ("optimiser and loss", r"^sgd_(check_)?kernel"),
     (
         "layout and cast",
         r"""nchw_?(to|2)_?nhwc nhwc_?(to|2)_?nchw (nhwc|nchw)addpadding convert_?tensor tensortransform subtensorop

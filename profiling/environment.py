@@ -1,5 +1,6 @@
 """What a run ran on: hardware, drivers, versions, and the commit. Whatever cannot be known is None."""
 
+import datetime
 import importlib.metadata
 import os
 import platform
@@ -17,6 +18,7 @@ def environment(device: torch.device, root: Path) -> dict[str, Any]:
     sha, dirty = commit(root)
     return {
         "version": 1,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": str(device),
         "gpu": _gpu(device) if device.type == "cuda" else None,
         "cpu": _cpu_name(),

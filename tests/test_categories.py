@@ -137,7 +137,12 @@ def kernels_of_this_project() -> list[str]:
 def test_this_projects_kernels_are_known_whatever_launches_them():
     found = kernels_of_this_project()
     assert len(found) >= 10
-    wanted = {"augment": "augmentation and data", "conv": "convolution", "bn": "batch norm"}
+    wanted = {
+        "augment": "augmentation and data",
+        "conv": "convolution",
+        "bn": "batch norm",
+        "sgd": "optimiser and loss",
+    }
     for name in found:
         assert category(name) == wanted[name.partition("_")[0]], name
         assert category(name, "cifar::preact_block") == category(name), name

@@ -1,0 +1,129 @@
+"""report.html: one file with its styles, scripts and numbers, which asks the network for nothing."""
+
+import base64
+import hashlib
+import json
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from profiling import content
+from profiling.charts import charts
+from profiling.telemetry_table import telemetry_table
+from profiling.untrusted import Record, clean, part, plain, text, texts
+
+HERE = Path(__file__).parent
+STATUSES = {
+    "measured": "seen on this machine",
+    "modelled": "calculated",
+    "quoted": "said by somebody else",
+    "unavailable": "not known, with the reason",
+}
+SECTIONS = (
+    ("account", "Account"),
+    ("next", "What next"),
+    ("phases", "Phases"),
+    ("roofline", "Roofline"),
+    ("timeline", "Timeline"),
+    ("kernels", "Kernels"),
+    ("floors", "Floors and levers"),
+    ("learning", "Learning curve"),
+    ("lacks", "Lacks"),
+    ("environment", "Environment"),
+)
+HEAD = ("preset", "device", "dtype", "ops", "data_identity", "epochs", "batch_size", "seed", "git_sha", "date")
+"""Of `run`, what stands below the headline."""
+
+
+def render_html(report: Record) -> str:
+    """The page of a report.json, whatever of it is null, empty or hostile; the same text for the same report."""
+    report = clean(report)
+    drawn = charts(report)
+    phases = content.phases(report)
+    script = (HERE / "report.js").read_text(encoding="utf-8")
+    plotly = get_plotlyjs()
+    return _template().render(
+        policy=_policy(script, plotly),
+        css=Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        plotly=Markup(plotly if any(chart.data for chart in drawn) else ""),
+        data=Markup(_json([asdict(chart) for chart in drawn if chart.data])),
+        charts={chart.key: chart for chart in drawn},
+        statuses=STATUSES,
+        sections=SECTIONS,
+        title=text(report, "title") or "A training run, accounted for",
+        headline=text(report, "headline") or "No account of this run could be given.",
+        article_title=text(part(report, "article"), "title") or "The article's V100",
+        run=head(report),
+        data_warning=data_warning(report),
+        incomplete=report.get("status") != "complete",
+        lacks=texts(report, "lacks"),
+        all_lacks=content.lacks(report),
+        tiles=content.tiles(report),
+        terms=content.terms(report),
+        sentences=texts(report, "sentences"),
+        assumption=text(report, "assumption"),
+        phases=phases,
+        phase_unit=phases.columns[1].rpartition(" ")[2],
+        phase_kinds=[_phase_kind(i, row) for i, row in enumerate(phases.rows)],
+        kernels=content.kernels(report),
+        layers=content.kernels(report, "layers"),
+        unplaced=content.unplaced(report),
+        telemetry=telemetry_table(report),
+        floors=content.floors(report),
+        levers=content.levers(report),
+        epochs=content.epochs(report),
+        environment=content.environment(report),
+    )
+
+
+def head(report: Record) -> list[tuple[str, str]]:
+    """What stands below the headline: of the run, what is known."""
+    run = part(report, "run")
+    known = [(name.replace("_", " "), plain(run[name])) for name in HEAD if run.get(name) is not None]
+    return [(name, value[:12] if name == "git sha" else value) for name, value in known]
+
+
+def data_warning(report: Record) -> tuple[str, str] | None:
+    """What to know about images that are not the official ones."""
+    identity = text(part(report, "run"), "data_identity")
+    if identity == "official":
+        return None
+    return {
+        "synthetic": ("SYNTHETIC IMAGES.", "Accuracies of this run say nothing about CIFAR-10."),
+        "copy": ("A COPY OF CIFAR-10,", "not the official files: accuracies are not comparable with published ones."),
+    }.get(identity, ("IMAGES OF UNKNOWN ORIGIN.", "Accuracies are not comparable with published ones."))
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    environment.filters["zip"] = zip
+    return environment.get_template("report.html.jinja")
+
+
+def _json(value: Any) -> Markup:
+    """JSON that no text in it can end the script element of."""
+    written = json.dumps(value, separators=(",", ":"), allow_nan=False)  # ASCII, so U+2028 is an escape already
+    for character in "<>&":
+        written = written.replace(character, f"\\u{ord(character):04x}")
+    return Markup(written)
+
+
+def _policy(*scripts: str) -> str:
+    """A content security policy: these scripts and no others, styles of the page, nothing from anywhere."""
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}; base-uri 'none'"
+
+
+def _phase_kind(index: int, row: content.Row) -> str:
+    """The name of a phase's colour."""
+    return "training" if row.cells[0].text == "training" else str(index % 2)

@@ -1,0 +1,47 @@
+"""`python -m profiling report`: the report of a profiled run, made anew from its records."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from profiling.account import RESIDUAL_LIMIT
+from profiling.errors import InconsistentError, ReportError
+from profiling.report import residual_share, write
+
+if TYPE_CHECKING:
+    from profiling.console import Terminal
+
+
+def run(folder: Path, strict: bool, terminal: "Terminal") -> int:
+    """Write the report into `folder` and say what it says; the exit code.
+
+    Raises ReportError where the run cannot be read or the report not written, InconsistentError if `strict`.
+    """
+    try:
+        report = write(folder)
+    except OSError as error:
+        raise ReportError(f"the report cannot be written to {folder}: {error}; an older one is intact") from None
+    say(report, folder, terminal)
+    if strict:
+        _require_consistent(report)
+    return 0
+
+
+def say(report: dict[str, Any], folder: Path, terminal: "Terminal") -> None:
+    """The report in sentences, and where it is."""
+    terminal.say(report["headline"], "bold")
+    for line in (*report["sentences"], report["assumption"]):
+        terminal.say(line)
+    for line in report["lacks"]:
+        terminal.warn(line)
+    terminal.say(f"report: {folder / 'report.html'}")
+
+
+def _require_consistent(report: dict[str, Any]) -> None:
+    share = residual_share(report)
+    if report["status"] != "complete":
+        raise InconsistentError("the account is incomplete; the lines above say what it lacks")
+    if share is None or share > RESIDUAL_LIMIT:
+        seen = "no residual" if share is None else f"{share:.1%}"
+        raise InconsistentError(
+            f"the account leaves {seen} of training unexplained, expected at most {RESIDUAL_LIMIT:.0%}"
+        )

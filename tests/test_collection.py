@@ -1,0 +1,49 @@
+import contextlib
+import sys
+
+import pytest
+
+from profiling.collection import _with_one_eager, record_failure, run_pass
+from profiling.records import read_json
+
+
+def test_one_step_is_eager_and_none_is_lost():
+    inside = []
+
+    @contextlib.contextmanager
+    def eagerly():
+        inside.append("in")
+        yield
+        inside.append("out")
+
+    taken = []
+    for number in _with_one_eager(iter(range(6)), 2, eagerly):
+        taken.append((number, list(inside)))
+    assert [n for n, _ in taken] == list(range(6))
+    assert [seen for _, seen in taken] == [[], []] + 4 * [["in", "out"]]
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ([sys.executable, "-c", "import sys; sys.exit('error: no luck')"], "exit code 1: error: no luck"),
+        ([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], "exit code -9: no word"),
+        (["/no/such/program"], "No such file"),
+    ],
+    ids=["fails", "is_killed", "is_not_there"],
+)
+def test_a_pass_that_fails_is_a_warning(tmp_path, command, why):
+    warnings = []
+    assert why in run_pass("the pass", command, tmp_path, warnings.append)
+    assert why in warnings[0]
+    assert "report will lack" in warnings[0]
+
+
+def test_a_pass_that_succeeds_says_nothing(tmp_path):
+    assert run_pass("the pass", [sys.executable, "-c", "print(1)"], tmp_path, pytest.fail) is None
+
+
+def test_a_failure_is_recorded_where_the_disk_takes_it(tmp_path):
+    record_failure(tmp_path, "out of luck")
+    assert read_json(tmp_path / "profile.json")["error"] == "out of luck"
+    record_failure(tmp_path / "absent", "out of luck")

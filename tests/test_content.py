@@ -1,0 +1,129 @@
+import pytest
+from report_sample import MADE_UP, cpu, empty, figure, gpu, hostile
+
+from profiling import content
+from profiling.quantities import MISSING
+from profiling.telemetry_table import telemetry_table
+from profiling.untrusted import clean
+
+MINUS = "\N{MINUS SIGN}"
+TABLES = [
+    content.phases,
+    content.terms,
+    content.article,
+    content.kernels,
+    lambda report: content.kernels(report, "layers"),
+    content.roofs,
+    content.floors,
+    content.levers,
+    content.epochs,
+    telemetry_table,
+]
+
+
+def cells(row):
+    return [cell.text for cell in row.cells]
+
+
+@pytest.mark.parametrize("make", [gpu, cpu, empty, hostile, dict], ids=lambda make: make.__name__)
+def test_tables_are_rectangular_whatever_is_missing(make):
+    report = clean(make())
+    for table in [make_table(report) for make_table in TABLES]:
+        for row in [*table.rows, *filter(None, [table.total])]:
+            assert len(row.cells) == len(table.columns)
+        assert max(table.texts, default=-1) < len(table.columns)
+    content.tiles(report), content.lacks(report), content.environment(report), content.unplaced(report)
+
+
+def test_nothing_known_is_never_a_zero():
+    report = clean(empty())
+    for make_table in TABLES:
+        table = make_table(report)
+        for row in [*table.rows, *filter(None, [table.total])]:
+            assert not [cell.text for cell in row.cells if cell.text.startswith("0")], cells(row)
+            assert row.status in ("unavailable", "measured" if table.columns[0] == "epoch" else "unavailable")
+
+
+def test_terms_are_sorted_by_what_can_be_recovered_and_parts_stay_with_their_term():
+    table = content.terms(gpu())
+    names = [row.cells[0].text for row in table.rows]
+    assert names[:2] == ["convolutions below their roof", "batch norm and fused epilogues"]
+    assert names.index("waiting for the host") == names.index("idle") + 1
+    assert [row.child for row in table.rows][names.index("idle") :][:5] == [False, True, True, True, False]
+    gains = [float(row.cells[3].text) for row in table.rows if row.cells[3].text]
+    assert gains == sorted(gains, reverse=True)
+
+
+def test_terms_are_summed_with_their_sign():
+    table = content.terms(gpu())
+    assert cells(table.total)[:2] == ["training", "9.732"]
+    row = next(row for row in table.rows if row.cells[0].text == "layout and casts")
+    assert cells(row)[1:3] == [f"{MINUS}0.014", f"{MINUS}0.1"]
+    assert row.cells[2].bar is None
+
+
+def test_a_term_that_is_not_known_is_said_to_be():
+    report = gpu()
+    report["terms"][3]["ns"] = None
+    table = content.terms(report)
+    assert cells(table.total)[0] == "training, as far as known"
+    assert {row.status for row in table.rows if MISSING in cells(row)} == {"unavailable"}
+
+
+def test_phases_sum_to_the_process():
+    table = content.phases(gpu())
+    assert cells(table.total)[:2] == ["process", "31.43"]
+    assert sum(row.cells[2].bar for row in table.rows) == pytest.approx(1)
+
+
+def test_kernels_are_sorted_by_time_and_carry_their_provenance():
+    table = content.kernels(gpu())
+    times = [float(row.cells[1].text) for row in table.rows]
+    assert times == sorted(times, reverse=True)
+    assert table.rows[0].provenance == f"measured: trace of 20 steps ({MADE_UP})"
+    assert table.rows[1].cells[0].under == "cifar::conv_dgrad · 512x32x32x64 * 64x3x3x64"
+    assert table.rows[0].cells[2].bar == 1
+    pool = next(row for row in table.rows if row.cells[0].text == "max_pool_backward_nhwc")
+    assert [pool.cells[i].text for i in (4, 6, 7)] == [MISSING] * 3
+
+
+def test_what_the_hardware_counted_stands_by_its_kernel():
+    under = content.kernels(gpu()).rows[0].cells[0].under.replace("\xa0", " ")
+    assert under.endswith("210 MB of DRAM counted · tensor cores 62.0 % active")
+
+
+def test_a_report_of_thousands_of_kernels_stays_small():
+    report = gpu()
+    report["kernels"] *= 100
+    table = content.kernels(report)
+    assert len(table.rows) == content.MOST
+    assert len(table.rows) + table.omitted == len(report["kernels"])
+    assert content.kernels(gpu()).omitted == 0
+
+
+def test_levers_multiply_and_their_logarithms_add_up():
+    total = cells(content.levers(gpu()).total)
+    assert total[1:] == ["26.3", "3.27"]
+    report = {"levers": [{"factor": 1683.2, "log": 7.43}, {"factor": 0.00387, "log": -5.55}]}
+    assert [cells(row)[1] for row in content.levers(report).rows] == ["1,683", "0.00387"], "each to its own digits"
+
+
+def test_the_environment_says_each_thing_once():
+    report = {"run": {"git_sha": "a", "device": "GPU"}, "environment": {"version": 1, "git_sha": "a", "device": "cuda"}}
+    assert content.environment(report) == [("git sha", "a"), ("device", "GPU"), ("device", "cuda")]
+
+
+def test_an_op_that_is_its_kernels_name_is_not_said_twice():
+    assert content.details({"name": "aten::add", "op": "aten::add", "shape": "2x3"}) == "2x3"
+
+
+def test_an_accuracy_keeps_four_digits():
+    tile = next(tile for tile in content.tiles(gpu()) if tile.label == "test accuracy")
+    assert (tile.number, tile.unit, tile.exact) == ("94.07", "%", "0.9407 share")
+
+
+def test_what_is_unavailable_has_its_reason_and_is_lacking():
+    report = {"figures": {"mfu": figure(None, "share", "", "unknown GPU", "MFU")}, "lacks": ["no trace"]}
+    (tile,) = content.tiles(report)
+    assert (tile.number, tile.status, tile.source) == (MISSING, "unavailable", "unknown GPU")
+    assert content.lacks(report) == ["no trace", "MFU: unknown GPU"]

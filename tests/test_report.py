@@ -1,0 +1,250 @@
+"""The account of a GPU run whose trace, steps and ceilings were made by hand: what was planted comes out again."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import traces
+
+from profiling import report
+from profiling.ceilings import Ceiling, Ceilings
+from profiling.records import append_jsonl, write_json
+
+S, MS, US = 10**9, 10**6, 10**3
+STEPS, ACTIVE, BATCH = 100, 20, 512
+STEP_NS = 20 * MS  # of the timed run
+CONV_NS, BN_NS, CAST_NS, OVERLAP_NS = 8 * MS, 5 * MS, 1 * MS, 500 * US
+IDLE_NS = STEP_NS - CONV_NS - BN_NS - CAST_NS
+X, W = [BATCH, 64, 32, 32], [64, 64, 3, 3]
+
+
+def make_trace(path) -> None:
+    """Steps that launch at once; a copy on another stream lies half under a convolution."""
+    trace = traces.HandMadeTrace()
+
+    def launched(name, op, dims, launch, start, duration, stream=7):
+        trace.op(op, launch - 2 * US, 20 * US, dims)
+        trace.kernel(name, launch, start, duration, stream)
+
+    for number in range(ACTIVE):
+        begin = number * STEP_NS
+        trace.step(number + 6, begin, STEP_NS)
+        start = begin + 100 * US
+        launched(
+            "sm90_xmma_fprop_implicit_gemm_f16f16", "aten::cudnn_convolution", [X, W], begin + 10 * US, start, CONV_NS
+        )
+        start += CONV_NS
+        launched("cudnn::bn_fw_tr_1C11", "aten::cudnn_batch_norm", [X, [64]], begin + 40 * US, start, BN_NS)
+        start += BN_NS - OVERLAP_NS
+        launched("nchwToNhwcKernel", "aten::copy_", [X, X], begin + 80 * US, start, CAST_NS + OVERLAP_NS, stream=8)
+    trace.write(path)
+
+
+def make_run(folder, steps_ns=STEP_NS):
+    """A run of 100 steps on an H200, 2.5 s, with a profiled pass of 20 of them."""
+    records = folder / "records"
+    records.mkdir(parents=True)
+    summary = {"preset": "made-up", "device": "NVIDIA H200", "dtype": "float16", "status": "complete", "train_s": 2.5}
+    write_json(
+        folder / "summary.json", summary | {"train_plus_eval_s": 3.0, "data_identity": "synthetic", "ops": "reference"}
+    )
+    write_json(folder / "config.json", {"batch_size": BATCH})
+    write_json(folder / "environment.json", {"gpu": {"name": "NVIDIA H200"}})
+    append_jsonl(folder / "log.jsonl", {"epoch": 1})
+    phases = [("set-up", 0, S), ("training", S, S + 5 * S // 2), ("evaluation", S + 5 * S // 2, 4 * S)]
+    of_phases = [{"name": n, "start_ns": a, "end_ns": b} for n, a, b in phases]
+    write_json(records / "phases.json", {"version": 1, "start_ns": 0, "end_ns": 4 * S, "phases": of_phases})
+    starts = [S + i * steps_ns for i in range(STEPS + 1)]
+    write_json(records / "steps.json", {"version": 1, "epochs": [starts], "source": "made by hand"})
+    profile = {
+        "version": 1,
+        "active_steps": ACTIVE,
+        "images": ACTIVE * BATCH,
+        "eager_steps": 0,
+        "step_ns": [21 * MS] * ACTIVE,
+        "error": None,
+    }
+    write_json(records / "profile.json", profile)
+    flops = 2 * BATCH * 64 * 64 * 9 * 32 * 32
+    row = {
+        "op": "aten::convolution",
+        "family": "fprop",
+        "layer": "64x32x32-64x3x3-s1",
+        "dims": [X, W],
+        "backward": False,
+    }
+    work = {
+        "version": 1,
+        "batch": BATCH,
+        "images": STEPS * BATCH,
+        "flops_per_image": flops // BATCH,
+        "dtype": "float16",
+    }
+    work |= {"flops_per_image": flops // BATCH, "article_batch": BATCH, "article_flops_per_image": 2_756_474_880}
+    write_json(records / "work.json", work | {"ops": [row | {"flops": flops, "bytes": 2 * 10**8}]})
+
+    def ceiling(value, unit):
+        return Ceiling("made up", "none", value, value, unit, 1, 1.0, "float16" if unit == "FLOP/s" else "")
+
+    made = Ceilings(
+        "NVIDIA H200",
+        "float16",
+        [ceiling(7e14, "FLOP/s")],
+        [],
+        ceiling(4e12, "B/s"),
+        ceiling(1e-6, "s"),
+        None,
+        None,
+        (),
+        "x",
+    )
+    write_json(records / "ceilings.json", made.to_json())
+    make_trace(records / "trace.json.gz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("made") / "run")
+
+
+@pytest.fixture(scope="module")
+def made(run):
+    return report.build(run)
+
+
+def ns(made) -> dict[str, int]:
+    return {t["key"]: t["ns"] for t in made["terms"]}
+
+
+def test_what_was_planted_is_recovered(made):
+    found = ns(made)
+    convolutions = found["ideal"] + found["ceiling_gap"] + found["conv_bytes"] + found["conv_inefficiency"]
+    assert convolutions == pytest.approx(STEPS * CONV_NS, rel=0.01)
+    assert found["batch norm"] == pytest.approx(STEPS * BN_NS, rel=0.01)
+    assert found["layout and cast"] == pytest.approx(STEPS * CAST_NS, rel=0.01)  # its overlap is batch norm's time
+    assert found["idle"] == pytest.approx(STEPS * IDLE_NS, rel=0.01)
+    assert found["residual"] == 5 * S // 2 - STEPS * STEP_NS
+    assert sum(found.values()) == 5 * S // 2
+
+
+def test_idle_is_of_the_unprofiled_run_and_not_of_the_trace(tmp_path):
+    slower = ns(report.build(make_run(tmp_path / "slower", STEP_NS + MS)))
+    assert slower["idle"] == pytest.approx(STEPS * (IDLE_NS + MS), rel=0.01)
+
+
+def test_all_gaps_are_the_hosts_when_the_next_kernel_was_not_launched(made):
+    parts = {p["name"]: p["ns"] for t in made["terms"] if t["key"] == "idle" for p in t["parts"]}
+    assert parts["waiting for the host"] > 0.98 * sum(parts.values())
+
+
+def test_against_three_peaks(made):
+    figures = made["figures"]
+    rate = STEPS * 2 * BATCH * 64 * 64 * 9 * 32 * 32 / 2.5
+    assert figures["achieved_flops_per_s"]["value"] == pytest.approx(rate)
+    assert figures["v100_normalised"]["value"] == pytest.approx(rate / 125e12)
+    assert figures["of_ceiling"]["value"] == pytest.approx(rate / 7e14)
+    assert figures["mfu"]["value"] == pytest.approx(rate / 989.5e12, rel=1e-3)
+    assert "not MFU" in figures["v100_normalised"]["source"]
+    assert figures["perturbation"]["value"] == pytest.approx(1.05)
+
+
+def test_a_layer_has_its_place_under_the_roofs(made):
+    (layer,) = made["layers"]
+    assert layer["ns_per_step"] == pytest.approx(CONV_NS)
+    assert layer["bound"] == "compute"
+    assert layer["roof_fraction"] == pytest.approx(layer["flops"] / 7e14 / (CONV_NS / 1e9))
+
+
+def test_an_unknown_gpu_has_no_peak_but_its_ceiling_stands(tmp_path):
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    write_json(folder / "summary.json", summary | {"device": "NVIDIA H200 Laptop GPU"})
+    made = report.build(folder)
+    assert made["figures"]["mfu"]["status"] == "unavailable"
+    assert made["figures"]["of_ceiling"]["status"] == "measured"
+    assert "measured ceiling" in made["terms"][0]["name"]
+    assert "ceiling_gap" not in ns(made)
+
+
+def test_kernels_of_no_category_make_the_account_incomplete(tmp_path):
+    folder = make_run(tmp_path / "run")
+    trace = traces.HandMadeTrace()
+    trace.step(6, 0, STEP_NS)
+    trace.kernel("zzz", 10 * US, 20 * US, 10 * MS)
+    trace.write(folder / "records" / "trace.json.gz")
+    made = report.build(folder)
+    assert made["status"] == "incomplete"
+    assert any("no known category" in line for line in made["lacks"])
+
+
+def test_the_column_of_counters_comes_from_ncu(tmp_path):
+    folder = make_run(tmp_path / "run")
+    rows = [
+        '"ID","Kernel Name","dram__bytes.sum","sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed"',
+        '"","","byte","%"',
+        '"0","nchwToNhwcKernel","1000","0"',
+        '"1","nchwToNhwcKernel","3000","0"',
+    ]
+    (folder / "records" / "ncu.csv").write_text("\n".join(rows))
+    rows = {row["name"]: row for row in report.build(folder)["kernels"]}
+    assert rows["nchwToNhwcKernel"]["dram_bytes"] == 2000
+    assert rows["cudnn::bn_fw_tr_1C11"]["dram_bytes"] is None
+
+
+def replayed(path, missing: int = 0) -> None:
+    """One eager step, then steps of one graph launch each, the last one `missing` some kernels."""
+    trace = traces.HandMadeTrace()
+    names = ["sm90_xmma_fprop_implicit_gemm_f16f16", "cudnn::bn_fw_tr_1C11", "nchwToNhwcKernel"]
+    ops = [("aten::cudnn_convolution", [X, W]), ("aten::cudnn_batch_norm", [X, [64]]), ("aten::copy_", [X, X])]
+    lengths = [CONV_NS, BN_NS, CAST_NS]
+    for number in range(ACTIVE + 1):
+        begin = number * STEP_NS
+        trace.step(number + 6, begin, STEP_NS)
+        start, kernels = begin + 100 * US, []
+        for i, (name, (op, dims), length) in enumerate(zip(names, ops, lengths, strict=True)):
+            if number == 0:
+                trace.op(op, begin + i * 30 * US, 25 * US, dims)
+                trace.kernel(name, begin + i * 30 * US + 5 * US, start, length)
+            kernels.append((name, start, length))
+            start += length
+        if number:
+            trace.graph(begin + 10 * US, kernels[: len(kernels) - (missing if number == ACTIVE else 0)])
+    trace.write(path)
+
+
+def test_replayed_kernels_are_attributed_by_the_eager_step_before_them(tmp_path):
+    folder = make_run(tmp_path / "run")
+    profile = json.loads((folder / "records" / "profile.json").read_text())
+    write_json(folder / "records" / "profile.json", profile | {"eager_steps": 1})
+    replayed(folder / "records" / "trace.json.gz")
+    made = report.build(folder)
+    found = ns(made)
+    assert found["batch norm"] == pytest.approx(STEPS * BN_NS, rel=0.01)
+    assert found["idle"] == pytest.approx(STEPS * IDLE_NS, rel=0.01)
+    assert "unknown" not in found
+    assert made["layers"][0]["ns_per_step"] == pytest.approx(CONV_NS)
+    assert not any("incomplete" in line for line in made["lacks"])
+
+
+def test_a_replay_that_lost_a_kernel_gives_no_idle(tmp_path):
+    folder = make_run(tmp_path / "run")
+    profile = json.loads((folder / "records" / "profile.json").read_text())
+    write_json(folder / "records" / "profile.json", profile | {"eager_steps": 1})
+    replayed(folder / "records" / "trace.json.gz", missing=1)
+    made = report.build(folder)
+    assert "idle" not in ns(made)
+    assert any("trace incomplete" in line for line in made["lacks"])
+
+
+@pytest.mark.parametrize("name", ["two_streams", "alexnet", "h100_vit_inference", "graph_replay", "compiled_triton"])
+def test_a_recorded_trace_makes_a_report(tmp_path, name):
+    """Whatever it lacks is said, and terms still sum to the phase."""
+    folder = os.environ.get("GPU_TRACES_DIR")
+    if not folder:
+        pytest.skip("GPU_TRACES_DIR names no folder of recorded traces")
+    made_by_hand = make_run(tmp_path / "run")
+    (made_by_hand / "records" / "trace.json.gz").write_bytes(Path(folder, f"{name}.json.gz").read_bytes())
+    found = report.write(made_by_hand)
+    assert sum(t["ns"] for t in found["terms"]) == 5 * S // 2
