@@ -47,6 +47,8 @@ TARGET = 0.94
 """The accuracy that the article and DAWNBench train to."""
 PROFILE_PASS = [sys.executable, str(ROOT / "train.py"), "--profile-pass"]
 """The command that profiles the run in the folder that follows it."""
+PROFILER_BYTES = 2 << 30
+"""Memory that a profiled pass on a CPU may come to need besides the run's own."""
 MEASURE_CEILINGS = [sys.executable, "-m", "profiling", "device"]
 
 _STATUS = {
@@ -311,6 +313,7 @@ def _profile_pass(session: Session, out: Path, counters: bool) -> None:
     import torch
 
     from model.batches import Batches
+    from model.memory import have_at_hand
     from model.trainer import Trainer, choose_dtype
     from profiling.collection import RECORDS, WARM_UP_STEPS, record_trace
     from profiling.environment import environment
@@ -324,6 +327,8 @@ def _profile_pass(session: Session, out: Path, counters: bool) -> None:
     )
     if device.type == "cuda" or trainer.step_requested != "eager":
         trainer.warm_up()
+    if device.type == "cpu":
+        have_at_hand(PROFILER_BYTES)
     steps = (images for epoch in itertools.count() for images in trainer.train(epoch))
     if counters:
         list(itertools.islice(steps, WARM_UP_STEPS))

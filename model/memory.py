@@ -1,6 +1,7 @@
 """Memory of the process: how to keep what is freed, and how much was needed at most."""
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -20,6 +21,19 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+def have_at_hand(nbytes: int) -> None:
+    """Touch `nbytes` of memory, or a quarter of what is free, and free them: `keep_freed_memory` then keeps them.
+
+    A profiler's own records come to lie between a step's activations, which then need new memory in every step: without
+    this the kernel zeroes its pages within the steps that are profiled.
+    """
+    try:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        torch.empty(min(nbytes, free // 4), dtype=torch.uint8).fill_(0)
+    except (AttributeError, ValueError, OSError, MemoryError, RuntimeError):
+        return
 
 
 def peak_bytes(device: torch.device) -> int | None:

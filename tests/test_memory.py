@@ -32,6 +32,25 @@ print(faults(), keep_freed_memory(), min(faults() for _ in range(4)), sep=";")
     assert int(after) < int(before) / 100
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_memory_at_hand_needs_no_new_pages():
+    code = """
+import resource, sys, torch
+from model.memory import have_at_hand, keep_freed_memory
+keep_freed_memory()
+if sys.argv[1] == "at hand":
+    have_at_hand(200 * 2**20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+held = [torch.empty(4 * 2**20).fill_(1) for _ in range(10)]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+    def faults(case: str) -> int:
+        return int(subprocess.run([sys.executable, "-c", code, case], capture_output=True, check=True, cwd=ROOT).stdout)
+
+    assert faults("at hand") < faults("not") / 10
+
+
 def test_the_peak_is_at_least_what_was_held():
     held = torch.ones(50 * 2**20 // 4)
     assert peak_bytes(CPU) > held.nbytes
