@@ -37,7 +37,7 @@ def draw(chart: Chart, title: str) -> Figure:
     """The figure; raises ValueError for a kind of trace that this does not draw."""
     figure = Figure(figsize=(WIDTH_IN, max(chart.height, 200) / 100 + 0.4), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    axes.set_title(title, loc="left", color=colour("var(--ink)"), fontsize=11, fontweight="semibold")
+    axes.set_title(title, loc="left", color=colour("var(--ink)"), fontsize=11, fontweight="bold")
     for spine in ("top", "right"):
         axes.spines[spine].set_visible(False)
     for name in ("x", "y"):
