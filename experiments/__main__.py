@@ -101,9 +101,16 @@ def batch_size(
     settings: Settings = None,
     seed: Seed = None,
     as_json: Json = False,
+    evidence: Annotated[
+        Path | None, typer.Option(help="Folder of a finished forgetting: say what limits each batch.")
+    ] = None,
 ) -> None:
     """Batch 128 to 1024 with the learning rate scaled linearly: time, accuracy, loss."""
-    _experiment("batch_size", lambda: Request(small, out, data_dir, synthetic, tuple(settings or ()), seed, as_json))
+    _experiment(
+        "batch_size",
+        lambda: Request(small, out, data_dir, synthetic, tuple(settings or ()), seed, as_json),
+        evidence=evidence,
+    )
 
 
 @app.command()

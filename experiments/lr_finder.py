@@ -3,8 +3,8 @@
     python -m experiments lr-finder --data-dir DIR
 
 It runs on a copy of the network. The loss may blow up: that ends the sweep, and is part of its result. At each step the
-loss is smoothed by a straight line through the steps within a third of a decade, which has no lag, unlike a running
-mean, so the minimum is not shifted to higher rates; the line's slope is the descent.
+loss is smoothed by a straight line through the steps around it, which has no lag, unlike a running mean, so the minimum
+is not shifted to higher rates. The slope of such a line, through more steps, is the descent.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 LOW, HIGH = 1e-4, 100.0
 """The sweep's first and last learning rate, of the mean loss."""
-WINDOW = 1 / 3
-"""Decades over which the loss is smoothed."""
+WINDOW, SLOPE_WINDOW = 0.5, 1.0
+"""Decades over which the loss is smoothed, and its slope; in fewer, the noise of batches is steeper."""
 BLOWN_UP = 4.0
 """A sweep ends at a batch whose loss is so many times that of the first, or is not finite."""
 
@@ -93,7 +93,7 @@ def sweep(
     return Sweep(rates, losses, None)
 
 
-def smooth(rates: Sequence[float], losses: Sequence[float], window: float = WINDOW) -> tuple[list[float], list[float]]:
+def smooth(rates: Sequence[float], losses: Sequence[float], window: float) -> tuple[list[float], list[float]]:
     """(smoothed loss, its slope per decade) at each step: a line by least squares through the steps around it.
 
     These are the steps within half of `window` decades, and at least the neighbours on both sides.
@@ -115,7 +115,8 @@ def suggest(rates: Sequence[float], losses: Sequence[float]) -> Suggestion | Non
     """What the two rules say; None where the loss never falls, or there are fewer than three steps."""
     if len(rates) < 3:
         return None
-    values, slopes = smooth(rates, losses)
+    values, _ = smooth(rates, losses, WINDOW)
+    _, slopes = smooth(rates, losses, SLOPE_WINDOW)
     lowest = int(np.argmin(values))
     if lowest == 0:
         return None
@@ -147,7 +148,7 @@ def chart(found: Sweep, suggested: Suggestion | None, config: Config) -> Chart:
     """Loss against rate, as it was and smoothed, with both suggestions and the schedule's peak."""
     if len(found.rates) < 3:
         return Chart("sweep", "loss against learning rate", reason="fewer than three steps were finite")
-    values, _ = smooth(found.rates, found.losses)
+    values, _ = smooth(found.rates, found.losses, WINDOW)
     top = min(max(*values, found.losses[0]) * 1.1, 1.6 * found.losses[0])
     bottom = min(*values, *found.losses) * 0.9
     hover = [f"rate {r:.3g}, loss {v:.3f}, smoothed {s:.3f}" for r, v, s in zip(*found[:2], values, strict=True)]
