@@ -57,7 +57,7 @@ def run(
     device = request.configure(laptop()).device
     session = train.open_session(terminal, interrupts, device, request.data_dir, synthetic=request.synthetic)
     config = learner.recipe(request, session)
-    study = open_study("batch-size", request, session, {"recipe": config.learned()})
+    study = open_study("batch-size", request, session, learner.identity(config))
     epochs = study.once("plan", lambda: plan(request, session, config))["epochs"]
     config = config.with_epochs(epochs)
     rows = {}

@@ -78,7 +78,7 @@ def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dic
     device = request.configure(laptop()).device
     session = train.open_session(terminal, interrupts, device, request.data_dir, synthetic=request.synthetic)
     config = learner.recipe(request, session)
-    study = open_study("forgetting", request, session, {"recipe": config.learned()})
+    study = open_study("forgetting", request, session, learner.identity(config))
     chosen = study.once("plan", lambda: plan(request, session, config))
     result = {"recipe": config.learned(), "base_rate": max(config.lr_values), "plan": chosen}
     result |= measure(study, session, config, chosen)

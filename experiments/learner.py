@@ -38,6 +38,11 @@ def recipe(request: "Request", session: "train.Session") -> Config:
     return runnable(request.configure(start), session)
 
 
+def identity(config: Config) -> dict[str, Any]:
+    """What is learned by `config`, as settings of a study: a difference is then told by its name."""
+    return {f"recipe {name}": value for name, value in config.learned().items()}
+
+
 def runnable(config: Config, session: "train.Session") -> Config:
     """`config` with its images on the device, and on the reference ops, with a warning, where its own cannot run."""
     config = dataclasses.replace(config, preprocess="on_device", draw="per_epoch", workers=0)

@@ -134,7 +134,7 @@ def sentences(found: Sweep, suggested: Suggestion | None, config: Config) -> lis
         s = suggested
         said.append(
             f"The loss falls fastest at a learning rate of {s.steepest:.2g}, and a tenth of the rate at its minimum is "
-            f"{s.tenth:.2g}; the schedule of {config.preset} peaks at {peak:.3g}, {peak / s.steepest:.2g} and "
+            f"{s.tenth:.2g}; the schedule of {config.preset} peaks at {peak:.3g}, which is {peak / s.steepest:.2g} and "
             f"{peak / s.tenth:.2g} times these."
         )
         if s.at_end:
@@ -193,7 +193,7 @@ def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dic
     )
     start = fused() if session.device.type == "cuda" and not request.small else laptop()
     config = learner.runnable(request.configure(start), session)
-    study = open_study("lr-finder", request, session, {"recipe": config.learned(), "low": LOW, "high": HIGH})
+    study = open_study("lr-finder", request, session, {**learner.identity(config), "low": LOW, "high": HIGH})
     total = len(session.dataset.train_images)
 
     def measure() -> dict[str, Any]:

@@ -106,9 +106,9 @@ def sentences(memory: dict[str, Any], fits: dict[str, climb.Climb]) -> list[str]
         half, whole = (row["seen"] for row in both)
         same = abs(whole - half) <= SAME * min(whole, half)
         said.append(
-            f"At {limits.times(multiple)} the base rate the last epoch's loss was {half:.3f} on {SETTINGS['half']} and "
-            f"{whole:.3f} on {SETTINGS['all']}: {'the same' if same else 'not the same'} within {SAME:.0%}, where the "
-            "article saw the same loss."
+            f"At the {rate} rate ({multiple:g} x the base) the last epoch's loss was {half:.3f} on {SETTINGS['half']} "
+            f"and {whole:.3f} on {SETTINGS['all']}: {'the same' if same else 'not the same'} within {SAME:.0%}, where "
+            "the article saw the same loss."
         )
     for name, words in SETTINGS.items():
         said.append(_of_climbs(words, {rate: fits.get(f"{name}, {rate}") for rate in RATES}))
@@ -147,7 +147,7 @@ def chart(rate: str, memory: dict[str, Any], fits: dict[str, climb.Climb]) -> Ch
         if fit is None:
             continue
         ages = list(range(1, len(row["losses"]) + 1))
-        width = max(3, row["epoch_steps"] // 20)
+        width = max(5, row["epoch_steps"] // 10)
         faint = {"mode": "markers", "marker": {"size": 3, "color": colour(paint)}, "opacity": 0.35}
         data.append(trace("scatter", x=ages, y=row["losses"], hoverinfo="skip", **faint))
         smooth = climb.smoothed(row["losses"], width)

@@ -60,3 +60,13 @@ def test_the_recipe_is_laptops_at_the_articles_batch_with_what_the_command_line_
 
 def test_speed_is_measured_on_fewer_images_than_a_batch_too():
     assert learner.images_per_s(tiny_session(), tiny_config(batch_size=20), 10) > 0
+
+
+def test_another_recipe_is_told_by_its_name(tmp_path):
+    from experiments.study import Study
+    from model.errors import UsageError
+    from profiling.console import Terminal
+
+    Study("x", tmp_path / "a", learner.identity(tiny_config()), Terminal(speaks=False))
+    with pytest.raises(UsageError, match=r"other settings \(recipe momentum: 0.9, now 0.5\)"):
+        Study("x", tmp_path / "a", learner.identity(tiny_config(momentum=0.5)), Terminal(speaks=False))
