@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from experiments import ladder_report
 from experiments.rungs import RUNGS, Rung, require_own
 from experiments.study import Request, Study, open_study
 from model.config import Config
@@ -66,6 +65,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure and draw the ladder; returns what ladder.json holds."""
     import train
+    from experiments import ladder_report
 
     sizes = SMALL if request.small else WHOLE
     sizes = sizes._replace(turns=epochs_per_rung or sizes.turns)

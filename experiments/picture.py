@@ -132,12 +132,11 @@ def _label(trace: dict[str, Any]) -> str:
 
 def _scatter(axes: Axes, trace: dict[str, Any], lower: dict[str, Any] | None, order: int) -> None:
     mode, line, marker = trace.get("mode", "lines"), trace.get("line", {}), trace.get("marker", {})
-    missing = float("nan")
-    x = trace["x"]
-    y = [missing if value is None else value for value in trace["y"]]
-    x = [missing if value is None else value for value in x]
+    x, y = _numbers(trace["x"]), _numbers(trace["y"])
     if trace.get("fill") == "tonexty" and lower is not None:
-        axes.fill_between(x, lower["y"], y, color=colour(trace.get("fillcolor")), linewidth=0, zorder=2 + 0.01 * order)
+        axes.fill_between(
+            x, _numbers(lower["y"]), y, color=colour(trace.get("fillcolor")), linewidth=0, zorder=2 + 0.01 * order
+        )
     if "lines" in mode or "markers" in mode:
         colours = marker.get("color", line.get("color"))
         many = isinstance(colours, list)
@@ -176,6 +175,11 @@ def _scatter(axes: Axes, trace: dict[str, Any], lower: dict[str, Any] | None, or
                     clip_on=trace.get("cliponaxis", True),
                     zorder=5,
                 )
+
+
+def _numbers(values: list[Any]) -> list[Any]:
+    """A gap where there is None."""
+    return [float("nan") if value is None else value for value in values]
 
 
 def _first(value: Any) -> float:
