@@ -1,0 +1,170 @@
+"""The article's experiments: python -m experiments NAME.
+
+Arguments are checked before torch is imported; every experiment is a module of its own, imported when it is asked for.
+"""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from experiments.study import Request
+from model.errors import RunError
+from model.interrupts import Interrupted, Interrupts
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
+
+Small = Annotated[bool, typer.Option("--small", help="Sizes that two CPU cores finish in minutes.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="The experiment's folder; goes on with what it holds. Default: runs/<time>-<name>."),
+]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Folder of the CIFAR-10 binary files, or its parent. Never written to.")
+]
+Synthetic = Annotated[bool, typer.Option("--synthetic", help="Use generated images.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting everywhere. Repeatable.")
+]
+Seed = Annotated[int | None, typer.Option(help="Of initialisation, order and augmentation.")]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly the result's JSON on stdout.")]
+
+
+@app.callback()
+def main() -> None:
+    """The article's claims, rerun: what each step buys, why a larger batch works, what forgetting looks like."""
+
+
+@app.command()
+def ladder(
+    small: Small = False,
+    out: Out = None,
+    data_dir: DataDir = None,
+    synthetic: Synthetic = False,
+    settings: Settings = None,
+    seed: Seed = None,
+    as_json: Json = False,
+    epochs_per_rung: Annotated[
+        int | None, typer.Option(help="Time so many epochs of each rung, and extrapolate. Default: 4.")
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Train each rung to its end, and say its accuracy.")] = False,
+    cutout: Annotated[int, typer.Option(help="Cut squares of so many pixels out, on every rung.")] = 0,
+) -> None:
+    """Every rung from the article's 341 s to its 256 s and on to this project's kernels, in turns."""
+    _experiment(
+        "ladder",
+        lambda: Request(small, out, data_dir, synthetic, tuple(settings or ()), seed, as_json),
+        epochs_per_rung=epochs_per_rung,
+        full=full,
+        cutout=cutout,
+    )
+
+
+@app.command()
+def lr_finder(
+    small: Small = False,
+    out: Out = None,
+    data_dir: DataDir = None,
+    synthetic: Synthetic = False,
+    settings: Settings = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Sweep the learning rate exponentially over one epoch, and suggest one by two rules."""
+    _experiment("lr_finder", lambda: Request(small, out, data_dir, synthetic, tuple(settings or ()), seed, as_json))
+
+
+@app.command()
+def forgetting(
+    small: Small = False,
+    out: Out = None,
+    data_dir: DataDir = None,
+    synthetic: Synthetic = False,
+    settings: Settings = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """The article's two experiments on catastrophic forgetting."""
+    _experiment("forgetting", lambda: Request(small, out, data_dir, synthetic, tuple(settings or ()), seed, as_json))
+
+
+@app.command()
+def batch_size(
+    small: Small = False,
+    out: Out = None,
+    data_dir: DataDir = None,
+    synthetic: Synthetic = False,
+    settings: Settings = None,
+    seed: Seed = None,
+    as_json: Json = False,
+    evidence: Annotated[
+        Path | None, typer.Option(help="Folder of a finished forgetting: say what limits each batch.")
+    ] = None,
+) -> None:
+    """Batch 128 to 1024 with the learning rate scaled linearly: time, accuracy, loss."""
+    _experiment(
+        "batch_size",
+        lambda: Request(small, out, data_dir, synthetic, tuple(settings or ()), seed, as_json),
+        evidence=evidence,
+    )
+
+
+@app.command()
+def reproduce(
+    budget: Annotated[float, typer.Option(help="Seconds that all of it may take.")],
+    small: Small = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder; goes on with what it holds. Default: results/<date>-<device>.")
+    ] = None,
+    data_dir: DataDir = None,
+    synthetic: Synthetic = False,
+    settings: Settings = None,
+    seed: Seed = None,
+    as_json: Json = False,
+) -> None:
+    """Everything worth doing on this device within a budget of seconds, most valuable first."""
+    _experiment(
+        "reproduce",
+        lambda: Request(small, out, data_dir, synthetic, tuple(settings or ()), seed, as_json),
+        budget=budget,
+    )
+
+
+def _experiment(name: str, read: Callable[[], Request], **options: Any) -> None:
+    """Check the request, run `experiments.<name>.run(request, terminal, interrupts, **options)` and exit.
+
+    A module's `check(request, **options)`, where it has one, raises UsageError before torch is imported. `run` returns
+    what --json prints. Any failure is one line on stderr and its exit code.
+    """
+    try:
+        request = read()
+        module = importlib.import_module(f"experiments.{name}")
+        if hasattr(module, "check"):
+            module.check(request, **options)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    from profiling.console import Terminal
+
+    interrupts, terminal = Interrupts(), Terminal(json=request.json)
+    interrupts.install()
+    try:
+        result = module.run(request, terminal, interrupts, **options)
+    except RunError as error:
+        interrupts.deferred = True
+        terminal.error(str(error))
+        raise typer.Exit(error.exit_code) from None
+    except Interrupted as error:
+        interrupts.deferred = True
+        terminal.say(f"{error}: what was done is kept; the same command with the same --out goes on")
+        raise typer.Exit(error.exit_code) from None
+    if request.json:
+        print(json.dumps(result, indent=2, allow_nan=False))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,237 @@
+"""The article's two experiments on catastrophic forgetting (Part 2): what limits a learning rate, what is remembered.
+
+    python -m experiments forgetting --data-dir DIR
+
+Limits: a fixed number of epochs at constant rates from 1/8 to 16 times the base, on an eighth of the training images, a
+quarter, half and all of them. The final loss is the mean over the last epoch's images, as they were seen.
+
+Memory: `experiments.retention`. The rules by which the limits are read off the curves: `experiments.limits`.
+"""
+
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from experiments import learner, limits, retention
+from experiments.study import Plot, Request, Table, open_study
+from model.config import Config, laptop
+from profiling.plot import Chart, axis, colour, escape, layout, line, margin, trace
+
+if TYPE_CHECKING:
+    import train
+    from experiments.study import Study
+    from model.interrupts import Interrupts
+    from profiling.console import Terminal
+
+MULTIPLES = tuple(2.0**i for i in range(-3, 5))
+"""Of the base rate."""
+SHARES = (8, 4, 2, 1)
+"""What the largest set is divided by."""
+EPOCHS, CONSTANT, LAST = 10, 25, 4
+"""Epochs at each rate; of constant rate after the ramp (the article's), and how many of these are looked back on."""
+SMALL_EPOCHS, SMALL_CONSTANT, SMALL_LAST = (4, 10), 5, 3
+"""The same of `small`, the first from the least to the most."""
+DIVISORS = (1, 2, 4, 8, 16)
+"""What `small` may divide the number of training images by."""
+PAINTS = ("series-4", "series-3", "series-2", "series-1")
+
+
+def plan(request: Request, session: "train.Session", config: Config) -> dict[str, int]:
+    """{images, epochs, constant, last}: the article's, or of `small` what this machine's speed leaves time for.
+
+    images  of the largest set
+    epochs  of each run at a constant rate
+    """
+    count = len(session.dataset.train_images)
+    chosen = {"images": count, "epochs": EPOCHS, "constant": CONSTANT, "last": LAST}
+    speed = learner.images_per_s(session, config)
+    if request.small:
+        least, most = SMALL_EPOCHS
+        for divisor in DIVISORS:
+            chosen = {"images": count // divisor, "epochs": least, "constant": SMALL_CONSTANT, "last": SMALL_LAST}
+            if work(chosen) / speed <= learner.SMALL_S:
+                break
+        while chosen["epochs"] < most and work({**chosen, "epochs": chosen["epochs"] + 1}) / speed <= learner.SMALL_S:
+            chosen["epochs"] += 1
+    session.terminal.say(
+        f"{speed:,.0f} images/s in a batch of {config.batch_size}: {work(chosen):,} images will take about "
+        f"{work(chosen) / speed / 60:.0f} min, up to {chosen['images']:,} at a time for {chosen['epochs']} epochs"
+    )
+    return chosen
+
+
+def sizes(chosen: dict[str, int]) -> list[int]:
+    """How many images each curve is trained on."""
+    return [chosen["images"] // share for share in SHARES]
+
+
+def work(chosen: dict[str, int]) -> int:
+    """Images to train on in all, those looked back on counted as a third, which a forward pass is."""
+    first = sum(sizes(chosen)) * chosen["epochs"] * len(MULTIPLES)
+    second = (chosen["images"] + chosen["images"] // 2) * len(retention.RATES)
+    return first + second * (retention.RAMP + chosen["constant"]) + second * chosen["last"] // 3
+
+
+def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dict[str, Any]:
+    """The experiment; returns its document."""
+    import train
+
+    device = request.configure(laptop()).device
+    session = train.open_session(terminal, interrupts, device, request.data_dir, synthetic=request.synthetic)
+    config = learner.recipe(request, session)
+    study = open_study("forgetting", request, session, learner.identity(config))
+    chosen = study.once("plan", lambda: plan(request, session, config))
+    result = {"recipe": config.learned(), "base_rate": max(config.lr_values), "plan": chosen}
+    result |= measure(study, session, config, chosen)
+    fits = retention.fits(result["memory"])
+    result["climbs"] = {name: fit._asdict() for name, fit in fits.items()}
+    curves = [limits.Limits(**row) for row in result["limits"]]
+    plots = [Plot("limits", "Final loss against learning rate", limits_chart(result), limits_caption(chosen))]
+    for rate in retention.RATES:
+        chart = retention.chart(rate, result["memory"], fits)
+        plots.append(Plot(f"memory-{rate}", f"Loss against age at the {rate} rate", chart, retention.CAPTION))
+    return study.finish(
+        result,
+        plots,
+        [*limits.sentences(curves), *retention.sentences(result["memory"], fits)],
+        [*limits_tables(result), retention.table(result["memory"], fits)],
+        caveats(request, session, config, chosen),
+    )
+
+
+def measure(study: "Study", session: "train.Session", config: Config, chosen: dict[str, int]) -> dict[str, Any]:
+    """Both experiments, each run kept as soon as it is done.
+
+    curves  the final losses on each number of images, one for each of MULTIPLES; None where a run blew up
+    limits  what `experiments.limits` reads off each of them
+    memory  `retention.look_back` of each of its RUNS
+    """
+    base = max(config.lr_values)
+    cells = {f"{images} images, rate x {m:g}": (images, m) for images in sizes(chosen) for m in MULTIPLES}
+    work_of = {key: images * chosen["epochs"] for key, (images, _) in cells.items()}
+    work_of |= {key: retention.images_to_train(chosen, name) for key, (name, _) in retention.RUNS.items()}
+    done = sum(images for key, images in work_of.items() if key in study.results)
+    curves: dict[int, list[float | None]] = {images: [] for images in sizes(chosen)}
+    remembered = {}
+    with session.terminal.progress(sum(work_of.values()), done, "images") as meter:
+        for key, (images, multiple) in cells.items():
+
+            def at_a_rate(images=images, multiple=multiple, key=key) -> dict[str, Any]:
+                changed = learner.at_constant_rate(config, base * multiple, chosen["epochs"])
+                trainer = learner.prepare(session, changed, learner.subset(session.dataset, images))
+                return learner.fit(trainer, lambda n: meter.advance(n, key))
+
+            found = study.once(key, at_a_rate)
+            curves[images].append(None if found["diverged_step"] else found["losses"][-1])
+        for key, (name, rate) in retention.RUNS.items():
+
+            def looked_back(name=name, rate=rate, key=key) -> dict[str, Any]:
+                rate = base * retention.RATES[rate]
+                return retention.look_back(session, config, chosen, name, rate, lambda n: meter.advance(n, key))
+
+            remembered[key] = study.once(key, looked_back)
+    found = [limits.limits(images, MULTIPLES, curve)._asdict() for images, curve in curves.items() if any(curve)]
+    return {"curves": {str(images): curve for images, curve in curves.items()}, "limits": found, "memory": remembered}
+
+
+def limits_chart(result: dict[str, Any]) -> Chart:
+    """A curve for each number of images, where each starts to rise, and where all blow up."""
+    top = 1.15 * limits.GUESSING
+    data, lowest = [], top
+    for (images, curve), paint in zip(result["curves"].items(), PAINTS, strict=True):
+        known = [loss for loss in curve if loss is not None]
+        lowest = min([lowest, *known])
+        hover = [
+            f"{int(images):,} images, {limits.times(m)} the base rate: "
+            + ("blew up" if loss is None else f"loss {loss:.3f}")
+            for m, loss in zip(MULTIPLES, curve, strict=True)
+        ]
+        shown = [top if loss is None else min(loss, top) for loss in curve]
+        style = {"mode": "lines+markers", "line": line(paint, 2), "marker": {"size": 6, "color": colour(paint)}}
+        data.append(
+            trace(
+                "scatter",
+                x=list(MULTIPLES),
+                y=shown,
+                name=f"{int(images):,} images",
+                showlegend=True,
+                hovertext=hover,
+                hoverinfo="text",
+                **style,
+            )
+        )
+    quiet = {"showlegend": True, "hoverinfo": "skip"}
+    rising = [(row["rises"], _level(row)) for row in result["limits"] if row["rises"] is not None]
+    if rising:
+        x, y = (list(values) for values in zip(*rising, strict=True))
+        mark = {"size": 11, "symbol": "diamond", "color": colour("ink")}
+        data.append(trace("scatter", x=x, y=y, mode="markers", marker=mark, name="starts to rise", **quiet))
+    bottom = 0.9 * lowest
+    common = limits.curvature_limit([limits.Limits(**row) for row in result["limits"]])
+    if common is not None:
+        ends = {"x": [common, common], "y": [bottom, top], "mode": "lines", "line": line("warn", 1.5, "dash")}
+        data.append(trace("scatter", name=escape(f"all blow up: {limits.times(common)}"), **ends, **quiet))
+    ticks = {"tickvals": list(MULTIPLES), "ticktext": [str(Fraction(m)) for m in MULTIPLES]}
+    whole = layout(
+        xaxis=axis("learning rate, in multiples of the base rate", type="log", **ticks),
+        yaxis=axis("loss of the last epoch", range=[bottom, 1.02 * top]),
+        hovermode="closest",
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        margin=margin(left=56, top=48),
+    )
+    return Chart("limits", "final loss against learning rate", 440, data, whole)
+
+
+def _level(row: dict[str, Any]) -> float:
+    """The loss at which a curve has started to rise."""
+    return row["best_loss"] + limits.RISEN * (limits.GUESSING - row["best_loss"])
+
+
+def limits_caption(chosen: dict[str, int]) -> str:
+    """How to read the first plot."""
+    return (
+        f"Each point is a run of {chosen['epochs']} epochs at a constant rate. A curve starts to rise where it has "
+        f"given back {limits.RISEN:.0%} of what its best rate learned, guessing being a loss of ln 10, and has blown "
+        f"up where it has given back {limits.BLOWN_UP:.0%}. Losses beyond the axis are drawn at its edge."
+    )
+
+
+def limits_tables(result: dict[str, Any]) -> list[Table]:
+    """The numbers of the first plot."""
+    losses = [
+        [f"{int(images):,}", *("blew up" if loss is None else f"{loss:.3f}" for loss in curve)]
+        for images, curve in result["curves"].items()
+    ]
+    found = [
+        [
+            f"{row['images']:,}",
+            f"{row['best_rate']:g}",
+            f"{row['best_loss']:.3f}",
+            *("not reached" if row[key] is None else f"{row[key]:.2f}" for key in ("rises", "blows_up")),
+        ]
+        for row in result["limits"]
+    ]
+    statuses = ["", "measured", "measured", "modelled", "modelled"]
+    return [
+        Table("Loss of the last epoch", ["images", *(f"rate x {m:g}" for m in MULTIPLES)], losses),
+        Table(
+            "Limits, in multiples of the base rate",
+            ["images", "best rate", "its loss", "starts to rise", "blows up"],
+            found,
+            statuses,
+        ),
+    ]
+
+
+def caveats(request: Request, session: "train.Session", config: Config, chosen: dict[str, int]) -> list[str]:
+    """What limits the conclusions."""
+    said = []
+    if request.small:
+        count = len(session.dataset.train_images)
+        said.append(
+            f"--small: the network of {config.preset} ({'-'.join(map(str, config.widths))}), at most "
+            f"{chosen['images']:,} of {count:,} images, {chosen['epochs']} epochs at each rate and {retention.RAMP} + "
+            f"{chosen['constant']} with a ramp (the article: 30). There is less to forget in so few steps."
+        )
+    said.append("One run for each point, with one seed: a difference as small as two seeds' cannot be told from noise.")
+    said.append("Epochs are fixed, so a larger set also has more steps; that alone lowers the rate it does best at.")
+    return said

@@ -1,0 +1,227 @@
+"""The learning-rate finder: one epoch at a rate that rises exponentially, and what two rules read off the loss.
+
+    python -m experiments lr-finder --data-dir DIR
+
+It runs on a copy of the network. The loss may blow up: that ends the sweep, and is part of its result. At each step the
+loss is smoothed by a straight line through the steps around it, which has no lag, unlike a running mean, so the minimum
+is not shifted to higher rates. The slope of such a line, through more steps, is the descent.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from experiments import learner
+from experiments.study import Plot, Request, Table, open_study
+from model.batches import Batches
+from model.config import Config, fused, laptop
+from model.data import Dataset
+from model.distributed import Ranks
+from model.trainer import Trainer
+from profiling.plot import Chart, axis, colour, escape, layout, line, margin, trace
+
+if TYPE_CHECKING:
+    from model.interrupts import Interrupts
+    from profiling.console import Terminal
+
+LOW, HIGH = 1e-4, 100.0
+"""The sweep's first and last learning rate, of the mean loss."""
+WINDOW, SLOPE_WINDOW = 0.5, 1.0
+"""Decades over which the loss is smoothed, and its slope; in fewer, the noise of batches is steeper."""
+BLOWN_UP = 4.0
+"""A sweep ends at a batch whose loss is so many times that of the first, or is not finite."""
+
+
+class Sweep(NamedTuple):
+    """`losses` are the mean loss of each step's batch, `rates` its learning rate; `stopped` says why it ended early."""
+
+    rates: list[float]
+    losses: list[float]
+    stopped: str | None
+
+
+class Suggestion(NamedTuple):
+    """Two rates: `steepest`, where the smoothed loss falls fastest, and `tenth` of the rate at its minimum.
+
+    `at_end` says that the minimum is the last step's: the true one may lie at a higher rate.
+    """
+
+    steepest: float
+    tenth: float
+    minimum: float
+    at_end: bool
+
+
+def sweep_config(config: Config, steps: int, low: float = LOW, high: float = HIGH) -> Config:
+    """`config` for one epoch of `steps` steps, the first of which takes `low` and the last `high`."""
+    rates = [low * (high / low) ** (n / max(steps - 1, 1)) for n in range(steps)]
+    knots = tuple(n / steps for n in range(steps + 1))
+    return dataclasses.replace(config, epochs=1, lr_epochs=knots, lr_values=(low, *rates))
+
+
+def sweep(
+    trainer: Trainer,
+    dataset: Dataset,
+    low: float = LOW,
+    high: float = HIGH,
+    on_images: Callable[[int], Any] = lambda images: None,
+) -> Sweep:
+    """One epoch of `dataset`'s training images on a copy of `trainer`, of which nothing changes."""
+    config = sweep_config(trainer.config, trainer.epoch_steps, low, high)
+    batches = Batches(dataset.train_images, dataset.train_labels, config, trainer.device, trainer.dtype)
+    twin = Trainer(batches, dataset, Ranks())
+    twin.restore(trainer.tensors(), 0)
+    if twin.step_requested != "eager":
+        twin.warm_up()
+    rates, losses = [], []
+    for images in twin.train(0):
+        loss = float(twin.step.loss_sum) / images
+        twin.step.loss_sum.zero_()
+        rate = twin.step.learning_rate(twin.step.number)
+        on_images(images)
+        bad = learner.bad_step(twin) is not None
+        if bad or not math.isfinite(loss):
+            what = "gradient" if math.isfinite(loss) else "loss"
+            return Sweep(rates, losses, f"the {what} was not finite at a rate of {rate:.3g}")
+        rates.append(rate)
+        losses.append(loss)
+        if loss > BLOWN_UP * losses[0]:
+            return Sweep(rates, losses, f"the loss was {loss / losses[0]:.0f} times the first at a rate of {rate:.3g}")
+    return Sweep(rates, losses, None)
+
+
+def smooth(rates: Sequence[float], losses: Sequence[float], window: float) -> tuple[list[float], list[float]]:
+    """(smoothed loss, its slope per decade) at each step: a line by least squares through the steps around it.
+
+    These are the steps within half of `window` decades, and at least the neighbours on both sides.
+    """
+    x, y = np.log10(rates), np.asarray(losses, np.float64)
+    values, slopes = [], []
+    for i in range(len(x)):
+        near = np.abs(x - x[i]) <= window / 2
+        near[max(i - 1, 0) : i + 2] = True
+        dx = x[near] - x[near].mean()
+        spread = float((dx**2).sum())
+        slope = float((dx * y[near]).sum()) / spread if spread else 0.0
+        values.append(float(y[near].mean() + slope * (x[i] - x[near].mean())))
+        slopes.append(slope)
+    return values, slopes
+
+
+def suggest(rates: Sequence[float], losses: Sequence[float]) -> Suggestion | None:
+    """What the two rules say; None where the loss never falls, or there are fewer than three steps."""
+    if len(rates) < 3:
+        return None
+    values, _ = smooth(rates, losses, WINDOW)
+    _, slopes = smooth(rates, losses, SLOPE_WINDOW)
+    lowest = int(np.argmin(values))
+    if lowest == 0:
+        return None
+    steepest = int(np.argmin(slopes[: lowest + 1]))
+    return Suggestion(rates[steepest], rates[lowest] / 10, rates[lowest], lowest == len(rates) - 1)
+
+
+def sentences(found: Sweep, suggested: Suggestion | None, config: Config) -> list[str]:
+    """What the sweep says, the first being the conclusion."""
+    peak = max(config.lr_values)
+    said = []
+    if suggested is None:
+        said.append("The sweep suggests no learning rate: its loss never fell.")
+    else:
+        s = suggested
+        said.append(
+            f"The loss falls fastest at a learning rate of {s.steepest:.2g}, and a tenth of the rate at its minimum is "
+            f"{s.tenth:.2g}; the schedule of {config.preset} peaks at {peak:.3g}, which is {peak / s.steepest:.2g} and "
+            f"{peak / s.tenth:.2g} times these."
+        )
+        if s.at_end:
+            said.append("The loss was lowest at the sweep's last step, so the second rule is a lower bound.")
+    ended = f"The sweep ended early: {found.stopped}." if found.stopped else None
+    said.append(ended or f"The loss did not blow up: the sweep went to its end, a rate of {found.rates[-1]:.3g}.")
+    return said
+
+
+def chart(found: Sweep, suggested: Suggestion | None, config: Config) -> Chart:
+    """Loss against rate, as it was and smoothed, with both suggestions and the schedule's peak."""
+    if len(found.rates) < 3:
+        return Chart("sweep", "loss against learning rate", reason="fewer than three steps were finite")
+    values, _ = smooth(found.rates, found.losses, WINDOW)
+    top = min(max(*values, found.losses[0]) * 1.1, 1.6 * found.losses[0])
+    bottom = min(*values, *found.losses) * 0.9
+    hover = [f"rate {r:.3g}, loss {v:.3f}, smoothed {s:.3f}" for r, v, s in zip(*found[:2], values, strict=True)]
+    points = {"mode": "markers", "marker": {"size": 4, "color": colour("series-4")}}
+    curve = {"mode": "lines", "line": line("series-1", 2.5)}
+    data = [
+        trace("scatter", x=found.rates, y=found.losses, name="a batch", showlegend=True, hoverinfo="skip", **points),
+        trace(
+            "scatter",
+            x=found.rates,
+            y=values,
+            name="smoothed",
+            showlegend=True,
+            hovertext=hover,
+            hoverinfo="text",
+            **curve,
+        ),
+    ]
+    marks = [] if suggested is None else [("steepest descent", suggested.steepest, "series-2")]
+    marks += [] if suggested is None else [("a tenth of the minimum's rate", suggested.tenth, "series-3")]
+    marks += [(f"peak of {config.preset}", max(config.lr_values), "ink")]
+    for (name, rate, paint), dash in zip(marks[::-1], ("dot", "dash", "dashdot"), strict=False):
+        properties = {"name": escape(f"{name}: {rate:.2g}"), "showlegend": True, "hoverinfo": "skip"}
+        ends = {"x": [rate, rate], "y": [bottom, top]}
+        data.append(trace("scatter", mode="lines", line=line(paint, 1.5, dash), **ends, **properties))
+    whole = layout(
+        xaxis=axis("learning rate", type="log"),
+        yaxis=axis("loss of a batch", range=[bottom, top]),
+        hovermode="closest",
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        margin=margin(left=56, top=48),
+    )
+    return Chart("sweep", "loss against learning rate", 420, data, whole)
+
+
+def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dict[str, Any]:
+    """The experiment; returns its document."""
+    import train
+
+    session = train.open_session(
+        terminal, interrupts, request.configure(laptop()).device, request.data_dir, synthetic=request.synthetic
+    )
+    start = fused() if session.device.type == "cuda" and not request.small else laptop()
+    config = learner.runnable(request.configure(start), session)
+    study = open_study("lr-finder", request, session, {**learner.identity(config), "low": LOW, "high": HIGH})
+    total = len(session.dataset.train_images)
+
+    def measure() -> dict[str, Any]:
+        trainer = learner.prepare(session, config, session.dataset)
+        with terminal.progress(total, 0, "images") as meter:
+            return sweep(trainer, session.dataset, on_images=lambda n: meter.advance(n, "sweep"))._asdict()
+
+    found = Sweep(**study.once("sweep", measure))
+    suggested = suggest(found.rates, found.losses)
+    rows = []
+    if suggested:
+        rows = [
+            ["steepest descent", f"{suggested.steepest:.3g}"],
+            ["a tenth of the minimum's rate", f"{suggested.tenth:.3g}"],
+        ]
+    rows.append([f"peak of {config.preset}", f"{max(config.lr_values):.3g}"])
+    caveats = []
+    if request.small:
+        caveats.append(
+            f"--small: the narrow network of {config.preset} at batch {config.batch_size}; its rates are its own."
+        )
+    caveats.append(
+        "One sweep with one seed. A sweep sees an untrained network for an epoch, not a schedule to its end."
+    )
+    return study.finish(
+        {"sweep": found._asdict(), "suggestion": suggested and suggested._asdict(), "peak": max(config.lr_values)},
+        [Plot("sweep", "Loss against learning rate", chart(found, suggested, config))],
+        sentences(found, suggested, config),
+        [Table("Learning rates", ["rule", "learning rate"], rows)],
+        caveats,
+    )

@@ -1,0 +1,69 @@
+"""The rungs of the ladder: the article's, from 341 s to 256 s on its V100, and this project's from there on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from model.config import Config, preset
+from model.errors import UsageError
+
+ARTICLE_EPOCHS, ARTICLE_IMAGES, ARTICLE_TEST_IMAGES = 35, 50_000, 10_000
+INPUT = ("article-308", "article-301", "article-297")
+"""The rungs that change nothing but how batches are made."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """`preset` with `changes` on top. `article_s`: the article's seconds on a V100, validation included (quoted).
+
+    `credited_s` is what the article says that this step gained (quoted), None where it says nothing.
+    """
+
+    name: str
+    what: str
+    preset: str
+    changes: tuple[tuple[str, Any], ...] = ()
+    article_s: float | None = None
+    credited_s: float | None = None
+
+    def config(self, cutout: int = 0, settings: Sequence[str] = ()) -> Config:
+        """The run, its steps eager unless this rung is about that. Raises UsageError where its parts contradict."""
+        base = replace(preset(self.preset), **{"step": "eager", "cutout": cutout, **dict(self.changes)})
+        return base.with_settings(list(settings))
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether it is about kernels or CUDA graphs."""
+        return not {"ops", "step"}.isdisjoint(key for key, _ in self.changes)
+
+
+_DEVICE = (("preprocess", "on_device"),)
+_KERNELS = (*_DEVICE, ("ops", "triton"))
+
+RUNGS = (
+    Rung("article-341", "redundant BN-ReLU, kinked schedule, 16 workers", "article-341", article_s=341),
+    Rung("article-323", "without that BN-ReLU and that kink", "article-323", article_s=323, credited_s=-18),
+    Rung("article-308", "images prepared once", "article-308", article_s=308, credited_s=-15),
+    Rung("article-301", "random numbers of an epoch at once", "article-301", article_s=301, credited_s=-7),
+    Rung("article-297", "no worker process", "article-297", article_s=297, credited_s=-4),
+    Rung("article-256", "batch 512", "article-256", article_s=256, credited_s=-41),
+    Rung("on-device", "augmentation on the device", "article-256", _DEVICE),
+    Rung("batch-norm", "fused batch norm", "article-256", (*_DEVICE, ("ops", "batchnorm"))),
+    Rung("convolutions", "fused convolutions", "article-256", _KERNELS),
+    Rung("captured", "the step captured in a CUDA graph", "article-256", (*_KERNELS, ("step", "captured"))),
+)
+
+VARIED = frozenset(
+    {"prep_bn_relu", "preprocess", "draw", "workers", "batch_size", "lr_epochs", "lr_values", "ops", "conv", "step"}
+)
+"""Settings in which rungs differ."""
+
+
+def require_own(settings: Sequence[str]) -> None:
+    """Raise UsageError for a setting that would make rungs alike."""
+    for setting in settings:
+        key = setting.partition("=")[0].strip().replace("-", "_")
+        if key in VARIED:
+            raise UsageError(f"--set {key} would make rungs alike, which differ in it; leave it to the rungs")
+        if key == "cutout":
+            raise UsageError("cutout is an option of every rung: use --cutout")

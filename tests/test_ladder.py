@@ -1,0 +1,236 @@
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from runs import tiny_dataset, tiny_session
+
+from experiments import ladder, ladder_report
+from experiments.rungs import RUNGS, Rung, require_own
+from experiments.study import Request, Study
+from model.config import PRESETS, Config
+from model.errors import UsageError
+from profiling.console import Terminal
+
+QUIET = Terminal(speaks=False)
+TINY = ("widths=4,4,4,4", "dtype=float32", "device=cpu", "epochs=2")
+FEW = tuple(rung for rung in RUNGS if rung.name in ("article-297", "article-256", "on-device", "captured"))
+
+
+class Killed(BaseException):
+    pass
+
+
+def study(folder) -> Study:
+    return Study("ladder", folder, {"device": "cpu", "device_name": "a CPU", "data_identity": "synthetic"}, QUIET)
+
+
+def measured(one: Study, rungs=FEW, turns=4) -> list[dict]:
+    return ladder.measure(one, tiny_session(), rungs, lambda rung: rung.config(0, TINY), turns)
+
+
+def row(name: str, times: list[float], **more) -> dict:
+    """What `measure` returns of a rung with these seconds of training in its turns."""
+    rung = next(rung for rung in RUNGS if rung.name == name)
+    turns = [{"train_s": t, "eval_s": 0.5, "input_s": 0.1 * t} for t in times]
+    facts = {"config": rung.config().to_json(), "dtype": "float16", "workers": 0, "preprocessing_s": 1.0}
+    facts |= {"images": 50_000, "test_images": 10_000, "flops_per_image": 2.5e9, "set_up_s": 1.0}
+    return {**dataclasses.asdict(rung), "reason": None, **facts, "turns": turns, **more}
+
+
+def missing(name: str) -> dict:
+    rung = next(rung for rung in RUNGS if rung.name == name)
+    return {**dataclasses.asdict(rung), "reason": "no GPU", "turns": []}
+
+
+def test_the_article_s_rungs_are_its_presets_with_its_seconds():
+    article = [rung for rung in RUNGS if rung.article_s]
+    assert [rung.article_s for rung in article] == [341, 323, 308, 301, 297, 256]
+    assert [rung.credited_s for rung in article] == [None, -18, -15, -7, -4, -41]
+    for rung in article:
+        assert dataclasses.replace(rung.config(), step="auto") == PRESETS[rung.name]()
+    for before, after in itertools.pairwise(article):
+        assert after.article_s - before.article_s == after.credited_s
+
+
+def test_only_the_last_rung_captures_its_step():
+    assert [rung.config().step for rung in RUNGS] == ["eager"] * (len(RUNGS) - 1) + ["captured"]
+
+
+def test_each_rung_differs_from_the_one_before_and_cutout_is_an_option_of_all():
+    for before, after in itertools.pairwise(RUNGS):
+        assert dataclasses.replace(before.config(), preset="") != dataclasses.replace(after.config(), preset="")
+    assert {rung.config(cutout=8).cutout for rung in RUNGS} == {8}
+
+
+@pytest.mark.parametrize(
+    ("request_", "options", "message"),
+    [
+        (Request(settings=("workers=2",)), {}, "would make rungs alike"),
+        (Request(settings=("cutout=8",)), {}, "use --cutout"),
+        (Request(), {"epochs_per_rung": 3}, "an even number"),
+        (Request(), {"epochs_per_rung": 2}, "at least 4"),
+        (Request(), {"cutout": 33}, "cutout=33"),
+    ],
+    ids=["varied_setting", "cutout_setting", "odd_turns", "too_few_turns", "too_large_cutout"],
+)
+def test_what_cannot_be_asked_is_said_before_torch_is_needed(request_, options, message):
+    with pytest.raises(UsageError, match=message):
+        ladder.check(request_, **options)
+    require_own(["widths=4,4,4,4"])
+
+
+def test_turns_go_there_and_back_and_a_rung_without_its_gpu_is_unavailable(tmp_path):
+    one = study(tmp_path)
+    rows = measured(one)
+    turns = [key for key in one.results if key.startswith("turn")]
+    names = ["article-297", "article-256", "on-device"]
+    there = [key.partition("/")[2] for key in turns]
+    assert there == [*names, *names[::-1]] * 2
+    assert [len(r["turns"]) for r in rows] == [4, 4, 4, 0]
+    assert rows[-1]["reason"] == "kernels and CUDA graphs need a CUDA GPU"
+    for turn in rows[0]["turns"]:
+        assert 0 < turn["input_s"] < turn["train_s"]
+    assert rows[0]["images"] == 70
+    json.dumps(rows, allow_nan=False)
+
+
+def test_a_killed_ladder_goes_on_with_the_turns_it_has(tmp_path, monkeypatch):
+    """The turns on the disk stay as they are; those that are missing are taken, after a warm-up that is not counted."""
+    count, original = [], ladder.Stand.turn
+
+    def dies(self):
+        count.append(1)
+        if len(count) == 3 + 5:  # three rungs warm up, five turns
+            raise Killed
+        return original(self)
+
+    monkeypatch.setattr(ladder.Stand, "turn", dies)
+    with pytest.raises(Killed):
+        measured(study(tmp_path))
+    before = dict(study(tmp_path).results)
+    assert sum(key.startswith("turn") for key in before) == 4
+    monkeypatch.setattr(ladder.Stand, "turn", original)
+    again = study(tmp_path)
+    measured(again)
+    assert {key: again.results[key] for key in before} == before
+    assert sum(key.startswith("turn") for key in again.results) == 12
+    monkeypatch.setattr(ladder, "Stand", None)  # a finished ladder builds nothing
+    assert measured(study(tmp_path)) == measured(again)
+
+
+def test_a_step_pays_costs_or_is_noise_by_the_interval_of_its_turns():
+    rows = [
+        row("article-341", [10.0, 10.1, 9.9, 10.0]),
+        row("article-323", [9.0, 9.1, 8.9, 9.0]),
+        row("article-308", [9.6, 8.5, 9.4, 8.6]),
+        row("article-301", [12.0, 12.1, 11.9, 12.0]),
+        missing("captured"),
+    ]
+    found = ladder_report.analyse(rows, "a CPU")
+    assert [step["verdict"] for step in found["steps"]] == ["pays", "within noise", "costs time"]
+    first = found["steps"][0]
+    assert first["seconds"]["median"] == pytest.approx(-35)
+    assert first["percent"]["median"] == pytest.approx(100 * -35 / (1 + 35 * 10.5), rel=1e-2)
+    assert first["article_s"] == -18
+    assert first["article_percent"] == pytest.approx(-18 / 341 * 100)
+    said = " ".join(ladder_report.sentences(found))
+    assert "Steps that still pay on this device: article-323" in said
+    assert "Within noise here: article-308" in said
+    assert "Steps that cost time here: article-301" in said
+    assert "Not measured here, captured: no GPU." in said
+    assert "not the article's" in said
+
+
+def test_drift_that_all_rungs_share_is_no_difference():
+    """A machine that gets slower and slower: each turn's rungs are compared with each other."""
+    drift = [1.0, 2.0, 3.0, 4.0]
+    rows = [row("article-341", [10 * d for d in drift]), row("article-323", [9 * d for d in drift])]
+    step = ladder_report.analyse(rows, "a CPU")["steps"][0]
+    assert step["verdict"] == "pays"
+
+
+def test_figures_of_a_rung():
+    found = ladder_report.analyse([row("article-256", [2.0] * 4)], "NVIDIA H200")["rungs"][0]
+    assert found["images_per_s"] == 25_000
+    assert found["v100_normalised"] == pytest.approx(25_000 * 2.5e9 / 125e12)
+    assert found["mfu"] == pytest.approx(25_000 * 2.5e9 / 989.5e12)
+    assert found["seconds_35_epochs"]["median"] == pytest.approx(1 + 35 * 2.5)
+    assert ladder_report.analyse([row("article-256", [2.0] * 4)], "no such GPU")["rungs"][0]["mfu"] is None
+
+
+def test_fewer_images_are_scaled_to_the_article_s():
+    fewer = row("article-256", [0.2] * 4, images=5_000, test_images=1_000)
+    total = ladder_report.analyse([fewer], "a CPU")["rungs"][0]["seconds_35_epochs"]["median"]
+    assert total == pytest.approx(10 * 1 + 35 * (10 * 0.2 + 10 * 0.5))
+
+
+def test_the_order_of_the_input_pipeline_is_said_with_its_doubt():
+    names = ("article-323", "article-308", "article-301", "article-297")
+    times = ([9.0] * 4, [8.0] * 4, [7.0, 7.2, 6.8, 7.0], [7.1, 6.9, 7.1, 6.9])
+    rows = [row(name, list(t)) for name, t in zip(names, times, strict=True)]
+    said = next(s for s in ladder_report.sentences(ladder_report.analyse(rows, "a CPU")) if "input pipeline" in s)
+    assert "not to be told apart: article-301 and article-297" in said
+
+
+def test_nothing_that_can_run_is_a_result_too(tmp_path):
+    found = ladder_report.analyse([missing("captured")], "a CPU")
+    one = study(tmp_path)
+    one.finish(
+        found,
+        ladder_report.plots(found),
+        ladder_report.sentences(found),
+        ladder_report.tables(found),
+        ladder_report.caveats(found, True, None),
+    )
+    assert "no rung can run here" in (tmp_path / "ladder.html").read_text()
+
+
+def test_the_command_measures_draws_and_trains_to_the_end(tmp_path, monkeypatch):
+    import train
+
+    monkeypatch.setattr(train, "open_session", lambda *args, **kwargs: tiny_session())
+    out = tmp_path / "out"
+    request = Request(small=True, out=out, synthetic=True, settings=TINY)
+    rungs = FEW[1:3]
+    options = {"epochs_per_rung": 4, "full": True, "rungs": rungs}
+    document = ladder.run(request, QUIET, None, **options)
+    assert {"ladder.json", "ladder.html", "article-256", "on-device"} <= {path.name for path in out.iterdir()}
+    whole = document["result"]["rungs"][0]["full"]
+    assert whole["epochs"] == 2
+    assert 0 <= whole["test_accuracy"] <= 1
+    assert any("n = 1 each" in sentence for sentence in document["sentences"])
+    assert any("--small" in caveat for caveat in document["caveats"])
+    assert ladder.run(request, QUIET, None, **options)["result"] == document["result"]
+
+
+def test_a_whole_run_that_was_killed_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    import train
+
+    config = Rung("x", "", "article-256").config(0, [*TINY[:3], "batch_size=20", "checkpoint_s=0", "epochs=3"])
+    whole = ladder.train_whole(study(tmp_path / "a"), tiny_session(), config, "x")
+    original = train.run
+
+    def dies(session, config, folder, found, insist):
+        def on_step(number: int) -> None:
+            if number == 6:
+                raise Killed
+
+        return original(session, config, folder, found, on_step=on_step)
+
+    monkeypatch.setattr(train, "run", dies)
+    with pytest.raises(Killed):
+        ladder.train_whole(study(tmp_path / "b"), tiny_session(), config, "x")
+    monkeypatch.setattr(train, "run", original)
+    resumed = ladder.train_whole(study(tmp_path / "b"), tiny_session(), config, "x")
+    assert resumed["test_accuracy"] == whole["test_accuracy"]
+    assert resumed["epochs"] == 3
+
+
+def test_small_is_of_the_first_images_only():
+    cut = ladder._cut(tiny_session(tiny_dataset(70, 30)), ladder.Sizes(4, None, 20, 10)).dataset
+    assert len(cut.train_images) == len(cut.train_labels) == 20
+    assert len(cut.test_images) == 10
+    assert torch.equal(cut.train_images, tiny_dataset(70, 30).train_images[:20])
+    assert Config.from_json(RUNGS[0].config().to_json()) == RUNGS[0].config()

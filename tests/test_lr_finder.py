@@ -1,0 +1,131 @@
+import json
+import math
+
+import pytest
+import torch
+from runs import tiny_config, tiny_dataset, tiny_session
+
+import train
+from experiments import learner, lr_finder
+from experiments.study import Request
+from profiling.console import Terminal
+
+
+def tiny_trainer(**changes):
+    return learner.prepare(tiny_session(), tiny_config(batch_size=5, **changes), tiny_dataset())
+
+
+def everything(trainer) -> dict[str, torch.Tensor]:
+    state = {f"state.{i}": t for i, t in enumerate(trainer.step.state())}
+    return {k: v.clone() for k, v in {**trainer.tensors(), **state}.items()}
+
+
+def test_a_sweep_disturbs_nothing():
+    """Of a trainer in the midst of its training, which then goes on as if there had been no sweep."""
+    disturbed, alone = tiny_trainer(), tiny_trainer()
+    streams = [trainer.train(0) for trainer in (disturbed, alone)]
+    for stream in streams:
+        for _ in range(3):
+            next(stream)
+    before, random = everything(disturbed), torch.get_rng_state()
+    found = lr_finder.sweep(disturbed, tiny_dataset())
+    assert len(found.rates) > 3
+    after = everything(disturbed)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(random, torch.get_rng_state())
+    for stream in streams:
+        list(stream)
+    ours, theirs = everything(disturbed), everything(alone)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_sweep_begins_from_the_trainers_weights():
+    trainer = tiny_trainer()
+    fresh = lr_finder.sweep(trainer, tiny_dataset(), 1e-3, 1e-2)
+    for epoch in range(3):
+        list(trainer.train(epoch))
+    trained = lr_finder.sweep(trainer, tiny_dataset(), 1e-3, 1e-2)
+    assert trained.losses[0] < fresh.losses[0]
+
+
+def test_rates_rise_exponentially_from_low_to_high():
+    found = lr_finder.sweep(tiny_trainer(), tiny_dataset(), 1e-4, 1e-1)
+    assert found.stopped is None
+    assert len(found.rates) == 14
+    assert found.rates[0] == pytest.approx(1e-4)
+    assert found.rates[-1] == pytest.approx(1e-1)
+    ratios = [b / a for a, b in zip(found.rates, found.rates[1:], strict=False)]
+    assert ratios == pytest.approx([1000 ** (1 / 13)] * 13)
+
+
+def test_the_weights_move_by_the_sweeps_rates():
+    """The device's table, not only what the host says of it: ten times the rates change the second batch's loss."""
+    slow, fast = (lr_finder.sweep(tiny_trainer(), tiny_dataset(), low, 10 * low) for low in (1e-3, 1e-1))
+    assert slow.losses[0] == fast.losses[0]
+    assert slow.losses[1] != fast.losses[1]
+
+
+def test_a_gradient_that_is_not_finite_ends_the_sweep(monkeypatch):
+    """Without an error, and what came before is kept."""
+    monkeypatch.setattr(lr_finder, "BLOWN_UP", math.inf)
+    found = lr_finder.sweep(tiny_trainer(), tiny_dataset(), 1e-4, 1e38)
+    assert "not finite" in found.stopped
+    assert 0 < len(found.rates) < 14
+    assert all(map(math.isfinite, found.losses))
+    json.dumps(found._asdict(), allow_nan=False)
+
+
+def test_a_loss_that_blows_up_ends_the_sweep():
+    found = lr_finder.sweep(tiny_trainer(), tiny_dataset(), 1e-2, 1e6)
+    assert "times the first" in found.stopped or "not finite" in found.stopped
+    assert len(found.rates) < 14
+
+
+def valley(noise: float = 0.0):
+    """A loss that falls fastest at 0.1 and is lowest at 1, over log10 of the rate."""
+    x = torch.linspace(-4, 1.5, 200, dtype=torch.float64)
+    y = 2.3 - 0.8 * torch.sigmoid(6 * (x + 1)) + 0.5 * torch.relu(x) ** 2
+    y = y + noise * torch.randn(200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return (10**x).tolist(), y.tolist()
+
+
+@pytest.mark.parametrize(("noise", "within"), [(0.0, 0.1), (0.1, 0.3)], ids=["exact", "noisy_as_batches_are"])
+def test_both_rules_find_what_is_there(noise, within):
+    rates, losses = valley(noise)
+    found = lr_finder.suggest(rates, losses)
+    assert abs(math.log10(found.steepest) + 1) < within
+    lowest = rates[min(range(200), key=valley()[1].__getitem__)]
+    assert abs(math.log10(10 * found.tenth / lowest)) < 2 * within
+    assert not found.at_end
+
+
+@pytest.mark.parametrize(
+    ("losses", "at_end"),
+    [([3, 2, 1, 0.5], True), ([1, 2, 3, 4], None), ([1, 1], None)],
+    ids=["still_falling", "never_falls", "two_steps"],
+)
+def test_what_cannot_be_suggested_is_not(losses, at_end):
+    found = lr_finder.suggest([10.0**i for i in range(len(losses))], losses)
+    assert (found.at_end if found else None) == at_end
+
+
+def test_a_line_is_smoothed_to_itself():
+    rates = [10 ** (i / 10) for i in range(30)]
+    values, slopes = lr_finder.smooth(rates, [5 - 2 * i / 10 for i in range(30)], 0.5)
+    assert values == pytest.approx([5 - 2 * i / 10 for i in range(30)])
+    assert slopes == pytest.approx([-2] * 30)
+
+
+def test_the_experiment_writes_its_folder_and_goes_on(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "open_session", lambda *args, **kwargs: tiny_session())
+    settings = ("widths=4,4,8,8", "batch_size=5", "dtype=float32", "device=cpu")
+    request = Request(small=True, out=tmp_path / "a", synthetic=True, settings=settings)
+    document = lr_finder.run(request, Terminal(speaks=False), tiny_session().interrupts)
+    result, written = document["result"], json.loads((tmp_path / "a" / "lr-finder.json").read_text())
+    assert written["result"] == result
+    assert f"{result['suggestion']['steepest']:.2g}" in document["sentences"][0]
+    assert any("--small" in caveat for caveat in document["caveats"])
+    assert (tmp_path / "a" / "lr-finder.html").exists()
+    monkeypatch.setattr(lr_finder, "sweep", None)  # nothing is measured again
+    assert lr_finder.run(request, Terminal(speaks=False), tiny_session().interrupts)["result"] == result

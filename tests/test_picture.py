@@ -1,0 +1,87 @@
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from experiments import picture
+from profiling.plot import Chart, axis, layout, trace
+
+
+def chart(*data, **properties) -> Chart:
+    axes = {"xaxis": axis("x"), "yaxis": axis("y"), **properties}
+    return Chart("sample", "a sample", 300, list(data), layout(**axes))
+
+
+def line(**more) -> dict:
+    return trace("scatter", x=[1, 10, 100], y=[3.0, None, 2.0], mode="lines+markers", **more)
+
+
+BARS = trace(
+    "bar",
+    x=[5.0, -2.0],
+    y=[0, 1],
+    orientation="h",
+    marker={"color": ["var(--series-1)", "rgba(0, 0, 0, 0.5)"]},
+    error_x={"type": "data", "array": [1.0, 1.0], "arrayminus": [0.5, 0.5]},
+)
+CHARTS = {
+    "lines": chart(line(line={"color": "var(--series-1)", "dash": "dot"}), line(marker={"color": ["red"] * 3})),
+    "bars": chart(BARS, yaxis=axis("", tickvals=[0, 1], ticktext=["a<br>b", "$5 & more"], range=[1.6, -0.6])),
+    "band": chart(line(), line(fill="tonexty", fillcolor="rgba(20, 40, 80, 0.1)")),
+    "log_axes": chart(line(), xaxis=axis("x", type="log", range=[0, 2]), yaxis=axis("y", tickformat=".0%")),
+    "words": chart(trace("scatter", x=[1], y=[1], mode="text", text=["<b>here</b>"], textposition="top right")),
+    "notes": chart(
+        line(name="one", showlegend=True),
+        shapes=[
+            {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 2, "y1": 2, "line": {"color": "var(--faint)"}}
+        ],
+        annotations=[{"text": "limit", "x": 1, "y": 2, "xref": "paper", "font": {"color": "var(--ink)"}}],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_the_same_chart_makes_the_same_files(name, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        picture.save(CHARTS[name], "A title", tmp_path / folder / "chart.v1")
+    for suffix in ("svg", "png"):
+        first, second = ((tmp_path / folder / f"chart.v1.{suffix}").read_bytes() for folder in ("a", "b"))
+        assert first == second
+        assert len(first) > 1000
+
+
+def test_axes_are_the_chart_s():
+    drawn = picture.draw(CHARTS["log_axes"], "t").axes[0]
+    assert drawn.get_xscale() == "log"
+    assert drawn.get_xlim() == (1, 100)
+    assert drawn.get_ylabel() == "y"
+    bars = picture.draw(CHARTS["bars"], "t").axes[0]
+    assert bars.get_ylim() == (1.6, -0.6)
+    assert [label.get_text() for label in bars.get_yticklabels()] == ["a\nb", r"\$5 & more"]
+    assert [patch.get_width() for patch in bars.patches] == [5.0, -2.0]
+
+
+def test_a_legend_is_of_the_traces_that_ask_for_a_place():
+    legend = picture.draw(CHARTS["notes"], "t").axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["one"]
+    assert picture.draw(CHARTS["lines"], "t").axes[0].get_legend() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("var(--series-1)", "#0a5ccf"),
+        ("rgba(255, 0, 0, 0.5)", (1.0, 0.0, 0.0, 0.5)),
+        ("rgb(0,0,255)", (0.0, 0.0, 1.0, 1.0)),
+        ("red", "red"),
+        (None, "#15181d"),
+    ],
+    ids=["variable", "rgba", "rgb", "name", "none"],
+)
+def test_colours_are_the_page_s_light_ones(name, expected):
+    assert picture.colour(name) == expected
+
+
+def test_a_kind_of_trace_that_is_not_drawn_is_refused():
+    with pytest.raises(ValueError, match="'pie'"):
+        picture.draw(chart(trace("pie", values=[1])), "t")

@@ -1,0 +1,164 @@
+import itertools
+import json
+import sys
+import time
+
+import pytest
+
+from experiments import reproduce
+from experiments.reproduce import Step
+from experiments.study import Request
+from model.errors import UsageError
+from model.interrupts import Interrupted, Interrupts
+from profiling.console import Terminal
+
+QUIET = Terminal(speaks=False)
+
+
+def script(name: str, code: str, weight: float = 1, **more) -> Step:
+    """A step that runs a line of Python."""
+    return Step(name, (sys.executable, "-c", code), weight, **more)
+
+
+def once(path) -> str:
+    """Code that leaves a line each time it runs."""
+    return f"open({str(path)!r}, 'a').write('ran\\n')"
+
+
+def run(out, steps, budget: float = 60, **more) -> dict:
+    request = Request(out=out, synthetic=True, **more)
+    return reproduce.run(request, QUIET, Interrupts(), budget, steps)
+
+
+def statuses(status: dict) -> dict:
+    return {row["name"]: row["status"] for row in status["steps"]}
+
+
+def test_steps_are_done_in_order_and_their_findings_kept(tmp_path):
+    steps = [
+        script("first", "print('a b c')", found=reproduce._last_line("first")),
+        script("missed", "raise SystemExit(7)", accepts=(0, 7)),
+        script("nothing", "pass", reason="no GPU"),
+        script("broken", "import sys; print('it broke'); sys.exit(3)"),
+    ]
+    status = run(tmp_path, steps)
+    assert statuses(status) == {"first": "done", "missed": "done", "nothing": "unavailable", "broken": "failed"}
+    found = {row["name"]: row["found"] for row in status["steps"]}
+    assert found == {"first": "a b c", "missed": "", "nothing": "no GPU", "broken": "exit code 3: it broke"}
+    assert json.loads((tmp_path / "status.json").read_text()) == status
+
+
+def test_what_is_done_is_not_done_again_and_what_failed_is(tmp_path):
+    steps = [script("good", once(tmp_path / "good.txt")), script("bad", once(tmp_path / "bad.txt") + "; exit(1)")]
+    out = tmp_path / "out"
+    run(out, steps)
+    status = run(out, steps)
+    assert (tmp_path / "good.txt").read_text() == "ran\n"
+    assert (tmp_path / "bad.txt").read_text() == "ran\nran\n"
+    assert statuses(status) == {"good": "done", "bad": "failed"}
+
+
+def test_a_step_that_runs_out_of_time_is_interrupted_and_saves(tmp_path):
+    """It gets its share of the time, SIGINT, and some seconds to save."""
+    code = (
+        "import time\n"
+        "try:\n    time.sleep(60)\n"
+        f"except KeyboardInterrupt:\n    open({str(tmp_path / 'saved')!r}, 'w').write('saved')"
+    )
+    begun_s = time.monotonic()
+    status = run(tmp_path / "out", [script("slow", code)], budget=6)
+    assert time.monotonic() - begun_s < 30
+    assert statuses(status)["slow"] == "out of time"
+    assert (tmp_path / "saved").read_text() == "saved"
+
+
+def test_a_step_that_ignores_the_signal_is_ended(tmp_path, monkeypatch):
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    monkeypatch.setattr(reproduce, "GRACE_S", 0.2)
+    monkeypatch.setattr(reproduce, "LEAST_S", 0.5)
+    row = run(tmp_path, [script("deaf", code)], budget=1.5)["steps"][0]
+    assert row["status"] == "out of time"
+    assert row["exit_code"] == -9
+
+
+def test_a_budget_is_shared_by_weight_and_what_is_not_needed_goes_on(tmp_path, monkeypatch):
+    clock = itertools.count(0, 0)
+    monkeypatch.setattr(reproduce.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(reproduce.Reproduction, "_execute", lambda self, step, limit_s: (0, False))
+    steps = [script("a", "", 3), script("none", "", 5, reason="no GPU"), script("b", "", 1), script("c", "", 1)]
+    limits = [row["limit_s"] for row in run(tmp_path, steps, budget=100)["steps"]]
+    assert limits == [60, None, 50, 100]
+
+
+def test_too_little_time_leaves_the_rest_and_a_new_budget_goes_on(tmp_path):
+    ran = tmp_path / "ran.txt"
+    steps = [script("a", once(ran), 1), script("b", once(ran), 100)]
+    out = tmp_path / "out"
+    assert statuses(run(out, steps, budget=6))["a"] == "left"
+    assert set(statuses(run(out, steps, budget=1000)).values()) == {"done"}
+
+
+def test_ctrl_c_ends_the_step_and_leaves_it_for_the_next_time(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(reproduce, "_end", lambda process, grace_s: ended.append(process.kill() or process.wait()))
+
+    def interrupted(self, timeout=None):
+        raise Interrupted(2)
+
+    steps = [script("first", "pass"), script("second", "import time; time.sleep(60)")]
+    run(tmp_path, steps[:1])
+    original = reproduce.subprocess.Popen.wait
+    calls = []
+
+    def wait(self, timeout=None):
+        calls.append(timeout)
+        return interrupted(self) if len(calls) == 1 else original(self, timeout)
+
+    monkeypatch.setattr(reproduce.subprocess.Popen, "wait", wait)
+    with pytest.raises(Interrupted):
+        run(tmp_path, steps)
+    assert ended == [-9]
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert statuses(status) == {"first": "done", "second": "left"}
+
+
+def test_an_attempt_that_cannot_go_on_begins_afresh(tmp_path):
+    run_folder, ok = str(tmp_path / "out" / "run"), str(tmp_path / "ok")
+    code = f"import os; os.mkdir({run_folder!r}); exit(not os.path.exists({ok!r}))"
+    step = script("profiled", code, fresh="run")
+    assert statuses(run(tmp_path / "out", [step])) == {"profiled": "failed"}
+    (tmp_path / "ok").touch()
+    assert statuses(run(tmp_path / "out", [step])) == {"profiled": "done"}
+
+
+def test_a_folder_of_another_plan_is_refused(tmp_path):
+    run(tmp_path, [])
+    with pytest.raises(UsageError, match="seed: None, now 3"):
+        run(tmp_path, [], seed=3)
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_budget_that_is_none_is_refused(budget):
+    with pytest.raises(UsageError, match="--budget"):
+        reproduce.check(Request(), budget)
+
+
+@pytest.mark.parametrize(("small", "on_gpu"), [(True, False), (False, True), (True, True)], ids=["cpu", "gpu", "look"])
+def test_the_plan_is_the_same_list_in_order_of_value(tmp_path, small, on_gpu):
+    request = Request(data_dir=tmp_path, settings=("momentum=0.8",), seed=4)
+    steps = reproduce.plan(tmp_path, request, small, on_gpu)
+    assert [s.name for s in steps] == ["suite", "ceilings", "tiles", "bench", "ladder", "profiled", "accuracy"]
+    assert [s.name for s in steps if s.reason] == ([] if on_gpu else ["tiles"])
+    for step in steps:
+        if step.name in ("ladder", "profiled", "accuracy"):
+            assert {"--set=momentum=0.8", "--seed", "4", "--data-dir", str(tmp_path)} <= set(step.command)
+    assert ("--small" in steps[4].command) == small
+
+
+def test_finished_runs_keep_no_weights(tmp_path):
+    (tmp_path / "accuracy" / "run-000").mkdir(parents=True)
+    weights = tmp_path / "accuracy" / "run-000" / "checkpoint-1.safetensors"
+    weights.touch()
+    (weights.parent / "summary.json").touch()
+    reproduce._drop_checkpoints("accuracy")(tmp_path)
+    assert [path.name for path in weights.parent.iterdir()] == ["summary.json"]
