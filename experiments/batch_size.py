@@ -122,7 +122,7 @@ def unfit(found: Evidence | None, config: Config) -> str | None:
 
 
 def limit(found: Evidence, row: dict[str, Any]) -> dict[str, Any]:
-    """{forgetting, curvature: the limit in multiples of the rate that a case takes; by: the nearer, if both are known}."""
+    """{forgetting, curvature: the limit in multiples of the rate that is taken; by: the nearer, if both are known}."""
     forgetting, curvature = found.headroom(row["batch"], row["rate"])
     by = None
     if forgetting is not None and curvature is not None:
@@ -204,9 +204,12 @@ def chart(rows: dict[str, dict[str, Any]], key: str, name: str, second: str | No
             )
     if not data:
         return Chart(key, name, reason="no run came to its end")
+    scale: dict[str, Any] = {"tickformat": ".1%"} if key == "test_accuracy" else {}
+    if key == "train_s":
+        scale = {"range": [0, 1.1 * max(data[0]["y"])]}  # from zero, so that no difference looks larger than it is
     whole = layout(
         xaxis=axis("batch size", tickvals=list(range(len(rows))), ticktext=list(rows)),
-        yaxis=axis(name, **({"tickformat": ".1%"} if key == "test_accuracy" else {})),
+        yaxis=axis(name, **scale),
         hovermode="closest",
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         margin=margin(left=64, top=36 if second else 8),
