@@ -73,7 +73,7 @@ def run(
         Plot("time", "Seconds of training against batch size", chart(rows, "train_s", "seconds of training")),
     ]
     said = [*sentences(rows), *limit_sentences(found, reason, limited)]
-    return study.finish(result, plots, said, [table(rows, limited)], caveats(request, config, found))
+    return study.finish(result, plots, said, tables(rows, limited), caveats(request, config, found))
 
 
 def plan(request: Request, session: "train.Session", config: Config) -> dict[str, int]:
@@ -87,8 +87,8 @@ def plan(request: Request, session: "train.Session", config: Config) -> dict[str
     if request.small:
         epochs = max(1, min(epochs, int(learner.SMALL_S / epoch_s)))
     session.terminal.say(
-        f"{speed:,.0f} images/s at batch {config.batch_size}: {len(CASES)} runs of {epochs} epochs will take about "
-        f"{epochs * epoch_s / 60:.0f} min"
+        f"{speed:,.0f} images/s at batch {config.batch_size}: {len(CASES)} runs of {epochs} epoch{'s' * (epochs > 1)} "
+        f"will take about {epochs * epoch_s / 60:.0f} min"
     )
     return {"epochs": epochs}
 
@@ -122,10 +122,12 @@ def unfit(found: Evidence | None, config: Config) -> str | None:
 
 
 def limit(found: Evidence, row: dict[str, Any]) -> dict[str, Any]:
-    """What stands nearest to a case: {forgetting, curvature: headroom in multiples of its rate, by: the smaller}."""
+    """{forgetting, curvature: the limit in multiples of the rate that is taken; by: the nearer, if both are known}."""
     forgetting, curvature = found.headroom(row["batch"], row["rate"])
-    known = {k: v for k, v in (("forgetting", forgetting), ("curvature", curvature)) if v is not None}
-    return {"forgetting": forgetting, "curvature": curvature, "by": min(known, key=known.get) if known else None}
+    by = None
+    if forgetting is not None and curvature is not None:
+        by = "forgetting" if forgetting <= curvature else "curvature"
+    return {"forgetting": forgetting, "curvature": curvature, "by": by}
 
 
 def sentences(rows: dict[str, dict[str, Any]]) -> list[str]:
@@ -202,9 +204,12 @@ def chart(rows: dict[str, dict[str, Any]], key: str, name: str, second: str | No
             )
     if not data:
         return Chart(key, name, reason="no run came to its end")
+    scale: dict[str, Any] = {"tickformat": ".1%"} if key == "test_accuracy" else {}
+    if key == "train_s":
+        scale = {"range": [0, 1.1 * max(data[0]["y"])]}  # from zero, so that no difference looks larger than it is
     whole = layout(
         xaxis=axis("batch size", tickvals=list(range(len(rows))), ticktext=list(rows)),
-        yaxis=axis(name, **({"tickformat": ".1%"} if key == "test_accuracy" else {})),
+        yaxis=axis(name, **scale),
         hovermode="closest",
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         margin=margin(left=64, top=36 if second else 8),
@@ -212,40 +217,34 @@ def chart(rows: dict[str, dict[str, Any]], key: str, name: str, second: str | No
     return Chart(key, name, 320, data, whole)
 
 
-def table(rows: dict[str, dict[str, Any]], limited: dict[str, dict[str, Any]]) -> Table:
+def tables(rows: dict[str, dict[str, Any]], limited: dict[str, dict[str, Any]]) -> list[Table]:
     """The numbers; headroom is the limit over the rate that the case takes."""
-    cells = []
+    seconds, losses, rooms = [], [], []
     for name, row in rows.items():
+        speed = "" if row["images_per_s"] is None else f"{row['images_per_s']:,.0f}"
+        seconds.append([name, f"{row['train_s']:.1f}", f"{row['train_s'] + row['eval_s']:.1f}", speed])
         figures = [
             "blew up" if row[key] is None else form.format(row[key])
             for key, form in (("test_accuracy", "{:.2%}"), ("test_loss", "{:.3f}"), ("train_loss", "{:.3f}"))
         ]
-        by = limited.get(name, {})
-        room = [times(by[kind]) if by.get(kind) else "not known" for kind in ("forgetting", "curvature")]
-        time = [
-            f"{row['train_s']:.1f}",
-            f"{row['train_s'] + row['eval_s']:.1f}",
-            "" if row["images_per_s"] is None else f"{row['images_per_s']:,.0f}",
-        ]
-        cells.append([name, f"{row['rate']:.3g}", *time, *figures, *room, by.get("by") or "not known"])
-    return Table(
-        "Batch sizes",
-        [
-            "batch",
-            "peak rate",
-            "training, s",
-            "with evaluation, s",
-            "images/s",
-            "test accuracy",
-            "test loss",
-            "training loss",
-            "headroom to forgetting",
-            "to curvature",
-            "limited by",
-        ],
-        cells,
-        ["", "", *["measured"] * 6, "modelled", "modelled", ""],
-    )
+        losses.append([name, f"{row['rate']:.3g}", *figures])
+        if name in limited:
+            by = limited[name]
+            room = [times(by[kind]) if by[kind] else "not known" for kind in ("forgetting", "curvature")]
+            rooms.append([name, *room, by["by"] or "not known"])
+    made = [
+        Table("Time", ["batch", "training, s", "with evaluation, s", "images/s"], seconds),
+        Table(
+            "Accuracy and loss",
+            ["batch", "peak rate", "test accuracy", "test loss", "training loss"],
+            losses,
+            ["", "", "measured", "measured", "measured"],
+        ),
+    ]
+    if rooms:
+        columns = ["batch", "to forgetting", "to curvature", "limited by"]
+        made.append(Table("Headroom of the rate, by the evidence", columns, rooms, ["", "modelled", "modelled", ""]))
+    return made
 
 
 def caveats(request: Request, config: Config, found: Evidence | None) -> list[str]:
@@ -253,7 +252,7 @@ def caveats(request: Request, config: Config, found: Evidence | None) -> list[st
     said = []
     if request.small:
         said.append(
-            f"--small: the narrow network of {config.preset}, {config.epochs} epochs: accuracies of a short training."
+            f"--small: the narrow network of {config.preset}, epochs: {config.epochs}. Accuracies of a short training."
         )
     if found and found.small:
         said.append("The evidence is of forgetting --small: fewer images and epochs than these runs have.")

@@ -175,7 +175,7 @@ def chart(found: Sweep, suggested: Suggestion | None, config: Config) -> Chart:
         ends = {"x": [rate, rate], "y": [bottom, top]}
         data.append(trace("scatter", mode="lines", line=line(paint, 1.5, dash), **ends, **properties))
     whole = layout(
-        xaxis=axis("learning rate", type="log"),
+        xaxis=axis("learning rate", type="log", tickformat="~g"),
         yaxis=axis("loss of a batch", range=[bottom, top]),
         hovermode="closest",
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},

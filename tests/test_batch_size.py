@@ -121,6 +121,7 @@ def test_evidence_is_a_part_of_the_conclusions(tmp_path):
 def test_evidence_that_says_nothing_is_said_to(tmp_path, changes, expected):
     document = experiment(tmp_path / "a", evidence(tmp_path / "e", **changes))
     assert expected in document["sentences"][-1]
+    assert {row["by"] for row in document["result"]["limits"].values()} <= {None}
 
 
 @pytest.mark.parametrize(

@@ -63,13 +63,19 @@ def test_a_step_that_runs_out_of_time_is_interrupted_and_saves(tmp_path):
     code = (
         "import time\n"
         "try:\n    time.sleep(60)\n"
-        f"except KeyboardInterrupt:\n    open({str(tmp_path / 'saved')!r}, 'w').write('saved')"
+        f"except KeyboardInterrupt:\n    open({str(tmp_path / 'saved')!r}, 'w').write('saved')\n"
+        "    raise SystemExit(130)"
     )
     begun_s = time.monotonic()
     status = run(tmp_path / "out", [script("slow", code)], budget=6)
     assert time.monotonic() - begun_s < 30
     assert statuses(status)["slow"] == "out of time"
     assert (tmp_path / "saved").read_text() == "saved"
+
+
+def test_a_step_that_was_just_done_when_time_ran_out_is_done(tmp_path):
+    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('done')"
+    assert statuses(run(tmp_path, [script("late", code)], budget=6)) == {"late": "done"}
 
 
 def test_a_step_that_ignores_the_signal_is_ended(tmp_path, monkeypatch):
@@ -153,6 +159,8 @@ def test_the_plan_is_the_same_list_in_order_of_value(tmp_path, small, on_gpu):
         if step.name in ("ladder", "profiled", "accuracy"):
             assert {"--set=momentum=0.8", "--seed", "4", "--data-dir", str(tmp_path)} <= set(step.command)
     assert ("--small" in steps[4].command) == small
+    assert ("tests/test_conv_fprop.py" in steps[0].command) == (not small)
+    assert "tests/test_config.py" in steps[0].command or not small
 
 
 def test_finished_runs_keep_no_weights(tmp_path):
