@@ -67,15 +67,15 @@ def test_a_step_that_runs_out_of_time_is_interrupted_and_saves(tmp_path):
         "    raise SystemExit(130)"
     )
     begun_s = time.monotonic()
-    status = run(tmp_path / "out", [script("slow", code)], budget=6)
-    assert time.monotonic() - begun_s < 30
+    status = run(tmp_path / "out", [script("slow", code)], budget=12)
+    assert time.monotonic() - begun_s < 60  # or it has slept to its end
     assert statuses(status)["slow"] == "out of time"
     assert (tmp_path / "saved").read_text() == "saved"
 
 
 def test_a_step_that_was_just_done_when_time_ran_out_is_done(tmp_path):
     code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('done')"
-    assert statuses(run(tmp_path, [script("late", code)], budget=6)) == {"late": "done"}
+    assert statuses(run(tmp_path, [script("late", code)], budget=12)) == {"late": "done"}
 
 
 def test_a_step_that_ignores_the_signal_is_ended(tmp_path, monkeypatch):

@@ -133,9 +133,9 @@ def test_no_orphan_is_left_when_the_run_is_killed(path, fork):
         if child:
             os.kill(child, signal.SIGKILL)
         parent.communicate()
-    assert json.loads(path.read_text().splitlines()[-1])["end"] == (
-        "the run's process is gone" if fork else sampler.STOPPED
-    )
+    # Where the pipe closes too, the sampler may notice either first.
+    ends = {"the run's process is gone"} | (set() if fork else {sampler.STOPPED})
+    assert json.loads(path.read_text().splitlines()[-1])["end"] in ends
 
 
 def test_a_run_without_a_gpu_lacks_nothing(start, path):
