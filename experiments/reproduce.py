@@ -286,7 +286,7 @@ def _drop_checkpoints(folder: str) -> Callable[[Path], None]:
     """Weights of finished runs are not results: a folder without them is small enough to be committed."""
 
     def drop(out: Path) -> None:
-        for path in (out / folder).rglob("*.safetensors"):
+        for path in (out / folder).rglob("checkpoint-*"):
             path.unlink()
 
     return drop

@@ -165,8 +165,8 @@ def test_the_plan_is_the_same_list_in_order_of_value(tmp_path, small, on_gpu):
 
 def test_finished_runs_keep_no_weights(tmp_path):
     (tmp_path / "accuracy" / "run-000").mkdir(parents=True)
-    weights = tmp_path / "accuracy" / "run-000" / "checkpoint-1.safetensors"
-    weights.touch()
-    (weights.parent / "summary.json").touch()
+    run_folder = tmp_path / "accuracy" / "run-000"
+    for name in ("checkpoint-1.safetensors", "checkpoint-1.json", "summary.json"):
+        (run_folder / name).touch()
     reproduce._drop_checkpoints("accuracy")(tmp_path)
-    assert [path.name for path in weights.parent.iterdir()] == ["summary.json"]
+    assert [path.name for path in run_folder.iterdir()] == ["summary.json"]
