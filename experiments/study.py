@@ -226,7 +226,7 @@ def render(document: dict[str, Any], plots: Sequence[Plot], tables: Sequence[Tab
     sentences = document["sentences"]
     facts = {**document["settings"], **document["environment"]}
     return _template().render(
-        **page._assets([plot.chart for plot in plots]),
+        **page.assets([plot.chart for plot in plots]),
         name=document["experiment"],
         headline=sentences[0] if sentences else "No conclusion can be drawn.",
         sentences=sentences[1:],

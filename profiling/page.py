@@ -48,7 +48,7 @@ def render_html(report: Record) -> str:
     drawn = charts(report)
     phases = content.phases(report)
     return _template("report.html.jinja").render(
-        **_assets(drawn),
+        **assets(drawn),
         charts={chart.key: chart for chart in drawn},
         statuses=STATUSES,
         sections=SECTIONS,
@@ -92,7 +92,7 @@ def render_comparison(compared: Record) -> str:
     training = {"name": "training", "a_ns": compared["a_ns"], "b_ns": compared["b_ns"]}
     phases = [{**phase, "name": f"phase {phase['name']}"} for phase in compared["phases"]]
     return _template("compare.html.jinja").render(
-        **_assets([chart]),
+        **assets([chart]),
         chart=chart,
         a=compared["a"],
         b=compared["b"],
@@ -110,7 +110,7 @@ def render_comparison(compared: Record) -> str:
     )
 
 
-def _assets(drawn: Sequence[Chart]) -> dict[str, Any]:
+def assets(drawn: Sequence[Chart]) -> dict[str, Any]:
     """What every page brings with it."""
     script = (HERE / "report.js").read_text(encoding="utf-8")
     plotly = get_plotlyjs()
