@@ -156,6 +156,8 @@ def run(
         error = out_of_memory(raised, device, config.batch_size) or raised
         status = _STATUS.get(type(error), "failed")
     steps, images = (trainer.step.number, trainer.images_seen()) if trainer else (0, 0)
+    if error:
+        clock.synchronize = lambda: None  # a device that has failed raises again whoever waits for it
     clock.stop()
     if collection:
         collection.finish(clock)

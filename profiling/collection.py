@@ -37,7 +37,8 @@ class Collection:
 
     def __init__(self, out: Path, device: "torch.device", warn: Callable[[str], None]):
         self.folder, self.warn = out / RECORDS, warn
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # what cannot be written is warned of at the end
+            self.folder.mkdir(parents=True, exist_ok=True)
         self.steps = StepClock(device)
         self.telemetry = telemetry.start(gpu_uuid(device), self.folder / "telemetry.jsonl")
 
@@ -47,10 +48,10 @@ class Collection:
         phases = [phase._asdict() for phase in clock.phases]
         end_ns = clock.start_ns + clock.wall_ns()
         record = {"version": VERSION, "start_ns": clock.start_ns, "end_ns": end_ns, "phases": phases}
-        for name, value in (("phases", record), ("steps", self.steps.to_json())):
+        for name, value in (("phases", lambda: record), ("steps", self.steps.to_json)):
             try:
-                write_json(self.folder / f"{name}.json", value)
-            except OSError as error:
+                write_json(self.folder / f"{name}.json", value())
+            except (OSError, RuntimeError) as error:  # RuntimeError: events of a device that has failed
                 self.warn(f"{self.folder}: {error}; the report will lack the {name}")
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from profiling.work import Dims, Work, family
 
 NEARLY_ALL = 0.9
+"""Share of an op's time in one kernel above which that kernel did the op's work."""
 
 
 class Timed(NamedTuple):

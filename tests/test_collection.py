@@ -2,8 +2,10 @@ import contextlib
 import sys
 
 import pytest
+import torch
 
-from profiling.collection import _with_one_eager, record_failure, run_pass
+from profiling.clock import Clock
+from profiling.collection import Collection, _with_one_eager, record_failure, run_pass
 from profiling.records import read_json
 
 
@@ -47,3 +49,18 @@ def test_a_failure_is_recorded_where_the_disk_takes_it(tmp_path):
     record_failure(tmp_path, "out of luck")
     assert read_json(tmp_path / "profile.json")["error"] == "out of luck"
     record_failure(tmp_path / "absent", "out of luck")
+
+
+def test_what_cannot_be_written_is_a_warning_and_never_ends_a_run(tmp_path):
+    (tmp_path / "records").write_text("in the way")
+    warnings = []
+    collection = Collection(tmp_path, torch.device("cpu"), warnings.append)
+    clock = Clock("training")
+    clock.stop()
+
+    def failed():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    collection.steps.to_json = failed
+    collection.finish(clock)
+    assert ["phases" in warnings[0], "illegal memory access" in warnings[1]] == [True, True]
