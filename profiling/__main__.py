@@ -37,6 +37,10 @@ def bench(
         bool, typer.Option("--tune", help="Measure tiles for the convolutions and refresh kernels/tiles.json.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A look: fewer samples, no max-autotune.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Time nothing: run each kernel once, on two images, and hold it against float64."),
+    ] = False,
 ) -> None:
     """Time every op at every layer shape of both networks, beside the best that PyTorch offers.
 
@@ -46,7 +50,9 @@ def bench(
     from profiling.console import Terminal
 
     terminal = Terminal(json=json)
-    _end(lambda: run(Request(op, tuple(shape or ()), dtype, out, compare, json, tune, quick), terminal), terminal)
+    _end(
+        lambda: run(Request(op, tuple(shape or ()), dtype, out, compare, json, tune, quick, check), terminal), terminal
+    )
 
 
 @app.command()

@@ -47,12 +47,16 @@ class Request:
     json: bool = False
     tune: bool = False
     quick: bool = False
+    check: bool = False
 
 
 def run(request: Request, terminal: "Terminal") -> int:
     """Do what was asked; the exit code, 1 where a kernel was found wrong or failed. Raises CommandError."""
     _check(request)
     import torch
+
+    if request.check:
+        return _verify(request, getattr(torch, request.dtype), terminal)
 
     if request.tune and not torch.cuda.is_available():
         raise NoDeviceError("--tune times kernels and needs a CUDA GPU; there is none, and the table stays as it is")
@@ -72,9 +76,41 @@ def _check(request: Request) -> None:
         raise CommandError(f"--compare {request.compare}: no such file; expected one that `bench --out` wrote")
     if request.tune and request.op is not None and not request.op.startswith("conv_"):
         raise CommandError(f"--tune: {request.op} has no tiles to tune; expected one of the convolutions, or no op")
-    for name, given in (("--out", request.out), ("--compare", request.compare), ("--json", request.json)):
-        if request.tune and given:
-            raise CommandError(f"--tune writes the table of tiles; leave {name} out")
+    results = {"--out": request.out, "--compare": request.compare, "--json": request.json}
+    if request.tune:
+        _leave_out("--tune writes the table of tiles", results)
+    if request.check:
+        _leave_out("--check times nothing", {**results, "--tune": request.tune, "--quick": request.quick})
+
+
+def _leave_out(reason: str, options: dict[str, Any]) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise CommandError(f"{reason}; leave {given[0]} out")
+
+
+def _verify(request: Request, dtype: "torch.dtype", terminal: "Terminal") -> int:
+    """Run every kernel once on few images, and hold it against float64."""
+    import torch
+
+    from kernels import jit
+    from profiling import cases, gate
+    from profiling.bench import QUICK_CPU_BATCH, first_line
+
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    reason = jit.unavailable(device)
+    if reason:
+        raise NoDeviceError(f"--check runs the kernels: {reason}")
+    wrong, chosen = 0, _chosen(cases.cases(), request)
+    for case in chosen:
+        try:
+            refusal = gate.verified(case, device, dtype, QUICK_CPU_BATCH)
+        except Exception as error:  # whatever a compiler raises is the finding
+            refusal = first_line(error)
+        wrong += refusal is not None
+        terminal.say(f"{case.name:<50} {refusal or 'right'}")
+    terminal.say(f"{len(chosen)} cases of {QUICK_CPU_BATCH} images on {device}, {wrong} of them wrong")
+    return 1 if wrong else 0
 
 
 def _require(what: str, name: str | None, known: Iterable[str]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from profiling.case import Case, tensors
+from profiling.case import Case, Draw, tensors
 
 
 class Gate:
@@ -24,6 +24,18 @@ class Gate:
     def library_refusal(self, result: Any) -> str | None:
         """The same of a result by PyTorch, which is as accurate as it is."""
         return disagreement(tensors(result), None, self.truth, self.dtype)
+
+
+def verified(case: Case, device: torch.device, dtype: torch.dtype, batch: int) -> str | None:
+    """What is wrong with our kernels' result for `case` on `device`, None if nothing.
+
+    All else is computed on the CPU, so that a program which watches the device sees our kernels alone.
+    """
+    operands = case.operands(Draw(batch, torch.device("cpu"), dtype))
+    gate = Gate(case, operands, dtype)
+    gate.baseline = tensors(case.call(case.library, operands)())
+    result = case.ours(*tree_map_only(Tensor, lambda x: x.to(device), operands))
+    return gate.refusal(case.comparable(tree_map_only(Tensor, lambda x: x.cpu(), result)))
 
 
 def disagreement(

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,9 +8,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from profiling import bench_command, kernel_facts
+from kernels import jit
+from profiling import bench_command, cases, kernel_facts
 from profiling.__main__ import app
 from profiling.ahead_of_time import Facts
+from profiling.case import with_moments
 from profiling.errors import CommandError
 from profiling.records import read_jsonl
 
@@ -74,6 +77,8 @@ BAD = {
     "compare_with_nothing": (("--compare", "no-such-file"), "no such file"),
     "nothing_to_tune": (("bn_stats", "--tune"), "no tiles to tune"),
     "tune_and_compare": (("--tune", "--json"), "leave --json out"),
+    "check_and_out": (("--check", "--out", "b.jsonl"), "--check times nothing; leave --out out"),
+    "check_quickly": (("--check", "--quick"), "leave --quick out"),
     "unknown_option": (("--tunes",), "No such option"),
 }
 
@@ -124,3 +129,40 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path, monkeypatch):
 
     with pytest.raises(CommandError, match="No space left"), bench_command._disk_errors(tmp_path / "x"):
         full()
+
+
+def test_kernels_are_checked_without_being_timed():
+    done = invoke("bn_finalize", "--shape", "256x4x4", "--shape", "512x4x4", "--check")
+    assert done.exit_code == 0, done.output
+    assert [line.split()[-1] for line in done.stdout.splitlines()[:2]] == ["right", "right"]
+    assert "2 cases of 2 images on" in done.stdout
+    assert " 0 of them wrong" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("ours", "says"),
+    [
+        (lambda x: (1.01 * x, x.new_empty((3, 0, 64))), "output 0 is off by"),
+        (lambda x: 1 / 0, "ZeroDivisionError: division by zero"),
+    ],
+    ids=["wrong", "raises"],
+)
+def test_a_wrong_kernel_is_named_and_those_after_it_are_checked(monkeypatch, ours, says):
+    case = next(c for c in cases.cases() if c.op == "bn_finalize")
+    broken = dataclasses.replace(
+        case, op="conv_fprop", operands=lambda d: (d.activation(64, 4),), library=lambda x: (x,), ours=ours,
+        comparable=with_moments,
+    )  # fmt: skip
+    monkeypatch.setattr(cases, "cases", lambda: (broken, case))
+    done = invoke("--check")
+    assert done.exit_code == 1
+    first, second, last = done.stdout.splitlines()
+    assert says in first
+    assert second.endswith("right")
+    assert last.endswith(", 1 of them wrong")
+
+
+def test_kernels_that_cannot_run_are_not_checked(monkeypatch):
+    monkeypatch.setattr(jit, "unavailable", lambda device: "there is no GPU")
+    done = invoke("--check")
+    assert (done.exit_code, done.stderr) == (4, "error: --check runs the kernels: there is no GPU\n")
