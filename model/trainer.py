@@ -90,14 +90,19 @@ def build_network(config: Config) -> nn.Module:
         return ResNet9(config.widths, ops, config.uniform_gamma, config.pool_first)
 
 
-def modelled_step(config: Config, dtype: torch.dtype) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """(a step of `config` on the meta device up to its loss, the network's parameters), for `profiling.work`."""
-    network = build_network(config).to("meta").to(memory_format=torch.channels_last).train()
+def modelled_step(
+    config: Config, dtype: torch.dtype, device: str = "meta"
+) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """(a step of `config` up to its loss, the network's parameters), for `profiling.work`; it computes nothing of use.
+
+    On another device than meta the kernels' ops run, so that their launches can be recorded.
+    """
+    network = build_network(config).to(device).to(memory_format=torch.channels_last).train()
     size = config.batch_size
-    labels, index = (torch.empty(size, dtype=torch.int64, device="meta") for _ in range(2))
-    images = torch.empty(size, 32, 32, 3, dtype=torch.uint8, device="meta")
-    choices = torch.empty(size, 5, dtype=torch.int32, device="meta")
-    mean, rstd = torch.empty(2, 3, device="meta")
+    labels, index = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2))
+    images = torch.empty(size, 32, 32, 3, dtype=torch.uint8, device=device)
+    choices = torch.zeros(size, 5, dtype=torch.int32, device=device)
+    mean, rstd = torch.empty(2, 3, device=device)
 
     def forward() -> Tensor:
         x = augment(images, index, choices, mean, rstd, config.crop_pad, config.cutout, dtype)

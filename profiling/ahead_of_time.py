@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -76,6 +77,7 @@ class Build:
     arch: int = 90
     label: str = ""
     inspect: bool = True  # False: only see whether it compiles, which takes a quarter of the time
+    programs: int = 0  # of the recorded launch, 0 where none was recorded; the code does not depend on it
 
     def on(self, arch: int) -> "Build":
         """The same for another architecture: 80, 90, 100."""
@@ -83,7 +85,7 @@ class Build:
 
     def key(self) -> str:
         """The same for builds that compile to the same code, whatever they are called."""
-        return json.dumps(dataclasses.asdict(dataclasses.replace(self, label="")), sort_keys=True)
+        return json.dumps(dataclasses.asdict(dataclasses.replace(self, label="", programs=0)), sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def launches(gpu: "Gpu | None" = None) -> Iterator[list[Build]]:
     builds: list[Build] = []
 
     def record(self, *args, grid, warmup, **kwargs):
-        build = _build(self, args, kwargs)
+        build = dataclasses.replace(_build(self, args, kwargs), programs=math.prod(grid))
         builds.append(build if gpu is None else build.on(10 * gpu.capability[0] + gpu.capability[1]))
 
     with contextlib.ExitStack() as stack:

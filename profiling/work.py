@@ -98,13 +98,18 @@ def family(op: str) -> str:
     return FAMILIES.get(name, name)
 
 
-def work_of(forward: Callable[[], Tensor], parameters: Iterable[Tensor] = ()) -> list[Work]:
+def work_of(
+    forward: Callable[[], Tensor],
+    parameters: Iterable[Tensor] = (),
+    on_op: Callable[[list[Work]], None] = lambda rows: None,
+) -> list[Work]:
     """The ops of a step in the order in which they run: `forward()` to the loss, its backward, the update.
 
     `forward` works on tensors of the meta device. The update is SGD's with momentum, in one pass: parameters,
-    gradients and momentum read, parameters and momentum written.
+    gradients and momentum read, parameters and momentum written. `on_op` gets the rows of each op, but for the update,
+    just after it has run.
     """
-    meter = _Meter()
+    meter = _Meter(on_op)
     with meter:
         loss = forward()
         meter.backward = True
@@ -114,8 +119,9 @@ def work_of(forward: Callable[[], Tensor], parameters: Iterable[Tensor] = ()) ->
 
 
 class _Meter(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, on_op: Callable[[list[Work]], None]) -> None:
         super().__init__()
+        self.on_op = on_op
         self.rows: list[Work] = []
         self.backward = False
 
@@ -125,7 +131,9 @@ class _Meter(TorchDispatchMode):
             with self:
                 return BODIES[op](*args, **kwargs)
         out = op(*args, **kwargs)
-        self.rows.extend(self._rows(op, args, kwargs, out))
+        rows = self._rows(op, args, kwargs, out)
+        self.rows.extend(rows)
+        self.on_op(rows)
         return out
 
     def _rows(self, op, args, kwargs, out) -> list[Work]:
