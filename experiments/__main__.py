@@ -134,6 +134,20 @@ def reproduce(
     )
 
 
+@app.command()
+def predictions(
+    against: Annotated[
+        Path | None, typer.Option(help="Folder of a reproduce: what it measured, beside what was predicted.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The predictions' folder. Default: results/predictions-h200.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What every kernel and a step should take on an H200, by the cost model and the compiled machine code."""
+    _experiment("predictions", lambda: Request(json=as_json), against=against, out=out)
+
+
 def _experiment(name: str, read: Callable[[], Request], **options: Any) -> None:
     """Check the request, run `experiments.<name>.run(request, terminal, interrupts, **options)` and exit.
 
