@@ -3,58 +3,37 @@
     python -m experiments reproduce --budget 540      # results/<date>-<device>/; once more: goes on with what is left
 
 A step is a process of its own. It may take its share of what is left of the budget, by the weights below; what it does
-not need goes to those after it. One that runs out of time is interrupted, as by Ctrl-C, and keeps what it has. Without
-a GPU, or with --small, the same list is done in small.
+not need goes to those after it. One that runs out of time is interrupted, as by Ctrl-C, and keeps what it has. What
+is worth less comes after all else, and shares what that has left. Without a GPU, or with --small, the same list is
+done in small.
 """
 
 import datetime
 import os
 import re
+import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path
-from shutil import copyfile, rmtree
 from typing import TYPE_CHECKING, Any
 
+from experiments.reproduce_plan import ROOT, Step, last_line, plan
 from experiments.study import Request, Study
 from model.errors import RunError, UsageError
 from model.interrupts import Interrupted, Interrupts
-from profiling.records import read_json, write_json
+from profiling.records import write_json
 
 if TYPE_CHECKING:
     from profiling.console import Terminal
 
-ROOT = Path(__file__).resolve().parent.parent
 VERSION = 1
 GRACE_S = 20.0
 """How long an interrupted step may take to save what it has."""
 LEAST_S = 5.0
 """No step is begun with less."""
 DONE, FAILED, LATE, LEFT, UNAVAILABLE = "done", "failed", "out of time", "left", "unavailable"
-
-
-@dataclass(frozen=True)
-class Step:
-    """`command`'s exit codes in `accepts` mean that it is done; `weight` is its share of the budget.
-
-    `found(OUT)` says in a line what it found, and raises an OSError, ValueError, KeyError or IndexError where it did
-    not. `fresh` names a folder in OUT that an unfinished attempt leaves behind and a new one cannot use. `after(OUT)`
-    is called once it is done. With a `reason` it cannot run here.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    weight: float
-    found: Callable[[Path], str] | None = None
-    accepts: tuple[int, ...] = (0,)
-    fresh: str | None = None
-    after: Callable[[Path], None] | None = None
-    reason: str | None = None
 
 
 def check(request: Request, budget: float) -> None:
@@ -91,54 +70,6 @@ def _device() -> tuple[str, bool]:
 
     device = choose_device("auto")
     return device_name(torch.device(device)), device.type == "cuda"
-
-
-def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
-    """The steps in order of value, in small or whole, for the absolute folder `out`."""
-    python, data = sys.executable, ["--synthetic"] if request.synthetic else []
-    if request.data_dir:
-        data = ["--data-dir", str(request.data_dir.absolute())]
-    settings = [f"--set={setting}" for setting in request.settings]
-    settings += [] if request.seed is None else ["--seed", str(request.seed)]
-    train = [python, "train.py", *data, *settings]
-    network = ["--preset", "laptop", "--epochs", "1"] if small else ["--preset", "fused"]
-    tests = ["tests/test_config.py", "tests/test_schedule.py", "tests/test_timing.py"] if small else _gpu_tests()
-    suite = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / 'suite.xml'}"]
-    ladder = [python, "-m", "experiments", "ladder", *data, *settings, "--out", str(out / "ladder")]
-    ceilings = [python, "-m", "profiling", "device", "--out", str(out / "ceilings.json")]
-    bench = [python, "-m", "profiling", "bench", "--out", str(out / "bench.jsonl")]
-    runs = ["--runs", "2" if small else "5", "--resume", "auto", "--out", str(out / "accuracy")]
-    target = [] if small else ["--target-accuracy", "0.94"]
-    quick = ["bn_finalize", "--quick"] if small else []
-    return [
-        Step("suite", (*suite, *tests), 150, _last_line("suite"), accepts=(0, 1)),
-        Step("ceilings", (*ceilings, "--seconds", "0.1" if small else "1"), 50),
-        Step(
-            "tiles",
-            (python, "-m", "profiling", "bench", "--tune", *(["--quick"] if small else [])),
-            90,
-            after=_keep_tiles,
-            reason=None if on_gpu else "tiles are timed on a CUDA GPU",
-        ),
-        Step("bench", (*bench, *quick), 90, accepts=(0, 1)),
-        Step("ladder", (*ladder, "--epochs-per-rung", "4", *(["--small"] if small else [])), 120, _ladder_says),
-        Step(
-            "profiled",
-            (*train, *network, "--profile", "--out", str(out / "profiled")),
-            80,
-            lambda folder: str(read_json(folder / "profiled" / "report.json")["headline"]),
-            fresh="profiled",
-            after=_drop_checkpoints("profiled"),
-        ),
-        Step(
-            "accuracy",
-            (*train, *network, *target, *runs),
-            80,
-            _accuracy_says,
-            accepts=(0, 7),
-            after=_drop_checkpoints("accuracy"),
-        ),
-    ]
 
 
 class Reproduction:
@@ -179,13 +110,13 @@ class Reproduction:
     def _limit(self, step: Step) -> float:
         """Its share, by weight, of what is left for it and the unfinished ones after it."""
         waiting = [s for s in self.steps if self.rows[s.name]["status"] in (LEFT, FAILED, LATE)]
-        after = waiting[waiting.index(step) :]
+        after = [s for s in waiting[waiting.index(step) :] if s.further == step.further]
         return self.left_s() * step.weight / sum(s.weight for s in after)
 
     def _do(self, step: Step, limit_s: float) -> dict[str, Any]:
         out, row = self.study.out, self.rows[step.name]
         if step.fresh:
-            rmtree(out / step.fresh, ignore_errors=True)
+            shutil.rmtree(out / step.fresh, ignore_errors=True)
         begun_s = time.monotonic()
         row |= {"limit_s": limit_s}
         try:
@@ -197,7 +128,7 @@ class Reproduction:
         row |= {"exit_code": code, "seconds": time.monotonic() - begun_s}
         row |= {"status": DONE if code in step.accepts else LATE if late else FAILED, "found": ""}
         if row["status"] != DONE:
-            row["found"] = f"exit code {code}: {_last_line(step.name)(out) or 'no output'}"
+            row["found"] = f"exit code {code}: {last_line(step.name)(out) or 'no output'}"
         else:
             with suppress(OSError, ValueError, KeyError, IndexError, TypeError):
                 row["found"] = step.found(out) if step.found else ""
@@ -215,7 +146,7 @@ class Reproduction:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "160"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "160", **dict(step.environment)},
                 start_new_session=True,  # so that all its processes can be ended, and Ctrl-C comes to us first
             )
             try:
@@ -259,44 +190,3 @@ def _end(process: subprocess.Popen, grace_s: float) -> int:
         with suppress(subprocess.TimeoutExpired):
             return process.wait(patience_s)
     return process.wait()
-
-
-def _gpu_tests() -> list[str]:
-    """The test files of which a GPU computes something: those marked for one, and those that ask for the device."""
-    asks = re.compile(r"mark\.gpu|def test\w*\([^)]*\bdevice\b")
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [str(path.relative_to(ROOT)) for path in files if asks.search(path.read_text(encoding="utf-8"))]
-
-
-def _last_line(name: str) -> Callable[[Path], str]:
-    """The last line of a step's log."""
-
-    def read(out: Path) -> str:
-        lines = (out / f"{name}.log").read_text(encoding="utf-8", errors="replace").split("\n")
-        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
-
-    return read
-
-
-def _keep_tiles(out: Path) -> None:
-    copyfile(ROOT / "kernels" / "tiles.json", out / "tiles.json")
-
-
-def _drop_checkpoints(folder: str) -> Callable[[Path], None]:
-    """Weights of finished runs are not results: a folder without them is small enough to be committed."""
-
-    def drop(out: Path) -> None:
-        for path in (out / folder).rglob("checkpoint-*"):
-            path.unlink()
-
-    return drop
-
-
-def _ladder_says(out: Path) -> str:
-    return str(read_json(out / "ladder" / "ladder.json")["sentences"][0])
-
-
-def _accuracy_says(out: Path) -> str:
-    from profiling.statistics import claim_in_words
-
-    return claim_in_words(read_json(out / "accuracy" / "summary.json"))

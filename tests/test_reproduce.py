@@ -5,11 +5,12 @@ import time
 
 import pytest
 
-from experiments import reproduce
-from experiments.reproduce import Step
+from experiments import reproduce, reproduce_plan
+from experiments.reproduce_plan import Step, last_line
 from experiments.study import Request
 from model.errors import UsageError
 from model.interrupts import Interrupted, Interrupts
+from profiling import cases
 from profiling.console import Terminal
 
 QUIET = Terminal(speaks=False)
@@ -36,7 +37,7 @@ def statuses(status: dict) -> dict:
 
 def test_steps_are_done_in_order_and_their_findings_kept(tmp_path):
     steps = [
-        script("first", "print('a b c')", found=reproduce._last_line("first")),
+        script("first", "print('a b c')", found=last_line("first")),
         script("missed", "raise SystemExit(7)", accepts=(0, 7)),
         script("nothing", "pass", reason="no GPU"),
         script("broken", "import sys; print('it broke'); sys.exit(3)"),
@@ -152,15 +153,53 @@ def test_a_budget_that_is_none_is_refused(budget):
 @pytest.mark.parametrize(("small", "on_gpu"), [(True, False), (False, True), (True, True)], ids=["cpu", "gpu", "look"])
 def test_the_plan_is_the_same_list_in_order_of_value(tmp_path, small, on_gpu):
     request = Request(data_dir=tmp_path, settings=("momentum=0.8",), seed=4)
-    steps = reproduce.plan(tmp_path, request, small, on_gpu)
-    assert [s.name for s in steps] == ["suite", "ceilings", "tiles", "bench", "ladder", "profiled", "accuracy"]
-    assert [s.name for s in steps if s.reason] == ([] if on_gpu else ["tiles"])
-    for step in steps:
-        if step.name in ("ladder", "profiled", "accuracy"):
-            assert {"--set=momentum=0.8", "--seed", "4", "--data-dir", str(tmp_path)} <= set(step.command)
-    assert ("--small" in steps[4].command) == small
-    assert ("tests/test_conv_fprop.py" in steps[0].command) == (not small)
-    assert "tests/test_config.py" in steps[0].command or not small
+    steps = {step.name: step for step in reproduce_plan.plan(tmp_path, request, small, on_gpu)}
+    first = ["suite", "doctor", "ceilings", "tiles", "bench", "ladder", "profiled", "accuracy", "predictions"]
+    further = ["suite-again", "memcheck", "racecheck", "profiled-article", "accuracy-article", "accuracy-resnet9"]
+    assert list(steps) == [*first, *further, "step-modes"]
+    assert [name for name, step in steps.items() if not step.further] == first
+    unavailable = {name for name, step in steps.items() if step.reason} - {"memcheck", "racecheck"}
+    assert unavailable == (set() if on_gpu else {"tiles", "predictions", "step-modes"})
+    for name in ("ladder", "profiled", "accuracy", "profiled-article", "accuracy-article", "accuracy-resnet9"):
+        assert {"--set=momentum=0.8", "--seed", "4", "--data-dir", str(tmp_path)} <= set(steps[name].command)
+    assert ("--small" in steps["ladder"].command) == small
+    assert ("article-256" in steps["accuracy-article"].command) == (not small)
+    assert ("tests/test_conv_fprop.py" in steps["suite"].command) == (not small)
+    assert "tests/test_config.py" in steps["suite"].command or not small
+
+
+def test_the_checkers_need_a_gpu_and_their_program(tmp_path, monkeypatch):
+    def reasons(on_gpu: bool) -> set:
+        steps = reproduce_plan.plan(tmp_path, Request(), False, on_gpu)
+        return {step.reason for step in steps if step.name in ("memcheck", "racecheck")}
+
+    monkeypatch.setattr(reproduce_plan.shutil, "which", lambda name: None)
+    assert reasons(False) == {"it needs a CUDA GPU"}
+    assert reasons(True) == {"compute-sanitizer is not on the PATH; it comes with the CUDA toolkit"}
+    monkeypatch.setattr(reproduce_plan.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert reasons(True) == {None}
+
+
+def test_every_op_is_among_the_small_cases():
+    """With all that can be fused into it."""
+    small = [case for case in cases.cases() if case.shape in reproduce_plan.SMALL_CASES]
+    assert {(case.op, case.variant) for case in small} == {(case.op, case.variant) for case in cases.cases()}
+    assert set(reproduce_plan.SMALL_CASES) == {case.shape for case in small}
+
+
+def test_what_is_further_shares_what_is_left_by_all_else(tmp_path, monkeypatch):
+    clock = itertools.count(0, 0)
+    monkeypatch.setattr(reproduce.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(reproduce.Reproduction, "_execute", lambda self, step, limit_s: (0, False))
+    steps = [script("a", "", 1), script("b", "", 3), script("c", "", 100, further=True)]
+    assert [row["limit_s"] for row in run(tmp_path, steps, budget=100)["steps"]] == [25, 100, 100]
+
+
+def test_a_steps_environment_is_added_to_ours(tmp_path, monkeypatch):
+    monkeypatch.setenv("OURS", "here")
+    code = "import os; print(os.environ['OURS'], os.environ['ITS'])"
+    step = script("env", code, environment=(("ITS", "too"),), found=last_line("env"))
+    assert run(tmp_path, [step])["steps"][0]["found"] == "here too"
 
 
 def test_finished_runs_keep_no_weights(tmp_path):
@@ -168,5 +207,5 @@ def test_finished_runs_keep_no_weights(tmp_path):
     run_folder = tmp_path / "accuracy" / "run-000"
     for name in ("checkpoint-1.safetensors", "checkpoint-1.json", "summary.json"):
         (run_folder / name).touch()
-    reproduce._drop_checkpoints("accuracy")(tmp_path)
+    reproduce_plan._drop_checkpoints("accuracy")(tmp_path)
     assert [path.name for path in run_folder.iterdir()] == ["summary.json"]

@@ -1,0 +1,182 @@
+"""What `reproduce` does on a device, and in what order."""
+
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.study import Request
+from profiling.records import read_json
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Step:
+    """`command`'s exit codes in `accepts` mean that it is done; `weight` is its share of the budget.
+
+    `found(OUT)` says in a line what it found, and raises an OSError, ValueError, KeyError or IndexError where it did
+    not. `fresh` names a folder in OUT that an unfinished attempt leaves behind and a new one cannot use. `after(OUT)`
+    is called once it is done. `environment` is added to this process's own. With a `reason` it cannot run here.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    weight: float
+    found: Callable[[Path], str] | None = None
+    accepts: tuple[int, ...] = (0,)
+    fresh: str | None = None
+    after: Callable[[Path], None] | None = None
+    reason: str | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+    further: bool = False
+
+
+SMALL_CASES = (
+    "3x32x32",
+    "64x32x32-128x1x1-s2",
+    "256x8x8-256x3x3-s2",
+    "256x4x4-256x3x3-s1",
+    "512x4x4-512x3x3-s1",
+    "256x4x4",
+    "512x4x4",
+    "512x8x8",
+)
+"""Layers by which every kernel runs at least once, with everything that can be fused into it."""
+
+
+def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
+    """The steps in order of value, in small or whole, for the absolute folder `out`; the further ones come last."""
+    python, data = sys.executable, ["--synthetic"] if request.synthetic else []
+    if request.data_dir:
+        data = ["--data-dir", str(request.data_dir.absolute())]
+    settings = [f"--set={setting}" for setting in request.settings]
+    settings += [] if request.seed is None else ["--seed", str(request.seed)]
+    no_gpu = None if on_gpu else "it needs a CUDA GPU"
+
+    def module(*words: str) -> tuple[str, ...]:
+        return python, "-m", *words
+
+    def suite(name: str, **more: Any) -> Step:
+        tests = ["tests/test_config.py", "tests/test_schedule.py", "tests/test_timing.py"] if small else _gpu_tests()
+        command = module("pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / name}.xml", *tests)
+        return Step(name, command, 150, last_line(name), accepts=(0, 1), **more)
+
+    def trained(name: str, preset: str, weight: float, *more: str, **options: Any) -> Step:
+        network = ["--preset", "laptop", "--epochs", "1"] if small else ["--preset", preset]
+        command = (python, "train.py", *data, *settings, *network, *more, "--out", str(out / name))
+        return Step(name, command, weight, after=_drop_checkpoints(name), **options)
+
+    def profiled(name: str, preset: str, **more: Any) -> Step:
+        return trained(name, preset, 80, "--profile", found=_headline(name), fresh=name, **more)
+
+    def accuracy(name: str, preset: str, runs: int, **more: Any) -> Step:
+        target = () if small else ("--target-accuracy", "0.94")
+        several = ("--runs", "2" if small else str(runs), "--resume", "auto")
+        return trained(name, preset, 80, *target, *several, found=_claim(name), accepts=(0, 7), **more)
+
+    def sanitized(tool: str) -> Step:
+        """Our kernels under a checker; without the caching allocator an access outside of a tensor is one of memory."""
+        shapes, checked = [f"--shape={shape}" for shape in SMALL_CASES], module("profiling", "bench", "--check")
+        found = shutil.which("compute-sanitizer")
+        absent = None if found else "compute-sanitizer is not on the PATH; it comes with the CUDA toolkit"
+        return Step(
+            tool,
+            ("compute-sanitizer", f"--tool={tool}", "--error-exitcode=1", *checked, *shapes),
+            120,
+            last_line(tool),
+            reason=no_gpu or absent,
+            environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+            further=True,
+        )
+
+    ladder = module("experiments", "ladder", *data, *settings, "--out", str(out / "ladder"), "--epochs-per-rung", "4")
+    ceilings = module("profiling", "device", "--out", str(out / "ceilings.json"), "--seconds", "0.1" if small else "1")
+    bench = module("profiling", "bench", "--out", str(out / "bench.jsonl"))
+    tune = module("profiling", "bench", "--tune", *(["--quick"] if small else []))
+    quick = ("bn_finalize", "--quick") if small else ()
+    return [
+        suite("suite"),
+        Step("doctor", module("profiling", "doctor"), 10),
+        Step("ceilings", ceilings, 50),
+        Step("tiles", tune, 90, after=_keep_tiles, reason=no_gpu),
+        Step("bench", (*bench, *quick), 90, accepts=(0, 1)),
+        Step("ladder", (*ladder, *(["--small"] if small else [])), 120, _ladder_says),
+        profiled("profiled", "fused"),
+        accuracy("accuracy", "fused", 5),
+        Step(
+            "predictions",
+            module("experiments", "predictions", "--against", str(out)),
+            10,
+            last_line("predictions"),
+            reason=no_gpu,
+        ),
+        suite("suite-again", further=True),
+        sanitized("memcheck"),
+        sanitized("racecheck"),
+        profiled("profiled-article", "article-256", further=True),
+        accuracy("accuracy-article", "article-256", 3, further=True),
+        accuracy("accuracy-resnet9", "resnet9", 3, further=True),
+        Step(
+            "step-modes",
+            module("experiments.step_modes", "--out", str(out)),
+            80,
+            last_line("step-modes"),
+            further=True,
+            reason=no_gpu,
+        ),
+    ]
+
+
+def _gpu_tests() -> list[str]:
+    """The test files of which a GPU computes something: those marked for one, and those that ask for the device."""
+    asks = re.compile(r"mark\.gpu|def test\w*\([^)]*\bdevice\b")
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(path.relative_to(ROOT)) for path in files if asks.search(path.read_text(encoding="utf-8"))]
+
+
+def last_line(name: str) -> Callable[[Path], str]:
+    """The last line of a step's log."""
+
+    def read(out: Path) -> str:
+        lines = (out / f"{name}.log").read_text(encoding="utf-8", errors="replace").split("\n")
+        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
+
+    return read
+
+
+def _keep_tiles(out: Path) -> None:
+    shutil.copyfile(ROOT / "kernels" / "tiles.json", out / "tiles.json")
+
+
+def _drop_checkpoints(folder: str) -> Callable[[Path], None]:
+    """Weights of finished runs are not results: a folder without them is small enough to be committed."""
+
+    def drop(out: Path) -> None:
+        for path in (out / folder).rglob("checkpoint-*"):
+            path.unlink()
+
+    return drop
+
+
+def _ladder_says(out: Path) -> str:
+    return str(read_json(out / "ladder" / "ladder.json")["sentences"][0])
+
+
+def _headline(folder: str) -> Callable[[Path], str]:
+    """What the report of a profiled run says first."""
+    return lambda out: str(read_json(out / folder / "report.json")["headline"])
+
+
+def _claim(folder: str) -> Callable[[Path], str]:
+    """What several runs reached."""
+
+    def read(out: Path) -> str:
+        from profiling.statistics import claim_in_words
+
+        return claim_in_words(read_json(out / folder / "summary.json"))
+
+    return read
