@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from model.data import Dataset
     from model.distributed import Ranks
     from model.trainer import Trainer
+    from profiling.ceilings import Ceilings
     from profiling.collection import Collection
     from profiling.console import Terminal
     from profiling.runlog import RunLog
@@ -274,11 +275,18 @@ def _save(session: Session, trainer: "Trainer", out: Path, log: "RunLog", final:
         session.terminal.warn(f"{text}, and training goes on")
 
 
-def profile(session: Session, config: Config, out: Path, data: list[str], counters: bool) -> None:
+def profile(
+    session: Session,
+    config: Config,
+    out: Path,
+    data: list[str],
+    counters: bool = False,
+    ceilings: "Ceilings | None" = None,
+) -> None:
     """Account for the run in `out`: a profiled pass in a fresh process, then report.html, .md and .json.
 
     `data` are the command line's words for the same data. With `counters`, Nsight Compute reads the GPU's in a pass
-    more. Whatever fails is said in the report; the run stands.
+    more. Without `ceilings` this device's are measured. Whatever fails is said in the report; the run stands.
     """
     import torch
 
@@ -286,6 +294,7 @@ def profile(session: Session, config: Config, out: Path, data: list[str], counte
     from profiling import ncu, report_command
     from profiling.collection import RECORDS, record_failure, run_pass
     from profiling.errors import ReportError
+    from profiling.records import write_json
 
     terminal, device, folder = session.terminal, session.device, out.absolute() / RECORDS
     if device.type == "cuda":
@@ -295,9 +304,12 @@ def profile(session: Session, config: Config, out: Path, data: list[str], counte
     if error:
         record_failure(folder, error)
     dtype = str(choose_dtype(config.dtype, device, config.ops)).removeprefix("torch.")
-    terminal.say("measuring what this device sustains, about a minute ...")
-    words = ["--device", str(device), "--dtype", dtype, "--out", str(folder / "ceilings.json")]
-    run_pass("the measurement of ceilings", [*MEASURE_CEILINGS, *words], ROOT, terminal.warn)
+    if ceilings:
+        write_json(folder / "ceilings.json", ceilings.to_json())
+    else:
+        terminal.say("measuring what this device sustains, about a minute ...")
+        words = ["--device", str(device), "--dtype", dtype, "--out", str(folder / "ceilings.json")]
+        run_pass("the measurement of ceilings", [*MEASURE_CEILINGS, *words], ROOT, terminal.warn)
     reason = ncu.probe() if counters else None
     if reason:
         terminal.warn(f"no counters: {reason}")
@@ -468,6 +480,7 @@ class Request:
     target_accuracy: float | None
     profile: bool
     ncu: bool
+    ceilings: Path | None
     profile_pass: Path | None
     settings: list[str]
     json: bool
@@ -492,6 +505,8 @@ class Request:
             raise UsageError("--profile accounts for one whole run: leave out --evaluate, --resume and --runs")
         if self.ncu and not (self.profile or self.profile_pass):
             raise UsageError("--ncu adds counters to the report of a profiled run; give --profile too")
+        if self.ceilings and not self.profile:
+            raise UsageError("--ceilings takes the place of a measurement for the report; give --profile too")
         if self.profile and "RANK" in os.environ:
             raise UsageError("--profile accounts for one process; profile it without torchrun")
         self.configure(preset(self.preset or "laptop"))  # a wrong value is answered now, whatever the default will be
@@ -628,6 +643,7 @@ def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> 
         if "RANK" in os.environ and session.ranks.is_first:
             _record_refusal(out, error)
         raise
+    ceilings = _ceilings(request.ceilings, session, config) if request.ceilings else None
     dataset, ranks = session.dataset, session.ranks
     terminal.say(
         f"{config.preset}: {config.network} {'-'.join(map(str, config.widths))}, {config.epochs} epochs of "
@@ -654,8 +670,21 @@ def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> 
         terminal.say(line)
     terminal.say(f"written to {out}")
     if request.profile:
-        profile(session, config, out, request.data_again(dataset.identity), request.ncu)
+        profile(session, config, out, request.data_again(dataset.identity), request.ncu, ceilings)
     return summary
+
+
+def _ceilings(path: Path, session: Session, config: Config) -> "Ceilings":
+    """What --ceilings names. Raises UsageError where it says nothing about this run."""
+    from model.trainer import choose_dtype
+    from profiling.ceilings import reread
+
+    try:
+        return reread(path, session.device, choose_dtype(config.dtype, session.device, config.ops))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"--ceilings {path}: {error}; measure them with python -m profiling device --out FILE, or leave it out"
+        ) from None
 
 
 def _record_refusal(out: Path, error: RunError) -> None:
@@ -721,6 +750,9 @@ def main(
     counters: Annotated[
         bool, typer.Option("--ncu", help="With --profile: DRAM bytes and tensor activity by Nsight Compute.")
     ] = False,
+    ceilings: Annotated[
+        Path | None, typer.Option(help="With --profile: what profiling device --out measured here, not to do it again.")
+    ] = None,
     profile_pass: Annotated[Path | None, typer.Option(hidden=True)] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting. Repeatable.")
@@ -733,7 +765,8 @@ def main(
         _list_presets(as_json)
         return
     given = (preset_name, data_dir, download, synthetic, epochs, runs, seed, out, resume, evaluate, target_accuracy)
-    raise typer.Exit(_guarded(lambda: Request(*given, profiled, counters, profile_pass, settings or [], as_json)))
+    more = (profiled, counters, ceilings, profile_pass, settings or [], as_json)
+    raise typer.Exit(_guarded(lambda: Request(*given, *more)))
 
 
 def _guarded(read: Callable[[], Request]) -> int:

@@ -18,6 +18,7 @@ from kernels.conv_shape import RESNET_LAYERS, ConvShape
 from profiling.bench_records import fingerprint, machine
 from profiling.conv_cases import conv_backward
 from profiling.environment import device_name, environment
+from profiling.records import read_json
 from profiling.sustained import CpuWatch, CudaWatch, captured, sustain
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,6 +120,20 @@ class Ceilings:
         if not good:
             raise ValueError("ceilings: a value is not a positive number; measure them again")
         return found
+
+
+def reread(path: Path, device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """What `profiling device --out` measured into `path` on this very machine in `dtype`.
+
+    Raises ValueError where it was another machine, driver, library or dtype, and as `Ceilings.from_json` does; OSError.
+    """
+    found = Ceilings.from_json(read_json(path))
+    here = device_name(device)
+    if (found.device, found.dtype) != (here, _name(dtype)):
+        raise ValueError(f"it is of {found.device} in {found.dtype}, and this run on {here} in {_name(dtype)}")
+    if found.fingerprint != fingerprint(machine(environment(device, ROOT))):
+        raise ValueError("it was measured on another machine, or with another driver, torch, triton or thread count")
+    return found
 
 
 def measure(

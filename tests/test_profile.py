@@ -11,6 +11,7 @@ import runs
 import torch
 
 import train
+from model.errors import UsageError
 from profiling import collection, report
 from profiling.ceilings import measure
 from profiling.errors import ReportError
@@ -143,6 +144,35 @@ def test_the_pass_runs_in_a_process_of_its_own(copy, monkeypatch):
     monkeypatch.setattr(train, "MEASURE_CEILINGS", [*train.MEASURE_CEILINGS, "--seconds", "0.002"])
     train.profile(runs.tiny_session(), runs.tiny_config(), copy, ["--synthetic"], counters=False)
     assert but_for_noise(read_json(copy / "report.json")["lacks"]) == []
+
+
+def test_ceilings_of_this_machine_are_taken_instead_of_measured(copy, monkeypatch, tmp_path):
+    """Of any other they are refused before the run begins."""
+    file, session = tmp_path / "ceilings.json", runs.tiny_session()
+    measured = (copy / "records" / "ceilings.json").rename(file)
+    found = train._ceilings(measured, session, runs.tiny_config())
+    monkeypatch.setattr(train, "PROFILE_PASS", [sys.executable, "-c", "pass"])
+    monkeypatch.setattr(train, "MEASURE_CEILINGS", [sys.executable, "-c", "raise SystemExit('measured again')"])
+    train.profile(session, runs.tiny_config(), copy, ["--synthetic"], ceilings=found)
+    assert read_json(copy / "records" / "ceilings.json") == read_json(file)
+    assert but_for_noise(read_json(copy / "report.json")["lacks"]) == []
+    for changes, says in (
+        ({"device": "NVIDIA H200"}, "it is of NVIDIA H200 in float32, and this run on"),
+        ({"dtype": "bfloat16"}, "in bfloat16, and this run on"),
+        ({"fingerprint": "0" * 16}, "another machine, or with another driver"),
+        ({"version": 7}, "expected an object with version 1"),
+    ):
+        write_json(file, found.to_json() | changes)
+        with pytest.raises(UsageError, match=says):
+            train._ceilings(file, session, runs.tiny_config())
+    with pytest.raises(UsageError, match="No such file"):
+        train._ceilings(tmp_path / "none.json", session, runs.tiny_config())
+
+
+def test_ceilings_without_a_profile_are_refused():
+    done = subprocess.run([sys.executable, RUNS, "--ceilings", "c.json"], capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "give --profile too" in done.stderr
 
 
 def test_a_pass_that_fails_is_told_and_the_run_stands(copy):
