@@ -141,7 +141,7 @@ class Reproduction:
         """(exit code, whether time ran out). Its output goes to OUT/<name>.log, anew."""
         with open(self.study.out / f"{step.name}.log", "wb") as log:
             process = subprocess.Popen(
-                step.command,
+                step.words(),
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

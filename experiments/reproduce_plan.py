@@ -20,7 +20,8 @@ class Step:
 
     `found(OUT)` says in a line what it found, and raises an OSError, ValueError, KeyError or IndexError where it did
     not. `fresh` names a folder in OUT that an unfinished attempt leaves behind and a new one cannot use. `after(OUT)`
-    is called once it is done. `environment` is added to this process's own. With a `reason` it cannot run here.
+    is called once it is done. `environment` is added to this process's own, and the words of `given` to the command if
+    its file exists by then. With a `reason` it cannot run here.
     """
 
     name: str
@@ -32,7 +33,12 @@ class Step:
     after: Callable[[Path], None] | None = None
     reason: str | None = None
     environment: tuple[tuple[str, str], ...] = ()
+    given: tuple[Path, tuple[str, ...]] | None = None
     further: bool = False
+
+    def words(self) -> list[str]:
+        """The command as it is now."""
+        return [*self.command, *(self.given[1] if self.given and self.given[0].exists() else ())]
 
 
 SMALL_CASES = (
@@ -71,7 +77,9 @@ def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
         return Step(name, command, weight, after=_drop_checkpoints(name), **options)
 
     def profiled(name: str, preset: str, **more: Any) -> Step:
-        return trained(name, preset, 80, "--profile", found=_headline(name), fresh=name, **more)
+        measured, own_dtype = out / "ceilings.json", any(s.partition("=")[0] == "dtype" for s in request.settings)
+        given = None if own_dtype else (measured, ("--ceilings", str(measured)))
+        return trained(name, preset, 80, "--profile", found=_headline(name), fresh=name, given=given, **more)
 
     def accuracy(name: str, preset: str, runs: int, **more: Any) -> Step:
         target = () if small else ("--target-accuracy", "0.94")

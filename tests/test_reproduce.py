@@ -195,6 +195,21 @@ def test_what_is_further_shares_what_is_left_by_all_else(tmp_path, monkeypatch):
     assert [row["limit_s"] for row in run(tmp_path, steps, budget=100)["steps"]] == [25, 100, 100]
 
 
+def test_what_an_earlier_step_measured_is_given_to_a_later_one(tmp_path):
+    """And not measured again, unless the runs are to be in a dtype of their own."""
+    code, file = "import sys; print(len(sys.argv))", tmp_path / "measured"
+    later = script("later", code, given=(file, ("--with", "it")), found=last_line("later"))
+    assert run(tmp_path / "without", [later])["steps"][0]["found"] == "1"
+    assert run(tmp_path / "with", [script("first", once(file)), later])["steps"][1]["found"] == "3"
+
+    def given(*settings: str) -> set:
+        steps = reproduce_plan.plan(tmp_path, Request(settings=settings), False, True)
+        return {step.given for step in steps if step.name in ("profiled", "profiled-article")}
+
+    assert given() == {(tmp_path / "ceilings.json", ("--ceilings", str(tmp_path / "ceilings.json")))}
+    assert given("dtype=bfloat16") == {None}
+
+
 def test_a_steps_environment_is_added_to_ours(tmp_path, monkeypatch):
     monkeypatch.setenv("OURS", "here")
     code = "import os; print(os.environ['OURS'], os.environ['ITS'])"
