@@ -65,7 +65,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure and draw the ladder; returns what ladder.json holds."""
     import train
-    from experiments import ladder_report
+    from experiments import ladder_chart, ladder_report
 
     sizes = SMALL if request.small else WHOLE
     sizes = sizes._replace(turns=epochs_per_rung or sizes.turns)
@@ -91,7 +91,7 @@ def run(
     ladder = ladder_report.analyse(measured, study.settings["device_name"])
     return study.finish(
         ladder,
-        ladder_report.plots(ladder),
+        ladder_chart.plots(ladder),
         ladder_report.sentences(ladder),
         ladder_report.tables(ladder),
         ladder_report.caveats(ladder, request.small, sizes.images),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from runs import tiny_dataset, tiny_session
 
-from experiments import ladder, ladder_report
+from experiments import ladder, ladder_chart, ladder_report
 from experiments.rungs import RUNGS, Rung, require_own
 from experiments.study import Request, Study
 from model.config import PRESETS, Config
@@ -179,7 +179,7 @@ def test_nothing_that_can_run_is_a_result_too(tmp_path):
     one = study(tmp_path)
     one.finish(
         found,
-        ladder_report.plots(found),
+        ladder_chart.plots(found),
         ladder_report.sentences(found),
         ladder_report.tables(found),
         ladder_report.caveats(found, True, None),
