@@ -46,12 +46,16 @@ class Sweep(NamedTuple):
 class Suggestion(NamedTuple):
     """Two rates: `steepest`, where the smoothed loss falls fastest, and `tenth` of the rate at its minimum.
 
-    `at_end` says that the minimum is the last step's: the true one may lie at a higher rate.
+    `low` and `high` are the outermost rates at which the smoothed loss is as low as there, within its noise: two
+    standard errors of a difference. `at_end` says that the minimum is the last step's: the true one may lie at a
+    higher rate.
     """
 
     steepest: float
     tenth: float
     minimum: float
+    low: float
+    high: float
     at_end: bool
 
 
@@ -121,7 +125,12 @@ def suggest(rates: Sequence[float], losses: Sequence[float]) -> Suggestion | Non
     if lowest == 0:
         return None
     steepest = int(np.argmin(slopes[: lowest + 1]))
-    return Suggestion(rates[steepest], rates[lowest] / 10, rates[lowest], lowest == len(rates) - 1)
+    x = np.log10(rates)
+    near = np.abs(x - x[lowest]) <= WINDOW / 2
+    noise = float(np.std(np.subtract(losses, values)[near])) / math.sqrt(near.sum())
+    as_low = np.flatnonzero(np.asarray(values) <= values[lowest] + 2 * math.sqrt(2) * noise)
+    plateau = rates[as_low[0]], rates[as_low[-1]]
+    return Suggestion(rates[steepest], rates[lowest] / 10, rates[lowest], *plateau, lowest == len(rates) - 1)
 
 
 def sentences(found: Sweep, suggested: Suggestion | None, config: Config) -> list[str]:
@@ -137,6 +146,11 @@ def sentences(found: Sweep, suggested: Suggestion | None, config: Config) -> lis
             f"{s.tenth:.2g}; the schedule of {config.preset} peaks at {peak:.3g}, which is {peak / s.steepest:.2g} and "
             f"{peak / s.tenth:.2g} times these."
         )
+        if s.high > 2 * s.low:
+            said.append(
+                f"Within the noise of its batches the smoothed loss is as low anywhere from {s.low:.2g} to "
+                f"{s.high:.2g}: the second rule could as well say {s.low / 10:.2g} or {s.high / 10:.2g}."
+            )
         if s.at_end:
             said.append("The loss was lowest at the sweep's last step, so the second rule is a lower bound.")
     ended = f"The sweep ended early: {found.stopped}." if found.stopped else None
@@ -174,6 +188,10 @@ def chart(found: Sweep, suggested: Suggestion | None, config: Config) -> Chart:
         properties = {"name": escape(f"{name}: {rate:.2g}"), "showlegend": True, "hoverinfo": "skip"}
         ends = {"x": [rate, rate], "y": [bottom, top]}
         data.append(trace("scatter", mode="lines", line=line(paint, 1.5, dash), **ends, **properties))
+    if suggested is not None and suggested.high > suggested.low:
+        level, flat = min(values), {"name": "as low, within noise", "showlegend": True, "hoverinfo": "skip"}
+        ends = {"x": [suggested.low, suggested.high], "y": [level, level]}
+        data.append(trace("scatter", mode="lines", line=line("series-3", 3), **ends, **flat))
     whole = layout(
         xaxis=axis("learning rate", type="log", tickformat="~g"),
         yaxis=axis("loss of a batch", range=[bottom, top]),

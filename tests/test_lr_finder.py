@@ -100,6 +100,23 @@ def test_both_rules_find_what_is_there(noise, within):
     assert not found.at_end
 
 
+def test_how_sure_the_minimum_is_follows_from_the_noise():
+    """Without any it is about one rate; a floor two decades wide is as low all along, and a sentence says so."""
+    exact = lr_finder.suggest(*valley())
+    assert 0.6 < exact.low < exact.minimum < exact.high < 1.1
+    noise = 0.05 * torch.randn(200, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x = torch.linspace(-4, 1.5, 200, dtype=torch.float64)
+    flat = 2.3 - 0.3 * (x + 3).clamp(0, 2) + 2 * torch.relu(x - 1) + noise  # its floor is from 0.1 to 10
+    found = lr_finder.suggest((10**x).tolist(), flat.tolist())
+    assert 0.04 < found.low < 0.3
+    assert 4 < found.high < 14
+    unsure, sure = (
+        " ".join(lr_finder.sentences(lr_finder.Sweep([1.0], [1.0], None), s, tiny_config())) for s in (found, exact)
+    )
+    assert f"the second rule could as well say {found.low / 10:.2g} or {found.high / 10:.2g}" in unsure
+    assert "could as well" not in sure
+
+
 @pytest.mark.parametrize(
     ("losses", "at_end"),
     [([3, 2, 1, 0.5], True), ([1, 2, 3, 4], None), ([1, 1], None)],
