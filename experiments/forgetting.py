@@ -198,7 +198,7 @@ def limits_caption(chosen: dict[str, int]) -> str:
 def limits_tables(result: dict[str, Any]) -> list[Table]:
     """The numbers of the first plot."""
     losses = [
-        [f"{int(images):,}", *("blew up" if loss is None else f"{loss:.3f}" for loss in curve)]
+        [f"{int(images):,}", *("blew up" if loss is None else f"{loss:.4g}" for loss in curve)]
         for images, curve in result["curves"].items()
     ]
     found = [
