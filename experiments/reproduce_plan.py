@@ -1,5 +1,6 @@
 """What `reproduce` does on a device, and in what order."""
 
+import collections
 import re
 import shutil
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.study import Request
-from profiling.records import read_json
+from profiling.records import read_json, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,10 +109,10 @@ def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
     quick = ("bn_finalize", "--quick") if small else ()
     return [
         suite("suite"),
-        Step("doctor", module("profiling", "doctor"), 10),
-        Step("ceilings", ceilings, 50),
+        Step("doctor", module("profiling", "doctor"), 10, _doctor_says),
+        Step("ceilings", ceilings, 50, _ceilings_say),
         Step("tiles", tune, 90, after=_keep_tiles, reason=no_gpu),
-        Step("bench", (*bench, *quick), 90, accepts=(0, 1)),
+        Step("bench", (*bench, *quick), 90, _bench_says, accepts=(0, 1)),
         Step("ladder", (*ladder, *(["--small"] if small else [])), 120, _ladder_says),
         profiled("profiled", "fused"),
         accuracy("accuracy", "fused", 5),
@@ -168,6 +169,28 @@ def _drop_checkpoints(folder: str) -> Callable[[Path], None]:
             path.unlink()
 
     return drop
+
+
+def _doctor_says(out: Path) -> str:
+    lines = (out / "doctor.log").read_text(encoding="utf-8").splitlines()
+    missing = [re.split(r"\s{2,}", line.removeprefix("missing "))[0] for line in lines if line.startswith("missing ")]
+    return f"missing: {', '.join(missing)}" if missing else "nothing is missing"
+
+
+def _ceilings_say(out: Path) -> str:
+    from profiling.ceilings import Ceilings, in_words
+
+    found = Ceilings.from_json(read_json(out / "ceilings.json"))
+    return f"{in_words(found.flops_per_s, 'FLOP/s')}, {in_words(found.bytes_per_s, 'B/s')} read plus written"
+
+
+def _bench_says(out: Path) -> str:
+    """How our kernels compare with the best alternative, caches cold."""
+    rows = [row for row in read_jsonl(out / "bench.jsonl") if row.get("provider") == "ours" and row["mode"] == "cold"]
+    words = collections.Counter(row["verdict"] for row in rows if row["verdict"])
+    wrong = sum(row["wrong"] for row in rows)
+    counted = ", ".join(f"{count} {word}" for word, count in words.most_common()) or "none timed beside another"
+    return f"our kernels: {counted}" + (f"; {wrong} WRONG" if wrong else "")
 
 
 def _ladder_says(out: Path) -> str:

@@ -12,6 +12,7 @@ from model.errors import UsageError
 from model.interrupts import Interrupted, Interrupts
 from profiling import cases
 from profiling.console import Terminal
+from profiling.records import append_jsonl
 
 QUIET = Terminal(speaks=False)
 
@@ -215,6 +216,31 @@ def test_a_steps_environment_is_added_to_ours(tmp_path, monkeypatch):
     code = "import os; print(os.environ['OURS'], os.environ['ITS'])"
     step = script("env", code, environment=(("ITS", "too"),), found=last_line("env"))
     assert run(tmp_path, [step])["steps"][0]["found"] == "here too"
+
+
+def test_what_the_doctor_misses_is_found(tmp_path):
+    (tmp_path / "doctor.log").write_text(
+        "ok      rich     15\nmissing CIFAR-10          not in data\nmissing CUDA GPU  no\n"
+    )
+    assert reproduce_plan._doctor_says(tmp_path) == "missing: CIFAR-10, CUDA GPU"
+    (tmp_path / "doctor.log").write_text("ok      rich     15\n")
+    assert reproduce_plan._doctor_says(tmp_path) == "nothing is missing"
+
+
+def test_the_benchmarks_verdicts_are_counted(tmp_path):
+    def row(verdict: str | None, mode: str = "cold", provider: str = "ours", wrong: bool = False) -> None:
+        row = {"kind": "timing", "provider": provider, "mode": mode, "verdict": verdict, "wrong": wrong}
+        append_jsonl(tmp_path / "bench.jsonl", row)
+
+    row(None)
+    append_jsonl(tmp_path / "bench.jsonl", {"kind": "facts"})
+    assert reproduce_plan._bench_says(tmp_path) == "our kernels: none timed beside another"
+    for verdict in ("FAST", "SLOW", "FAST"):
+        row(verdict)
+    row("SLOW", mode="hot")
+    row("SLOW", provider="torch.compile")
+    row(None, wrong=True)
+    assert reproduce_plan._bench_says(tmp_path) == "our kernels: 2 FAST, 1 SLOW; 1 WRONG"
 
 
 def test_finished_runs_keep_no_weights(tmp_path):
