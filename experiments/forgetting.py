@@ -198,7 +198,7 @@ def limits_caption(chosen: dict[str, int]) -> str:
 def limits_tables(result: dict[str, Any]) -> list[Table]:
     """The numbers of the first plot."""
     losses = [
-        [f"{int(images):,}", *("blew up" if loss is None else f"{loss:.4g}" for loss in curve)]
+        [f"{int(images):,}", *map(_cell, curve)]
         for images, curve in result["curves"].items()
     ]
     found = [
@@ -220,6 +220,10 @@ def limits_tables(result: dict[str, Any]) -> list[Table]:
             statuses,
         ),
     ]
+
+
+def _cell(loss: float | None) -> str:
+    return "blew up" if loss is None else f"{loss:.3f}" if loss < 100 else f"{loss:,.0f}"
 
 
 def caveats(request: Request, session: "train.Session", config: Config, chosen: dict[str, int]) -> list[str]:
