@@ -197,10 +197,7 @@ def limits_caption(chosen: dict[str, int]) -> str:
 
 def limits_tables(result: dict[str, Any]) -> list[Table]:
     """The numbers of the first plot."""
-    losses = [
-        [f"{int(images):,}", *map(_cell, curve)]
-        for images, curve in result["curves"].items()
-    ]
+    losses = [[f"{int(images):,}", *map(_cell, curve)] for images, curve in result["curves"].items()]
     found = [
         [
             f"{row['images']:,}",

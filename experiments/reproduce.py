@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from experiments import reproduce_page
+from experiments.reproduce_page import DONE, FAILED, LATE, LEFT, UNAVAILABLE
 from experiments.reproduce_plan import ROOT, Step, last_line, plan
 from experiments.study import Request, Study
 from model.errors import RunError, UsageError
@@ -33,7 +35,6 @@ GRACE_S = 20.0
 """How long an interrupted step may take to save what it has."""
 LEAST_S = 5.0
 """No step is begun with less."""
-DONE, FAILED, LATE, LEFT, UNAVAILABLE = "done", "failed", "out of time", "left", "unavailable"
 
 
 def check(request: Request, budget: float) -> None:
@@ -56,7 +57,8 @@ def run(
     out = request.out or ROOT / "results" / f"{datetime.date.today()}-{slug}"
     small = request.small or not on_gpu
     data = "synthetic" if request.synthetic else "folder" if request.data_dir else "default"
-    settings = {"small": small, "set": list(request.settings), "seed": request.seed, "device_name": name, "data": data}
+    settings = {"small": small, "set": list(request.settings), "seed": request.seed, "data": data}
+    settings |= {"device": "cuda" if on_gpu else "cpu", "device_name": name}
     study = Study("reproduce", out, settings, terminal)
     steps = plan(out.absolute(), request, small, on_gpu) if steps is None else steps
     return Reproduction(study, steps, budget, start_s, interrupts).run()
@@ -93,18 +95,20 @@ class Reproduction:
     def run(self) -> dict[str, Any]:
         """Do the steps that are left, in order, while there is time; returns the status."""
         status = self._write()
-        for step in self.steps:
-            if self.rows[step.name]["status"] in (DONE, UNAVAILABLE):
-                continue
-            limit_s = self._limit(step)
-            if limit_s < LEAST_S:
-                self.terminal.say(f"{step.name}: left, {self.left_s():.0f} s are too few")
-                continue
-            self.terminal.say(f"{step.name}: at most {limit_s:.0f} s of {self.left_s():.0f}", "bold")
-            row = self._do(step, limit_s)
-            self.terminal.say(f"{step.name}: {row['status']} after {row['seconds']:.0f} s. {row['found']}")
-            status = self._write()
-        self._say(status)
+        possible = [step for step in self.steps if self.rows[step.name]["status"] != UNAVAILABLE]
+        waiting = [step for step in possible if self.rows[step.name]["status"] != DONE]
+        with self.terminal.progress(len(possible), len(possible) - len(waiting), "steps") as meter:
+            for step in waiting:
+                limit_s = self._limit(step)
+                if limit_s < LEAST_S:
+                    self.terminal.say(f"{step.name}: left, {self.left_s():.0f} s are too few")
+                    continue
+                self.terminal.say(f"{step.name}: at most {limit_s:.0f} s of {self.left_s():.0f}", "bold")
+                row = self._do(step, limit_s)
+                self.terminal.say(f"{step.name}: {row['status']} after {row['seconds']:.0f} s. {row['found']}")
+                meter.advance(1, step.name)
+                status = self._write()
+        self._finish(status)
         return status
 
     def _limit(self, step: Step) -> float:
@@ -171,13 +175,21 @@ class Reproduction:
             raise RunError(f"{self.study.out}: {error}; free some space and run the command again") from None
         return status
 
-    def _say(self, status: dict[str, Any]) -> None:
-        rows = [
-            [r["name"], r["status"], "" if r["seconds"] is None else f"{r['seconds']:.0f}", r["found"]]
-            for r in status["steps"]
-        ]
-        self.terminal.table(f"{self.study.out}", ["step", "status", "s", "found"], rows)
-        left = [r["name"] for r in status["steps"] if r["status"] not in (DONE, UNAVAILABLE)]
+    def _finish(self, status: dict[str, Any]) -> None:
+        """The page of what there is, and what is left."""
+        rows, name = status["steps"], self.study.settings["device_name"]
+        small = "--small: every training is of the preset laptop for an epoch, whatever its step is called: a look at "
+        small += "whether it all works, not a measurement"
+        caveats = [small] if self.study.settings["small"] else []
+        self.study.finish(
+            status,
+            [reproduce_page.plot(rows)],
+            reproduce_page.sentences(rows, name),
+            [reproduce_page.table(rows)],
+            caveats,
+            reproduce_page.data_identity(self.study.out),
+        )
+        left = [r["name"] for r in rows if r["status"] not in (DONE, UNAVAILABLE)]
         how = f"the same command with --out {self.study.out} goes on"
         self.terminal.say(f"left: {', '.join(left)}; {how}" if left else "everything is done", "bold")
 

@@ -151,11 +151,12 @@ class Study:
         sentences: Sequence[str],
         tables: Sequence[Table],
         caveats: Sequence[str] = (),
+        data_identity: str | None = None,
     ) -> dict[str, Any]:
         """Write OUT/name.json, a picture of each plot as SVG and PNG, and OUT/name.html; print tables and sentences.
 
         The sentences are conclusions drawn from `result`, the first being the page's headline; a caveat limits them.
-        Returns what the JSON holds.
+        `data_identity` is the settings' own where it is not given. Returns what the JSON holds.
         """
         import torch
 
@@ -167,7 +168,7 @@ class Study:
             "experiment": self.name,
             "settings": self.settings,
             "environment": environment(torch.device(self.settings.get("device", "cpu")), train.ROOT),
-            "data_identity": self.settings.get("data_identity"),
+            "data_identity": data_identity or self.settings.get("data_identity"),
             "sentences": list(sentences),
             "caveats": list(caveats),
             "tables": [asdict(table) | {"statuses": _statuses(table)} for table in tables],

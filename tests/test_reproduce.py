@@ -5,16 +5,23 @@ import time
 
 import pytest
 
-from experiments import reproduce, reproduce_plan
+from experiments import reproduce, reproduce_page, reproduce_plan
 from experiments.reproduce_plan import Step, last_line
-from experiments.study import Request
+from experiments.study import Request, Study
 from model.errors import UsageError
 from model.interrupts import Interrupted, Interrupts
 from profiling import cases
 from profiling.console import Terminal
-from profiling.records import append_jsonl
+from profiling.records import append_jsonl, read_json
 
 QUIET = Terminal(speaks=False)
+FINISH = Study.finish
+
+
+@pytest.fixture(autouse=True)
+def no_page(monkeypatch):
+    """A page takes longer than most of these steps."""
+    monkeypatch.setattr(Study, "finish", lambda *arguments: None)
 
 
 def script(name: str, code: str, weight: float = 1, **more) -> Step:
@@ -137,6 +144,40 @@ def test_an_attempt_that_cannot_go_on_begins_afresh(tmp_path):
     assert statuses(run(tmp_path / "out", [step])) == {"profiled": "failed"}
     (tmp_path / "ok").touch()
     assert statuses(run(tmp_path / "out", [step])) == {"profiled": "done"}
+
+
+def test_what_was_done_is_a_page_that_says_what_is_left(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Study, "finish", FINISH)
+    summary = '{"data_identity": "copy", "status": "complete"}'
+    write = f"import os; os.mkdir({str(tmp_path / 'run')!r}); open({str(tmp_path / 'run/summary.json')!r}, 'w')"
+    steps = [
+        script("first", f"{write}.write({summary!r}); print('ten to one')", found=last_line("first")),
+        script("broken", "raise SystemExit(3)"),
+        script("nothing", "pass", reason="no GPU"),
+    ]
+    reproduce.run(Request(out=tmp_path, synthetic=True), Terminal(), Interrupts(), 60, steps)
+    document = read_json(tmp_path / "reproduce.json")
+    assert document["data_identity"] == "copy"
+    assert document["environment"]["git_sha"]
+    headline, *said = document["sentences"]
+    assert "1 of 2 steps are done" in headline
+    assert said[0] == "first: ten to one."
+    assert said[1:] == ["Failed: broken (exit code 3: no output).", "Unavailable here, nothing: no GPU."]
+    assert [row[:2] for row in document["tables"][0]["rows"]] == [
+        ["first", "done"],
+        ["broken", "failed"],
+        ["nothing", "unavailable"],
+    ]
+    page = (tmp_path / "reproduce.html").read_text(encoding="utf-8")
+    assert "A COPY OF CIFAR-10" in page
+    assert "ten to one" in page
+    assert "left: broken; the same command with --out" in " ".join(capsys.readouterr().out.split())
+
+
+def test_nothing_begun_is_no_picture():
+    plot = reproduce_page.plot([{"name": "a", "status": "left", "seconds": None, "found": ""}])
+    assert not plot.chart.data
+    assert plot.chart.reason == "no step was begun"
 
 
 def test_a_folder_of_another_plan_is_refused(tmp_path):
