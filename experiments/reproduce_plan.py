@@ -1,6 +1,8 @@
 """What `reproduce` does on a device, and in what order."""
 
 import collections
+import importlib.util
+import os
 import re
 import shutil
 import sys
@@ -69,7 +71,8 @@ def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
 
     def suite(name: str, **more: Any) -> Step:
         tests = ["tests/test_config.py", "tests/test_schedule.py", "tests/test_timing.py"] if small else _gpu_tests()
-        command = module("pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / name}.xml", *tests)
+        spread = [] if small else _spread()
+        command = module("pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / name}.xml", *spread, *tests)
         return Step(name, command, 150, last_line(name), accepts=(0, 1), **more)
 
     def trained(name: str, preset: str, weight: float, *more: str, **options: Any) -> Step:
@@ -138,6 +141,12 @@ def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
             reason=no_gpu,
         ),
     ]
+
+
+def _spread() -> list[str]:
+    """What makes pytest use several processes, where its plugin is installed: most of the time the compiler works."""
+    processes = min(8, (os.cpu_count() or 1) // 2)
+    return ["-n", str(processes)] if processes > 1 and importlib.util.find_spec("xdist") else []
 
 
 def _gpu_tests() -> list[str]:

@@ -222,6 +222,18 @@ def test_the_checkers_need_a_gpu_and_their_program(tmp_path, monkeypatch):
     assert reasons(True) == {None}
 
 
+@pytest.mark.parametrize(
+    ("cores", "plugin", "words"),
+    [(16, True, ["-n", "8"]), (6, True, ["-n", "3"]), (2, True, []), (16, False, []), (None, True, [])],
+    ids=["many_cores", "some", "two", "no_plugin", "unknown"],
+)
+def test_the_suite_uses_the_cores_that_there_are(tmp_path, monkeypatch, cores, plugin, words):
+    monkeypatch.setattr(reproduce_plan.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(reproduce_plan.importlib.util, "find_spec", lambda name: plugin or None)
+    suite = reproduce_plan.plan(tmp_path, Request(), False, True)[0].command
+    assert [word for word in suite if word == "-n" or word.isdigit()] == words
+
+
 def test_every_op_is_among_the_small_cases():
     """With all that can be fused into it."""
     small = [case for case in cases.cases() if case.shape in reproduce_plan.SMALL_CASES]
