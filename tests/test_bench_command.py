@@ -197,3 +197,16 @@ def test_an_interrupted_tuning_keeps_what_it_measured_and_goes_on_from_there(mon
         assert invoke("conv_wgrad", "--tune").exit_code == 130
         assert len(table) == measured
     assert len(set(asked)) == 4
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_crash_is_not_taken_for_a_wrong_kernel(monkeypatch):
+    """Exit code 1 says that all was measured, and something found wrong."""
+
+    def crash(*arguments):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(bench, "measure", crash)
+    done = invoke("bn_finalize", "--shape", "256x4x4", "--quick")
+    assert done.exit_code == 70
+    assert "illegal memory access" in done.stderr
