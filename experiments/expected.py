@@ -105,9 +105,9 @@ def cases(chosen: Iterable[Any], machine: Machine, compile_: Compile) -> dict[st
     """A prediction for each benchmark case, in fp16 at batch 512, by the case's name."""
     import torch
 
-    from kernels.tiles import Gpu
     from profiling.ahead_of_time import launches
     from profiling.case import Draw
+    from profiling.kernel_facts import Gpu
 
     draw, found = Draw(BATCH, torch.device("cpu"), torch.float16, untouched=True), []
     for case in chosen:
@@ -139,9 +139,9 @@ def fused_step(config: Config, machine: Machine, compile_: Compile) -> list[Pred
     """A prediction for each kernel of a training step of `config`, of this project's kernels, in order."""
     import torch
 
-    from kernels.tiles import Gpu
     from model.trainer import modelled_step
     from profiling.ahead_of_time import launches
+    from profiling.kernel_facts import Gpu
     from profiling.work import work_of
 
     found, seen = [], 0

@@ -4,6 +4,7 @@ python -m experiments predictions                    # into results/predictions-
 python -m experiments predictions --against FOLDER   # what `reproduce` measured into FOLDER, beside them
 """
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -202,9 +203,7 @@ def run(
 
 
 def _predict(terminal: "Terminal", out: Path) -> dict[str, Any]:
-    from kernels import jit
-
-    if not jit.INSTALLED:
+    if importlib.util.find_spec("triton") is None:
         raise RunError("predictions read the machine code, and triton is not installed (it has wheels for Linux only)")
     terminal.say(f"compiling every kernel for {H200.name} ...")
     document = make()

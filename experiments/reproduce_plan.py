@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.study import Request
+from model.config import preset as presets
+from model.errors import RunError
 from profiling.records import read_json, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,8 +25,8 @@ class Step:
 
     `found(OUT)` says in a line what it found, and raises an OSError, ValueError, KeyError or IndexError where it did
     not. `fresh` names a folder in OUT that an unfinished attempt leaves behind and a new one cannot use. `after(OUT)`
-    is called once it is done. `environment` is added to this process's own, and the words of `given` to the command if
-    its file exists by then. With a `reason` it cannot run here.
+    is called once it is done. `environment` is added to this process's own, and the words that `given()` then returns
+    to the command. With a `reason` it cannot run here.
     """
 
     name: str
@@ -36,12 +38,12 @@ class Step:
     after: Callable[[Path], None] | None = None
     reason: str | None = None
     environment: tuple[tuple[str, str], ...] = ()
-    given: tuple[Path, tuple[str, ...]] | None = None
+    given: Callable[[], tuple[str, ...]] = tuple
     further: bool = False
 
     def words(self) -> list[str]:
         """The command as it is now."""
-        return [*self.command, *(self.given[1] if self.given and self.given[0].exists() else ())]
+        return [*self.command, *self.given()]
 
 
 SMALL_CASES = (
@@ -81,8 +83,12 @@ def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
         return Step(name, command, weight, after=_drop_checkpoints(name), **options)
 
     def profiled(name: str, preset: str, **more: Any) -> Step:
-        measured, own_dtype = out / "ceilings.json", any(s.partition("=")[0] == "dtype" for s in request.settings)
-        given = None if own_dtype else (measured, ("--ceilings", str(measured)))
+        measured = out / "ceilings.json"
+
+        def given() -> tuple[str, ...]:
+            fit = _ceilings_fit(measured, request, "laptop" if small else preset)
+            return ("--ceilings", str(measured)) if fit else ()
+
         return trained(name, preset, 80, "--profile", found=_headline(name), fresh=name, given=given, **more)
 
     def accuracy(name: str, preset: str, runs: int, **more: Any) -> Step:
@@ -184,6 +190,20 @@ def _doctor_says(out: Path) -> str:
     lines = (out / "doctor.log").read_text(encoding="utf-8").splitlines()
     missing = [re.split(r"\s{2,}", line.removeprefix("missing "))[0] for line in lines if line.startswith("missing ")]
     return f"missing: {', '.join(missing)}" if missing else "nothing is missing"
+
+
+def _ceilings_fit(path: Path, request: Request, preset: str) -> bool:
+    """Whether they were measured on this machine in this run's dtype: a folder may have been begun on another."""
+    from model.trainer import choose_device, choose_dtype
+    from profiling.ceilings import reread
+
+    try:
+        config = request.configure(presets(preset))
+        device = choose_device(config.device)
+        reread(path, device, choose_dtype(config.dtype, device, config.ops))
+    except (OSError, ValueError, RunError):
+        return False
+    return True
 
 
 def _ceilings_say(out: Path) -> str:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from model.config import Config, preset
 from model.errors import UsageError
 from profiling.console import Terminal
+from profiling.errors import ReportError
 from profiling.plot import Chart
 from profiling.records import append_jsonl, read_json, read_jsonl, write_json, write_text
 
@@ -177,14 +178,19 @@ class Study:
         document = _as_read(document)
         write_json(self.out / f"{self.name}.json", document)
         self._draw(plots)
-        write_text(self.out / f"{self.name}.html", render(document, plots, tables))
+        try:
+            write_text(self.out / f"{self.name}.html", render(document, plots, tables))
+            written = f"{self.name}.html"
+        except ReportError as error:
+            self.terminal.warn(str(error))
+            written = f"{self.name}.json"
         for table in tables:
             self.terminal.table(table.title, table.columns, table.rows)
         for caveat in caveats:
             self.terminal.warn(caveat)
         for sentence in sentences:
             self.terminal.say(sentence)
-        self.terminal.say(f"written to {self.out / self.name}.html")
+        self.terminal.say(f"written to {self.out / written}")
         return document
 
     def _draw(self, plots: Sequence[Plot]) -> None:

@@ -165,7 +165,9 @@ def load(path: Path = PATH) -> tuple[Entry, ...]:
 def dump(entries: tuple[Entry, ...], path: Path = PATH) -> None:
     """Write `entries`, sorted by their key, as the table; `load` reads the same entries back."""
     records = [entry._asdict() | {"tile": asdict(entry.tile)} for entry in sorted(entries, key=lambda entry: entry[:4])]
-    path.write_text(json.dumps({"schema": SCHEMA, "entries": records}, indent=2) + "\n")
+    whole = path.with_name(f".tmp-{path.name}")
+    whole.write_text(json.dumps({"schema": SCHEMA, "entries": records}, indent=2) + "\n")
+    whole.replace(path)  # whoever reads meanwhile, or after a kill, finds the old table or the new one
 
 
 @functools.cache

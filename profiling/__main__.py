@@ -4,6 +4,7 @@ Every command imports what it needs when it is called, so that a slip of the fin
 """
 
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from profiling.console import Terminal
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
+CRASHED = 70
+"""The exit code of what nobody foresaw (EX_SOFTWARE of sysexits.h): by 1, Python's own, `bench` says that a kernel is
+wrong."""
 
 
 @app.callback()
@@ -127,6 +131,9 @@ def _end(command: Callable[[], int], terminal: "Terminal") -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
+    except Exception:
+        traceback.print_exc()
+        code = CRASHED
     sys.exit(code)
 
 

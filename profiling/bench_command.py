@@ -230,8 +230,17 @@ def _tune(request: Request, chosen: list["Case"], dtype: "torch.dtype", terminal
     before = tiles.load()
     backend = CudaBackend(setup(dtype, request.quick))
     terminal.say(f"tuning {len(problems)} convolutions on {backend.gpu.name}, triton {triton.__version__}")
-    measured = tune(backend, [(op, parse(shape)) for op, shape in problems], dtype, triton.__version__, terminal.say)
-    tiles.dump(refreshed(before, measured))
+    # Those that the table lacks come first, so that a command that was interrupted goes on.
+    known = {entry[:4] for entry in before}
+    ordered = sorted(problems, key=lambda problem: (backend.gpu.name, *problem, request.dtype) in known)
+    measured = tune(
+        backend,
+        [(op, parse(shape)) for op, shape in ordered],
+        dtype,
+        triton.__version__,
+        terminal.say,
+        lambda measured: tiles.dump(refreshed(before, measured)),
+    )
     differences = changed(before, measured)
     for line in differences or ["no tile changed"]:
         terminal.say(line)

@@ -11,10 +11,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from profiling import content
 from profiling.charts import charts, difference
+from profiling.errors import ReportError
 from profiling.plot import Chart
 from profiling.telemetry_table import telemetry_table
 from profiling.untrusted import Record, clean, part, plain, text, texts
@@ -111,7 +111,11 @@ def render_comparison(compared: Record) -> str:
 
 
 def assets(drawn: Sequence[Chart]) -> dict[str, Any]:
-    """What every page brings with it."""
+    """What every page brings with it. Raises ReportError where plotly, which draws its charts, is not installed."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ReportError(f"there is no page: {error}; pip install -e . and run the command again") from None
     script = (HERE / "report.js").read_text(encoding="utf-8")
     plotly = get_plotlyjs()
     return {

@@ -59,7 +59,10 @@ def build(folder: Path) -> dict[str, Any]:
 
 
 def write(folder: Path) -> dict[str, Any]:
-    """Build the report and put it into `folder`, each file whole or not at all. Raises ReportError and OSError."""
+    """Build the report and put it into `folder`, each file whole or not at all. Raises ReportError and OSError.
+
+    The page comes last: where it cannot be drawn, the others are there.
+    """
     report = build(folder)
     write_json(folder / "report.json", report)
     write_text(folder / "report.md", render_markdown(report))

@@ -165,8 +165,12 @@ def tune(
     dtype: torch.dtype,
     triton: str,
     say: Callable[[str], None],
+    keep: Callable[[list[Entry]], None] = lambda measured: None,
 ) -> list[Entry]:
-    """Measure every (op, shape) of `problems`; the entries that resulted. What was refused is said."""
+    """Measure every (op, shape) of `problems`; the entries that resulted. What was refused is said.
+
+    `keep` gets the entries so far after each of them: there are many, and the last may never come.
+    """
     measured = []
     for op, shape in problems:
         make, variant = FUSED[op]
@@ -181,6 +185,7 @@ def tune(
             say(f"{op} {shape}: nothing measured, the table stays as it is")
             continue
         measured.append(entry)
+        keep(measured)
         say(f"{op} {shape}: {_measured(entry)}")
     return measured
 

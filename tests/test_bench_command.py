@@ -8,13 +8,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kernels import jit
-from profiling import bench_command, cases, kernel_facts
+from kernels import jit, tiles
+from kernels.tiles import Gpu
+from profiling import bench, bench_command, cases, kernel_facts, tuning
 from profiling.__main__ import app
 from profiling.ahead_of_time import Facts
 from profiling.case import with_moments
 from profiling.errors import CommandError
 from profiling.records import read_jsonl
+from profiling.tuning import Timings
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,7 +103,7 @@ def test_tuning_needs_a_gpu():
 
 @pytest.mark.usefixtures("no_gpu")
 def test_a_kernel_found_wrong_is_exit_1(monkeypatch):
-    from profiling import bench, gate
+    from profiling import gate
 
     monkeypatch.setattr(gate.Gate, "refusal", lambda gate, result: "off")
     monkeypatch.setattr(
@@ -166,3 +168,45 @@ def test_kernels_that_cannot_run_are_not_checked(monkeypatch):
     monkeypatch.setattr(jit, "unavailable", lambda device: "there is no GPU")
     done = invoke("--check")
     assert (done.exit_code, done.stderr) == (4, "error: --check runs the kernels: there is no GPU\n")
+
+
+def test_an_interrupted_tuning_keeps_what_it_measured_and_goes_on_from_there(monkeypatch):
+    table, asked = [], []
+
+    class Backend:
+        gpu = Gpu("NVIDIA H200", (9, 0))
+
+        def __init__(self, setup):
+            self.left = 2
+
+        def time(self, case, tried, incumbent):
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            asked.append(case.name)
+            return Timings({incumbent: 1.0}, 2.0, {})
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(jit, "unavailable", lambda device: None)
+    monkeypatch.setattr(bench, "setup", lambda dtype, quick: None)
+    monkeypatch.setattr(tuning, "CudaBackend", Backend)
+    monkeypatch.setattr(tiles, "load", lambda: tuple(table))
+    monkeypatch.setattr(tiles, "dump", lambda entries: table.__setitem__(slice(None), entries))
+    for measured in (2, 4):
+        assert invoke("conv_wgrad", "--tune").exit_code == 130
+        assert len(table) == measured
+    assert len(set(asked)) == 4
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_crash_is_not_taken_for_a_wrong_kernel(monkeypatch):
+    """Exit code 1 says that all was measured, and something found wrong."""
+
+    def crash(*arguments):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(bench, "measure", crash)
+    done = invoke("bn_finalize", "--shape", "256x4x4", "--quick")
+    assert done.exit_code == 70
+    assert "illegal memory access" in done.stderr

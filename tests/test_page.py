@@ -5,10 +5,10 @@ import json
 import re
 from html.parser import HTMLParser
 
+import plotly.offline
 import pytest
 from report_sample import HOSTILE, cpu, empty, gpu, hostile
 
-from profiling import page
 from profiling.markdown import render_markdown
 from profiling.page import HERE, data_warning, head, render_html
 
@@ -80,7 +80,7 @@ def places(value, path=()):
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: str(wrong)[:8])
 def test_a_report_with_something_wrong_in_it_is_drawn(wrong, monkeypatch):
     """In each place in turn, but for those below a place where it already is."""
-    monkeypatch.setattr(page, "get_plotlyjs", lambda: "")
+    monkeypatch.setattr(plotly.offline, "get_plotlyjs", lambda: "")
     everywhere = list(places(gpu()))
     for start in range(12):
         report = gpu()

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import traces
 
 from profiling import report
 from profiling.ceilings import Ceiling, Ceilings
+from profiling.errors import ReportError
 from profiling.records import append_jsonl, write_json
 
 S, MS, US = 10**9, 10**6, 10**3
@@ -112,6 +115,20 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(run):
     return report.build(run)
+
+
+def test_without_plotly_there_is_a_report_and_no_page(tmp_path, monkeypatch):
+    folder = make_run(tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(ReportError, match="there is no page"):
+        report.write(folder)
+    assert json.loads((folder / "report.json").read_text())["headline"] in (folder / "report.md").read_text()
+
+
+def test_a_report_is_made_on_a_machine_without_plotly():
+    """Where it is missing from the start, as on the machine that trained."""
+    code = "import sys; sys.modules['plotly'] = None; import profiling.report_command"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
 
 
 def ns(made) -> dict[str, int]:

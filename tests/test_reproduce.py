@@ -4,6 +4,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from experiments import reproduce, reproduce_page, reproduce_plan
 from experiments.reproduce_plan import Step, last_line
@@ -11,8 +12,11 @@ from experiments.study import Request, Study
 from model.errors import UsageError
 from model.interrupts import Interrupted, Interrupts
 from profiling import cases
+from profiling.bench_records import fingerprint, machine
+from profiling.ceilings import Ceiling, Ceilings
 from profiling.console import Terminal
-from profiling.records import append_jsonl, read_json
+from profiling.environment import device_name, environment
+from profiling.records import append_jsonl, read_json, write_json
 
 QUIET = Terminal(speaks=False)
 FINISH = Study.finish
@@ -249,19 +253,35 @@ def test_what_is_further_shares_what_is_left_by_all_else(tmp_path, monkeypatch):
     assert [row["limit_s"] for row in run(tmp_path, steps, budget=100)["steps"]] == [25, 100, 100]
 
 
+def ceilings(**about) -> Ceilings:
+    one = Ceiling("one", "1", 1.0, 1.0, "FLOP/s", 1, 1.0)
+    return Ceilings(gemm=[one], convolutions=[], copy=one, launch=one, sm_clock_mhz=None, reasons=(), lacks=(), **about)
+
+
 def test_what_an_earlier_step_measured_is_given_to_a_later_one(tmp_path):
-    """And not measured again, unless the runs are to be in a dtype of their own."""
     code, file = "import sys; print(len(sys.argv))", tmp_path / "measured"
-    later = script("later", code, given=(file, ("--with", "it")), found=last_line("later"))
+    given = {"given": lambda: ("--with", "it") if file.exists() else ()}
+    later = script("later", code, found=last_line("later"), **given)
     assert run(tmp_path / "without", [later])["steps"][0]["found"] == "1"
     assert run(tmp_path / "with", [script("first", once(file)), later])["steps"][1]["found"] == "3"
 
-    def given(*settings: str) -> set:
-        steps = reproduce_plan.plan(tmp_path, Request(settings=settings), False, True)
-        return {step.given for step in steps if step.name in ("profiled", "profiled-article")}
 
-    assert given() == {(tmp_path / "ceilings.json", ("--ceilings", str(tmp_path / "ceilings.json")))}
-    assert given("dtype=bfloat16") == {None}
+@pytest.mark.parametrize("changes", [{}, {"fingerprint": "of another driver"}, None], ids=["here", "elsewhere", "none"])
+def test_ceilings_are_given_to_the_runs_that_they_fit(tmp_path, changes):
+    """Others are measured again: a folder may have been begun on another machine, and train.py refuses its ceilings."""
+    device = torch.device("cpu")
+    here = fingerprint(machine(environment(device, reproduce_plan.ROOT)))
+    about = {"device": device_name(device), "dtype": "float32", "fingerprint": here}
+    if changes is not None:
+        write_json(tmp_path / "ceilings.json", ceilings(**about | changes).to_json())
+
+    def given(*settings: str) -> set:
+        steps = reproduce_plan.plan(tmp_path, Request(settings=settings), True, False)
+        return {step.given() for step in steps if step.name in ("profiled", "profiled-article")}
+
+    fits = ("--ceilings", str(tmp_path / "ceilings.json"))
+    assert given("dtype=float32") == {fits if changes == {} else ()}
+    assert given("dtype=bfloat16") == {()}
 
 
 def test_a_steps_environment_is_added_to_ours(tmp_path, monkeypatch):

@@ -131,6 +131,14 @@ def test_without_matplotlib_the_page_is_made(tmp_path, monkeypatch, capsys):
     assert "pip install -e '.[experiments]'" in capsys.readouterr().err
 
 
+def test_without_plotly_the_document_and_the_sentences_are_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    document = finish(study(tmp_path))
+    assert json.loads((tmp_path / "sample.json").read_text()) == document
+    assert not (tmp_path / "sample.html").exists()
+    assert "there is no page" in capsys.readouterr().err
+
+
 def test_a_page_without_anything_says_so():
     document = {"experiment": "x", "settings": {}, "environment": {}, "sentences": [], "caveats": []}
     page = render(
