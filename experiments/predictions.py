@@ -1,7 +1,7 @@
 """What each kernel and each step should take on an H200: written down before any has run there, to be held against.
 
-python -m experiments predictions                    # into results/predictions-h200/, by experiments.expected
-python -m experiments predictions --against FOLDER   # what `reproduce` measured into FOLDER, beside them
+    python -m experiments predictions                    # into results/predictions-h200/, by experiments.expected
+    python -m experiments predictions --against FOLDER   # what `reproduce` measured into FOLDER, beside them
 """
 
 import importlib.util
@@ -205,9 +205,9 @@ def run(
 def _predict(terminal: "Terminal", out: Path) -> dict[str, Any]:
     if importlib.util.find_spec("triton") is None:
         raise RunError("predictions read the machine code, and triton is not installed (it has wheels for Linux only)")
+    out.mkdir(parents=True, exist_ok=True)
     terminal.say(f"compiling every kernel for {H200.name} ...")
     document = make()
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "predictions.json", document)
     write_text(out / "predictions.md", markdown(document))
     rows = [
