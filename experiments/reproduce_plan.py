@@ -110,7 +110,7 @@ def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
 
     ladder = module("experiments", "ladder", *data, *settings, "--out", str(out / "ladder"), "--epochs-per-rung", "4")
     ceilings = module("profiling", "device", "--out", str(out / "ceilings.json"), "--seconds", "0.1" if small else "1")
-    bench = module("profiling", "bench", "--out", str(out / "bench.jsonl"))
+    bench = module("profiling", "bench", "--out", str(out / "bench.jsonl"), "--resume")
     tune = module("profiling", "bench", "--tune", *(["--quick"] if small else []))
     quick = ("bn_finalize", "--quick") if small else ()
     return [
