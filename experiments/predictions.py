@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "predictions-h200"
 VERSION = 1
+OF_A_STEP = ("network", "widths", "batch_size", "prep_bn_relu", "pool_first", "ops", "conv", "preprocess")
+"""Of a configuration, what decides how long a step takes."""
 
 
 def make(machine: Machine = H200, compile_: Compile | None = None, chosen: Sequence[Any] | None = None) -> dict:
@@ -115,8 +117,8 @@ def hold(document: dict[str, Any], folder: Path) -> list[Held]:
     for name, run in (("fused", "profiled"), ("article-256", "profiled-article")):
         path = folder / run / "summary.json"
         if path.exists():
-            summary = read_json(path)
-            if summary["status"] == "complete" and summary["preset"] == name and _is(summary["device"], document):
+            summary, config = read_json(path), read_json(path.with_name("config.json"))
+            if summary["status"] == "complete" and _is_step(name, summary, config, document):
                 measured = 1e6 * summary["train_s"] / summary["steps"]
                 steps.append(_held(f"a step of {name}", document["steps"][name]["expected_us"], measured))
     path = folder / "bench.jsonl"
@@ -140,6 +142,17 @@ def hold(document: dict[str, Any], folder: Path) -> list[Held]:
             "`python -m experiments reproduce` writes them there"
         )
     return steps + sorted(held, key=lambda one: one.expected_us - one.measured_us)
+
+
+def _is_step(name: str, summary: dict[str, Any], config: dict[str, Any], document: dict[str, Any]) -> bool:
+    """Whether a run took the steps that are predicted: no other settings, and nothing that was fallen back to."""
+    expected = preset(name).to_json()
+    ran = (summary["preset"], summary["ops"], summary["dtype"], summary["step"])
+    return (
+        ran == (name, expected["ops"], document["dtype"], "captured")
+        and all(config[key] == expected[key] for key in OF_A_STEP)
+        and _is(summary["device"], document)
+    )
 
 
 def _is(device: str, document: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 from experiments import predictions
 from experiments.__main__ import app
 from experiments.expected import H200
+from model.config import preset
 from model.errors import DataError
 from profiling import cases
 from profiling.ahead_of_time import Build, Facts
@@ -50,9 +51,12 @@ def timing(case: str, us: float | None, gpu: str = "NVIDIA H200", mode: str = "c
     }
 
 
-def run_of(folder, preset: str, step_us: float, **changes) -> None:
+def run_of(folder, name: str, step_us: float, settings: tuple[str, ...] = (), **changes) -> None:
     folder.mkdir(parents=True)
-    run = {"status": "complete", "preset": preset, "device": "NVIDIA H200", "steps": 1000}
+    config = preset(name).with_settings(list(settings))
+    run = {"status": "complete", "preset": name, "device": "NVIDIA H200", "steps": 1000}
+    run |= {"ops": config.ops, "dtype": "float16", "step": "captured"}
+    write_json(folder / "config.json", config.to_json())
     write_json(folder / "summary.json", run | {"train_s": step_us / 1000} | changes)
 
 
@@ -89,8 +93,15 @@ def test_measurements_are_held_against_what_was_expected(document, tmp_path):
         lambda folder: run_of(folder / "profiled", "laptop", 1.0),
         lambda folder: run_of(folder / "profiled", "fused", 1.0, device="AMD EPYC"),
         lambda folder: run_of(folder / "profiled", "fused", 1.0, status="interrupted"),
+        lambda folder: run_of(folder / "profiled", "fused", 1.0, ops="reference"),
+        lambda folder: run_of(folder / "profiled", "fused", 1.0, step="eager"),
+        lambda folder: run_of(folder / "profiled", "fused", 1.0, dtype="bfloat16"),
+        lambda folder: run_of(folder / "profiled", "fused", 1.0, ("batch_size=128",)),
     ],
-    ids=["nothing", "another_gpu", "unavailable", "another_preset", "a_cpu", "interrupted"],
+    ids=[
+        *("nothing", "another_gpu", "unavailable", "another_preset", "a_cpu", "interrupted"),
+        *("fell_back_to_other_ops", "fell_back_to_eager_steps", "another_dtype", "another_batch"),
+    ],
 )
 def test_what_says_nothing_about_the_predicted_machine_is_refused(document, tmp_path, make):
     make(tmp_path)
