@@ -205,8 +205,8 @@ def run(
 ) -> dict[str, Any]:
     """Write predictions.json and predictions.md into `out`, or hold those against the measurements in `against`.
 
-    The comparison is written to predictions-held.json in `against`. Returns what was written. Raises RunError for a
-    full disk, and for a machine without Triton, whose compiler the predictions need.
+    The comparison is written to predictions-held.json in `against`. Returns what was written. Raises DataError where
+    either is damaged, RunError for a full disk, and for a machine without Triton, whose compiler the predictions need.
     """
     out = out or OUT
     try:
@@ -233,7 +233,12 @@ def _predict(terminal: "Terminal", out: Path) -> dict[str, Any]:
 
 
 def _hold(terminal: "Terminal", folder: Path, out: Path) -> dict[str, Any]:
-    held = hold(read_json(out / "predictions.json"), folder)
+    try:
+        held = hold(read_json(out / "predictions.json"), folder)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{folder} or {out} is damaged: {error}; make the predictions or the measurement anew"
+        ) from None
     document = {"version": VERSION, "held": [one._asdict() for one in held], "sentences": sentences(held)}
     write_json(folder / "predictions-held.json", document)
     rows = [[one.name, f"{one.expected_us:,.1f}", f"{one.measured_us:,.1f}", f"{one.ratio:.2f}"] for one in held]

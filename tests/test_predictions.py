@@ -135,3 +135,25 @@ def test_folders_that_hold_nothing_are_named(tmp_path):
     done = invoke("--out", tmp_path / "file" / "below")
     assert done.exit_code == 1
     assert "Not a directory" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("measured/bench.jsonl", "no JSON\n"),
+        ("measured/bench.jsonl", "[]\n"),
+        ("measured/profiled/summary.json", "{}"),
+        ("predicted/predictions.json", "{}"),
+        ("predicted/predictions.json", "["),
+    ],
+    ids=["no_json", "no_row", "no_summary", "no_predictions", "torn_predictions"],
+)
+def test_a_damaged_file_is_one_line(document, tmp_path, file, text):
+    run_of(tmp_path / "measured" / "profiled", "fused", 5000)
+    (tmp_path / "predicted").mkdir()
+    write_json(tmp_path / "predicted" / "predictions.json", document)
+    (tmp_path / file).write_text(text)
+    done = invoke("--out", tmp_path / "predicted", "--against", tmp_path / "measured")
+    assert done.exit_code == 3
+    assert done.stderr.count("\n") == 1
+    assert "is damaged" in done.stderr
