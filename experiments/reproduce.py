@@ -156,6 +156,9 @@ class Reproduction:
             except BaseException:
                 _end(process, GRACE_S)
                 raise
+            finally:  # a child that did not listen, or all of them after one Ctrl-C more, would go on beside the next
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
     def _write(self) -> dict[str, Any]:
         status = {

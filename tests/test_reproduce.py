@@ -93,6 +93,24 @@ def test_a_step_that_ignores_the_signal_is_ended(tmp_path, monkeypatch):
     assert row["exit_code"] == -9
 
 
+def test_nothing_of_a_step_outlives_it(tmp_path, monkeypatch):
+    """Not even a child that ignores the signal at which its parent ends."""
+    alive = tmp_path / "alive"
+    child = f"import time\nwhile True:\n    open({str(alive)!r}, 'a').write('x')\n    time.sleep(0.02)"
+    code = (
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "time.sleep(60)"
+    )
+    monkeypatch.setattr(reproduce, "LEAST_S", 0.5)
+    assert run(tmp_path / "out", [script("parent", code)], budget=4)["steps"][0]["status"] == "out of time"
+    size = alive.stat().st_size
+    time.sleep(0.3)
+    assert alive.stat().st_size == size > 0
+
+
 def test_a_budget_is_shared_by_weight_and_what_is_not_needed_goes_on(tmp_path, monkeypatch):
     clock = itertools.count(0, 0)
     monkeypatch.setattr(reproduce.time, "monotonic", lambda: next(clock))
