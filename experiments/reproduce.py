@@ -84,7 +84,7 @@ class Reproduction:
         row = {"name": step.name, "status": LEFT, "seconds": None, "limit_s": None, "exit_code": None, "found": ""}
         if step.reason:
             return row | {"status": UNAVAILABLE, "found": step.reason}
-        return row | self.study.results.get(step.name, {})
+        return row if step.repeats else row | self.study.results.get(step.name, {})
 
     def left_s(self) -> float:
         """What is left of the budget."""
@@ -134,7 +134,8 @@ class Reproduction:
                 row["found"] = step.found(out) if step.found else ""
             if step.after:
                 step.after(out)
-            self.study.once(step.name, lambda: row)
+            if not step.repeats:
+                self.study.once(step.name, lambda: row)
         return row
 
     def _execute(self, step: Step, limit_s: float) -> tuple[int, bool]:

@@ -24,7 +24,8 @@ class Step:
     `found(OUT)` says in a line what it found, and raises an OSError, ValueError, KeyError or IndexError where it did
     not. `fresh` names a folder in OUT that an unfinished attempt leaves behind and a new one cannot use. `after(OUT)`
     is called once it is done. `environment` is added to this process's own, and the words that `given()` then returns
-    to the command. With a `reason` it cannot run here.
+    to the command. One that `repeats` reads what the others left, and is done anew by every call. With a `reason` it
+    cannot run here.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Step:
     environment: tuple[tuple[str, str], ...] = ()
     given: Callable[[], tuple[str, ...]] = tuple
     further: bool = False
+    repeats: bool = False
 
     def words(self) -> list[str]:
         """The command as it is now."""
@@ -93,6 +95,10 @@ def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
         several = ("--runs", "2" if small else str(runs), "--resume", "auto")
         return trained(name, preset, 80, *target, *several, found=_claim(name), accepts=(0, 7), **more)
 
+    def held(name: str, **more: Any) -> Step:
+        command = module("experiments", "predictions", "--against", str(out))
+        return Step(name, command, 10, last_line(name), reason=no_gpu, repeats=True, **more)
+
     def sanitized(tool: str) -> Step:
         """Our kernels under a checker; without the caching allocator an access outside of a tensor is one of memory."""
         shapes, checked = [f"--shape={shape}" for shape in SMALL_CASES], module("profiling", "bench", "--check")
@@ -122,13 +128,7 @@ def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
         Step("ladder", (*ladder, *(["--small"] if small else [])), 120, _ladder_says),
         profiled("profiled", "fused"),
         accuracy("accuracy", "fused", 5),
-        Step(
-            "predictions",
-            module("experiments", "predictions", "--against", str(out)),
-            10,
-            last_line("predictions"),
-            reason=no_gpu,
-        ),
+        held("predictions"),
         suite("suite-again", further=True),
         sanitized("memcheck"),
         sanitized("racecheck"),
@@ -143,6 +143,7 @@ def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
             further=True,
             reason=no_gpu,
         ),
+        held("predictions-again", further=True),
     ]
 
 

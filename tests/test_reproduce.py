@@ -64,6 +64,17 @@ def test_what_is_done_is_not_done_again_and_what_failed_is(tmp_path):
     assert statuses(status) == {"good": "done", "bad": "failed"}
 
 
+def test_what_reads_the_results_of_others_is_done_by_every_call(tmp_path):
+    """The predictions are held against the article's run too, which comes after them, maybe only in a later call."""
+    steps = [script("read", once(tmp_path / "read.txt"), repeats=True), script("measured", "pass")]
+    for lines in ("ran\n", "ran\nran\n"):
+        assert set(statuses(run(tmp_path / "out", steps)).values()) == {"done"}
+        assert (tmp_path / "read.txt").read_text() == lines
+    plan = reproduce_plan.plan(tmp_path, Request(), False, True)
+    assert [step.name for step in plan if step.repeats] == ["predictions", "predictions-again"]
+    assert plan[-1].name == "predictions-again"
+
+
 def test_a_step_that_runs_out_of_time_is_interrupted_and_saves(tmp_path):
     """It gets its share of the time, SIGINT, and some seconds to save."""
     code = (
@@ -179,10 +190,10 @@ def test_the_plan_is_the_same_list_in_order_of_value(tmp_path, small, on_gpu):
     steps = {step.name: step for step in reproduce_plan.plan(tmp_path, request, small, on_gpu)}
     first = ["suite", "doctor", "ceilings", "tiles", "bench", "ladder", "profiled", "accuracy", "predictions"]
     further = ["suite-again", "memcheck", "racecheck", "profiled-article", "accuracy-article", "accuracy-resnet9"]
-    assert list(steps) == [*first, *further, "step-modes"]
+    assert list(steps) == [*first, *further, "step-modes", "predictions-again"]
     assert [name for name, step in steps.items() if not step.further] == first
     unavailable = {name for name, step in steps.items() if step.reason} - {"memcheck", "racecheck"}
-    assert unavailable == (set() if on_gpu else {"tiles", "predictions", "step-modes"})
+    assert unavailable == (set() if on_gpu else {"tiles", "predictions", "step-modes", "predictions-again"})
     for name in ("ladder", "profiled", "accuracy", "profiled-article", "accuracy-article", "accuracy-resnet9"):
         assert {"--set=momentum=0.8", "--seed", "4", "--data-dir", str(tmp_path)} <= set(steps[name].command)
     assert ("--small" in steps["ladder"].command) == small
