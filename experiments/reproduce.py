@@ -132,8 +132,9 @@ class Reproduction:
         else:
             with suppress(OSError, ValueError, KeyError, IndexError, TypeError):
                 row["found"] = step.found(out) if step.found else ""
-            if step.after:
-                step.after(out)
+        if step.after:
+            step.after(out, row["status"] == DONE)
+        if row["status"] == DONE:
             if not step.repeats:
                 self.study.once(step.name, lambda: row)
         return row

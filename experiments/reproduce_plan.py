@@ -22,10 +22,10 @@ class Step:
     """`command`'s exit codes in `accepts` mean that it is done; `weight` is its share of the budget.
 
     `found(OUT)` says in a line what it found, and raises an OSError, ValueError, KeyError or IndexError where it did
-    not. `fresh` names a folder in OUT that an unfinished attempt leaves behind and a new one cannot use. `after(OUT)`
-    is called once it is done. `environment` is added to this process's own, and the words that `given()` then returns
-    to the command. One that `repeats` reads what the others left, and is done anew by every call. With a `reason` it
-    cannot run here.
+    not. `fresh` names a folder in OUT that an unfinished attempt leaves behind and a new one cannot use. `after(OUT,
+    done)` is called after each attempt. `environment` is added to this process's own, and the words that `given()` then
+    returns to the command. One that `repeats` reads what the others left, and is done anew by every call. With a
+    `reason` it cannot run here.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Step:
     found: Callable[[Path], str] | None = None
     accepts: tuple[int, ...] = (0,)
     fresh: str | None = None
-    after: Callable[[Path], None] | None = None
+    after: Callable[[Path, bool], None] | None = None
     reason: str | None = None
     environment: tuple[tuple[str, str], ...] = ()
     given: Callable[[], tuple[str, ...]] = tuple
@@ -164,15 +164,16 @@ def last_line(name: str) -> Callable[[Path], str]:
     return read
 
 
-def _keep_tiles(out: Path) -> None:
+def _keep_tiles(out: Path, done: bool) -> None:
+    """What was tuned before time ran out is in the table too."""
     shutil.copyfile(ROOT / "kernels" / "tiles.json", out / "tiles.json")
 
 
-def _drop_checkpoints(folder: str) -> Callable[[Path], None]:
+def _drop_checkpoints(folder: str) -> Callable[[Path, bool], None]:
     """Weights of finished runs are not results: a folder without them is small enough to be committed."""
 
-    def drop(out: Path) -> None:
-        for path in (out / folder).rglob("checkpoint-*"):
+    def drop(out: Path, done: bool) -> None:
+        for path in (out / folder).rglob("checkpoint-*") if done else ():
             path.unlink()
 
     return drop

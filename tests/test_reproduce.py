@@ -297,5 +297,16 @@ def test_finished_runs_keep_no_weights(tmp_path):
     run_folder = tmp_path / "accuracy" / "run-000"
     for name in ("checkpoint-1.safetensors", "checkpoint-1.json", "summary.json"):
         (run_folder / name).touch()
-    reproduce_plan._drop_checkpoints("accuracy")(tmp_path)
+    for done in (False, True):
+        assert (run_folder / "checkpoint-1.json").exists()
+        reproduce_plan._drop_checkpoints("accuracy")(tmp_path, done)
     assert [path.name for path in run_folder.iterdir()] == ["summary.json"]
+
+
+def test_the_tiles_of_a_tuning_without_an_end_are_kept(tmp_path):
+    """Of the machine it ran on, nothing but OUT may be left."""
+    steps = {step.name: step for step in reproduce_plan.plan(tmp_path, Request(), False, True)}
+    interrupted = script("tiles", "raise SystemExit(130)", after=steps["tiles"].after)
+    assert statuses(run(tmp_path / "out", [interrupted])) == {"tiles": "failed"}
+    table = (reproduce_plan.ROOT / "kernels" / "tiles.json").read_text()
+    assert (tmp_path / "out" / "tiles.json").read_text() == table
