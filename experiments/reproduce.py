@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from experiments.reproduce_plan import ROOT, Step, last_line, plan
+from experiments.reproduce_plan import ROOT, Step, last_line, plan, take_tiles
 from experiments.study import Request, Study
 from model.errors import RunError, UsageError
 from model.interrupts import Interrupted, Interrupts
@@ -58,6 +58,8 @@ def run(
     data = "synthetic" if request.synthetic else "folder" if request.data_dir else "default"
     settings = {"small": small, "set": list(request.settings), "seed": request.seed, "device_name": name, "data": data}
     study = Study("reproduce", out, settings, terminal)
+    if on_gpu and take_tiles(out):
+        terminal.warn(f"kernels/tiles.json is the one of {out} now, with which its results were measured")
     steps = plan(out.absolute(), request, small, on_gpu) if steps is None else steps
     return Reproduction(study, steps, budget, start_s, interrupts).run()
 
@@ -134,9 +136,8 @@ class Reproduction:
                 row["found"] = step.found(out) if step.found else ""
         if step.after:
             step.after(out, row["status"] == DONE)
-        if row["status"] == DONE:
-            if not step.repeats:
-                self.study.once(step.name, lambda: row)
+        if row["status"] == DONE and not step.repeats:
+            self.study.once(step.name, lambda: row)
         return row
 
     def _execute(self, step: Step, limit_s: float) -> tuple[int, bool]:

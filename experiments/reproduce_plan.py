@@ -15,6 +15,7 @@ from model.errors import RunError
 from profiling.records import read_json, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
+TILES = ROOT / "kernels" / "tiles.json"
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,20 @@ def last_line(name: str) -> Callable[[Path], str]:
 
 def _keep_tiles(out: Path, done: bool) -> None:
     """What was tuned before time ran out is in the table too."""
-    shutil.copyfile(ROOT / "kernels" / "tiles.json", out / "tiles.json")
+    shutil.copyfile(TILES, out / "tiles.json")
+
+
+def take_tiles(out: Path) -> bool:
+    """Make the table of `out` this checkout's again; whether it was another.
+
+    What an earlier call tuned may have been in another copy of the checkout, and all of a folder's results are to be
+    measured with the same tiles.
+    """
+    kept = out / "tiles.json"
+    other = kept.exists() and kept.read_bytes() != TILES.read_bytes()
+    if other:
+        shutil.copyfile(kept, TILES)
+    return other
 
 
 def _drop_checkpoints(folder: str) -> Callable[[Path, bool], None]:

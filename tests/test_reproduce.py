@@ -308,5 +308,16 @@ def test_the_tiles_of_a_tuning_without_an_end_are_kept(tmp_path):
     steps = {step.name: step for step in reproduce_plan.plan(tmp_path, Request(), False, True)}
     interrupted = script("tiles", "raise SystemExit(130)", after=steps["tiles"].after)
     assert statuses(run(tmp_path / "out", [interrupted])) == {"tiles": "failed"}
-    table = (reproduce_plan.ROOT / "kernels" / "tiles.json").read_text()
+    table = reproduce_plan.TILES.read_text()
     assert (tmp_path / "out" / "tiles.json").read_text() == table
+
+
+def test_a_folder_that_goes_on_in_another_checkout_brings_its_tiles(tmp_path, monkeypatch):
+    table, out = tmp_path / "tiles.json", tmp_path / "out"
+    monkeypatch.setattr(reproduce_plan, "TILES", table)
+    monkeypatch.setattr(reproduce, "_device", lambda: ("NVIDIA H200", True))
+    table.write_text("tuned")
+    run(out, [script("tiles", "pass", after=reproduce_plan._keep_tiles)])
+    table.write_text("as committed")
+    run(out, [])
+    assert table.read_text() == "tuned"
