@@ -103,7 +103,10 @@ class Reproduction:
                 self.terminal.say(f"{step.name}: left, {self.left_s():.0f} s are too few")
                 continue
             self.terminal.say(f"{step.name}: at most {limit_s:.0f} s of {self.left_s():.0f}", "bold")
-            row = self._do(step, limit_s)
+            try:
+                row = self._do(step, limit_s)
+            except OSError as error:
+                raise self._unwritten(error) from None
             self.terminal.say(f"{step.name}: {row['status']} after {row['seconds']:.0f} s. {row['found']}")
             status = self._write()
         self._say(status)
@@ -174,8 +177,11 @@ class Reproduction:
         try:
             write_json(self.study.out / "status.json", status)
         except OSError as error:
-            raise RunError(f"{self.study.out}: {error}; free some space and run the command again") from None
+            raise self._unwritten(error) from None
         return status
+
+    def _unwritten(self, error: OSError) -> RunError:
+        return RunError(f"{self.study.out}: {error}; free some space and run the command again")
 
     def _say(self, status: dict[str, Any]) -> None:
         rows = [

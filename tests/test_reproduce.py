@@ -9,7 +9,7 @@ import torch
 from experiments import reproduce, reproduce_plan
 from experiments.reproduce_plan import Step, last_line
 from experiments.study import Request
-from model.errors import UsageError
+from model.errors import RunError, UsageError
 from model.interrupts import Interrupted, Interrupts
 from profiling import cases
 from profiling.bench_records import fingerprint, machine
@@ -102,6 +102,14 @@ def test_a_step_that_ignores_the_signal_is_ended(tmp_path, monkeypatch):
     row = run(tmp_path, [script("deaf", code)], budget=1.5)["steps"][0]
     assert row["status"] == "out of time"
     assert row["exit_code"] == -9
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    def full(out, done):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match=r"No space left on device; free some space"):
+        run(tmp_path, [script("tiles", "pass", after=full)])
 
 
 def test_nothing_of_a_step_outlives_it(tmp_path, monkeypatch):
