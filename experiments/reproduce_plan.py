@@ -89,7 +89,7 @@ def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
             fit = _ceilings_fit(measured, request, "laptop" if small else preset)
             return ("--ceilings", str(measured)) if fit else ()
 
-        return trained(name, preset, 80, "--profile", found=_headline(name), fresh=name, given=given, **more)
+        return trained(name, preset, 120, "--profile", found=_headline(name), fresh=name, given=given, **more)
 
     def accuracy(name: str, preset: str, runs: int, **more: Any) -> Step:
         target = () if small else ("--target-accuracy", "0.94")
@@ -122,8 +122,8 @@ def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
     quick = ("bn_finalize", "--quick") if small else ()
     return [
         suite("suite"),
-        Step("doctor", module("profiling", "doctor"), 10, _doctor_says),
-        Step("ceilings", ceilings, 50, _ceilings_say),
+        Step("doctor", module("profiling", "doctor"), 20, _doctor_says),
+        Step("ceilings", ceilings, 90, _ceilings_say),
         Step("tiles", tune, 90, after=_keep_tiles, reason=no_gpu),
         Step("bench", (*bench, *quick), 90, _bench_says, accepts=(0, 1)),
         Step("ladder", (*ladder, *(["--small"] if small else [])), 120, _ladder_says),

@@ -9,11 +9,12 @@ import torch
 from experiments import reproduce, reproduce_plan
 from experiments.reproduce_plan import Step, last_line
 from experiments.study import Request
+from kernels.conv_shape import RESNET_LAYERS
 from model.errors import RunError, UsageError
 from model.interrupts import Interrupted, Interrupts
 from profiling import cases
 from profiling.bench_records import fingerprint, machine
-from profiling.ceilings import Ceiling, Ceilings
+from profiling.ceilings import GEMMS, Ceiling, Ceilings
 from profiling.console import Terminal
 from profiling.environment import device_name, environment
 from profiling.records import append_jsonl, write_json
@@ -329,3 +330,16 @@ def test_a_folder_that_goes_on_in_another_checkout_brings_its_tiles(tmp_path, mo
     table.write_text("as committed")
     run(out, [])
     assert table.read_text() == "tuned"
+
+
+def test_the_ceilings_have_the_time_that_they_must_take(tmp_path):
+    """They keep nothing of an attempt without an end, and without them each profiled run measures its own, for longer.
+
+    A candidate runs for a quarter more than its seconds; a process is given ten to begin, and a call 540 in all.
+    """
+    steps = {step.name: step for step in reproduce_plan.plan(tmp_path, Request(), False, True)}
+    first, command = [step.weight for step in steps.values() if not step.further], steps["ceilings"].command
+    candidates = len(GEMMS["cuda"]) + 3 * sum(layer.R == 3 for layer in RESNET_LAYERS) + 2
+    takes_s = 10 + 1.25 * candidates * float(command[command.index("--seconds") + 1])
+    limit_s = 540 * steps["ceilings"].weight / sum(first)
+    assert limit_s - min(reproduce.GRACE_S, limit_s / 4) > takes_s
