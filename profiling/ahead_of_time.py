@@ -137,17 +137,14 @@ class Facts:
         body, matrices = self._main_loop()
         return sum(body.values()) / sum(matrices.values()) if matrices else None
 
-    def macs_per_matrix_step(self) -> float | None:
+    def macs_per_matrix_step(self) -> int | None:
         """Multiply-adds of a matrix instruction of the main loop, by its name: 64 * 128 * 16 of "HGMMA.64x128x16.F32".
 
         The compiler may give the warps parts of the block's columns, so that it is not the block's own extent.
         """
         _, matrices = self._main_loop()
-        shapes = {name: re.search(r"\.(\d+)x(\d+)x(\d+)", name) for name in matrices}
-        if not matrices or None in shapes.values():
-            return None
-        macs = sum(n * math.prod(map(int, shapes[name].groups())) for name, n in matrices.items())
-        return macs / sum(matrices.values())
+        shape = re.search(r"\.(\d+)x(\d+)x(\d+)", next(iter(matrices), ""))
+        return math.prod(map(int, shape.groups())) if shape else None
 
     def _main_loop(self) -> tuple[dict[str, int], dict[str, int]]:
         """(the smallest loop with matrix instructions, these), both empty where there is none."""
