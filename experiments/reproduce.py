@@ -100,7 +100,7 @@ class Reproduction:
                 continue
             limit_s = self._limit(step)
             if limit_s < LEAST_S:
-                self.terminal.say(f"{step.name}: left, {self.left_s():.0f} s are too few")
+                self.terminal.say(f"{step.name}: left, its share of {self.left_s():.0f} s is too small")
                 continue
             self.terminal.say(f"{step.name}: at most {limit_s:.0f} s of {self.left_s():.0f}", "bold")
             try:
