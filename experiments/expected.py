@@ -77,10 +77,9 @@ def launch(build: "Build", facts: "Facts", machine: Machine) -> Launch:
     """The factors of one launch: what the grid leaves idle, and what the machine code must issue."""
     each = build.programs / machine.multiprocessors
     tail = math.ceil(each) / each if build.programs else 1.0
-    issued, issue = facts.instructions_per_matrix_step(), 1.0
-    if issued is not None and "BLOCK_N" in build.constexprs:
-        cycles = 64 * build.constexprs["BLOCK_N"] * 16 / machine.matrix_macs_per_cycle  # of one 64 x BLOCK_N x 16
-        issue = max(1.0, issued / cycles)
+    issued, macs, issue = facts.instructions_per_matrix_step(), facts.macs_per_matrix_step(), 1.0
+    if issued is not None and macs is not None:
+        issue = max(1.0, issued * machine.matrix_macs_per_cycle / macs)
     return Launch(build.kernel, build.programs, facts.registers or None, facts.blocks_per_sm(), tail, issue)
 
 

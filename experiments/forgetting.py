@@ -92,7 +92,7 @@ def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dic
     return study.finish(
         result,
         plots,
-        [*limits.sentences(curves), *retention.sentences(result["memory"], fits)],
+        [*limits.sentences(curves), *blown_up(result["curves"]), *retention.sentences(result["memory"], fits)],
         [*limits_tables(result), retention.table(result["memory"], fits)],
         caveats(request, session, config, chosen),
     )
@@ -131,6 +131,12 @@ def measure(study: "Study", session: "train.Session", config: Config, chosen: di
             remembered[key] = study.once(key, looked_back)
     found = [limits.limits(images, MULTIPLES, curve)._asdict() for images, curve in curves.items() if any(curve)]
     return {"curves": {str(images): curve for images, curve in curves.items()}, "limits": found, "memory": remembered}
+
+
+def blown_up(curves: dict[str, list[float | None]]) -> list[str]:
+    """A sentence for each number of images on which there is no curve."""
+    none = [int(images) for images, curve in curves.items() if not any(curve)]
+    return [f"On {images:,} images every rate blew up: it has no limits to compare." for images in none]
 
 
 def limits_chart(result: dict[str, Any]) -> Chart:

@@ -242,6 +242,7 @@ def train_whole(study: Study, session: "train.Session", config: Config, name: st
         try:
             summary = train.run(session, config, folder, found, insist=True)
         except NonFiniteError as error:
+            session.interrupts.deferred = False
             summary = error.summary
         return {key: summary.get(key) for key in keep}
 

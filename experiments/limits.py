@@ -69,9 +69,9 @@ def _crossing(tail: Sequence[tuple[float, float]], level: float) -> float | None
 
 
 def curvature_limit(curves: Sequence[Limits]) -> float | None:
-    """The rate at which all curves blow up together (their geometric mean); None where they do not."""
+    """The rate at which all curves, two or more, blow up together (their geometric mean); None where they do not."""
     points = [c.blows_up for c in curves]
-    if not points or any(p is None for p in points) or max(points) / min(points) > TOGETHER:
+    if len(points) < 2 or any(p is None for p in points) or max(points) / min(points) > TOGETHER:
         return None
     return math.exp(sum(map(math.log, points)) / len(points))
 
@@ -90,6 +90,8 @@ def sentences(curves: Sequence[Limits]) -> list[str]:
 
 
 def _of_curvature(curves: Sequence[Limits]) -> str:
+    if len(curves) < 2:
+        return "Fewer than two curves learned anything: nothing can be said about curvature."
     common = curvature_limit(curves)
     reached = [c.blows_up for c in curves if c.blows_up is not None]
     quoted = "the article saw about 8 (quoted)"

@@ -46,8 +46,8 @@ class Sweep(NamedTuple):
 class Suggestion(NamedTuple):
     """Two rates: `steepest`, where the smoothed loss falls fastest, and `tenth` of the rate at its minimum.
 
-    `low` and `high` are the outermost rates at which the smoothed loss is as low as there, within its noise: two
-    standard errors of a difference. `at_end` says that the minimum is the last step's: the true one may lie at a
+    Between `low` and `high` the smoothed loss is everywhere as low as there, within its noise: two standard errors of a
+    difference. `at_end` says that the minimum is the last step's: the true one may lie at a
     higher rate.
     """
 
@@ -128,8 +128,9 @@ def suggest(rates: Sequence[float], losses: Sequence[float]) -> Suggestion | Non
     x = np.log10(rates)
     near = np.abs(x - x[lowest]) <= WINDOW / 2
     noise = float(np.std(np.subtract(losses, values)[near])) / math.sqrt(near.sum())
-    as_low = np.flatnonzero(np.asarray(values) <= values[lowest] + 2 * math.sqrt(2) * noise)
-    plateau = rates[as_low[0]], rates[as_low[-1]]
+    higher = np.flatnonzero(np.asarray(values) > values[lowest] + 2 * math.sqrt(2) * noise)
+    left, right = higher[higher < lowest], higher[higher > lowest]
+    plateau = rates[left[-1] + 1 if len(left) else 0], rates[right[0] - 1 if len(right) else -1]
     return Suggestion(rates[steepest], rates[lowest] / 10, rates[lowest], *plateau, lowest == len(rates) - 1)
 
 
@@ -138,7 +139,9 @@ def sentences(found: Sweep, suggested: Suggestion | None, config: Config) -> lis
     peak = max(config.lr_values)
     said = []
     if suggested is None:
-        said.append("The sweep suggests no learning rate: its loss never fell.")
+        few = len(found.rates) < 3
+        why = f"its {len(found.rates)} steps are too few" if few else "its loss never fell"
+        said.append(f"The sweep suggests no learning rate: {why}.")
     else:
         s = suggested
         said.append(

@@ -1,7 +1,7 @@
 """What each kernel and each step should take on an H200: written down before any has run there, to be held against.
 
-    python -m experiments predictions                    # into results/predictions-h200/, by experiments.expected
-    python -m experiments predictions --against FOLDER   # what `reproduce` measured into FOLDER, beside them
+python -m experiments predictions                    # into results/predictions-h200/, by experiments.expected
+python -m experiments predictions --against FOLDER   # what `reproduce` measured into FOLDER, beside them
 """
 
 import importlib.util
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "predictions-h200"
 VERSION = 1
+OF_A_STEP = ("network", "widths", "batch_size", "prep_bn_relu", "pool_first", "ops", "conv", "preprocess")
+"""Of a configuration, what decides how long a step takes."""
 
 
 def make(machine: Machine = H200, compile_: Compile | None = None, chosen: Sequence[Any] | None = None) -> dict:
@@ -115,8 +117,8 @@ def hold(document: dict[str, Any], folder: Path) -> list[Held]:
     for name, run in (("fused", "profiled"), ("article-256", "profiled-article")):
         path = folder / run / "summary.json"
         if path.exists():
-            summary = read_json(path)
-            if summary["status"] == "complete" and summary["preset"] == name and _is(summary["device"], document):
+            summary, config = read_json(path), read_json(path.with_name("config.json"))
+            if summary["status"] == "complete" and _is_step(name, summary, config, document):
                 measured = 1e6 * summary["train_s"] / summary["steps"]
                 steps.append(_held(f"a step of {name}", document["steps"][name]["expected_us"], measured))
     path = folder / "bench.jsonl"
@@ -140,6 +142,17 @@ def hold(document: dict[str, Any], folder: Path) -> list[Held]:
             "`python -m experiments reproduce` writes them there"
         )
     return steps + sorted(held, key=lambda one: one.expected_us - one.measured_us)
+
+
+def _is_step(name: str, summary: dict[str, Any], config: dict[str, Any], document: dict[str, Any]) -> bool:
+    """Whether a run took the steps that are predicted: no other settings, and nothing that was fallen back to."""
+    expected = preset(name).to_json()
+    ran = (summary["preset"], summary["ops"], summary["dtype"], summary["step"])
+    return (
+        ran == (name, expected["ops"], document["dtype"], "captured")
+        and all(config[key] == expected[key] for key in OF_A_STEP)
+        and _is(summary["device"], document)
+    )
 
 
 def _is(device: str, document: dict[str, Any]) -> bool:
@@ -192,8 +205,8 @@ def run(
 ) -> dict[str, Any]:
     """Write predictions.json and predictions.md into `out`, or hold those against the measurements in `against`.
 
-    The comparison is written to predictions-held.json in `against`. Returns what was written. Raises RunError for a
-    full disk, and for a machine without Triton, whose compiler the predictions need.
+    The comparison is written to predictions-held.json in `against`. Returns what was written. Raises DataError where
+    either is damaged, RunError for a full disk, and for a machine without Triton, whose compiler the predictions need.
     """
     out = out or OUT
     try:
@@ -220,7 +233,12 @@ def _predict(terminal: "Terminal", out: Path) -> dict[str, Any]:
 
 
 def _hold(terminal: "Terminal", folder: Path, out: Path) -> dict[str, Any]:
-    held = hold(read_json(out / "predictions.json"), folder)
+    try:
+        held = hold(read_json(out / "predictions.json"), folder)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{folder} or {out} is damaged: {error}; make the predictions or the measurement anew"
+        ) from None
     document = {"version": VERSION, "held": [one._asdict() for one in held], "sentences": sentences(held)}
     write_json(folder / "predictions-held.json", document)
     rows = [[one.name, f"{one.expected_us:,.1f}", f"{one.measured_us:,.1f}", f"{one.ratio:.2f}"] for one in held]

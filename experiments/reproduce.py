@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import reproduce_page
 from experiments.reproduce_page import DONE, FAILED, LATE, LEFT, UNAVAILABLE
-from experiments.reproduce_plan import ROOT, Step, last_line, plan
+from experiments.reproduce_plan import ROOT, Step, last_line, plan, take_tiles
 from experiments.study import Request, Study
 from model.errors import RunError, UsageError
 from model.interrupts import Interrupted, Interrupts
@@ -60,6 +60,8 @@ def run(
     settings = {"small": small, "set": list(request.settings), "seed": request.seed, "data": data}
     settings |= {"device": "cuda" if on_gpu else "cpu", "device_name": name}
     study = Study("reproduce", out, settings, terminal)
+    if on_gpu and take_tiles(out):
+        terminal.warn(f"kernels/tiles.json is the one of {out} now, with which its results were measured")
     steps = plan(out.absolute(), request, small, on_gpu) if steps is None else steps
     return Reproduction(study, steps, budget, start_s, interrupts).run()
 
@@ -86,7 +88,7 @@ class Reproduction:
         row = {"name": step.name, "status": LEFT, "seconds": None, "limit_s": None, "exit_code": None, "found": ""}
         if step.reason:
             return row | {"status": UNAVAILABLE, "found": step.reason}
-        return row | self.study.results.get(step.name, {})
+        return row if step.repeats else row | self.study.results.get(step.name, {})
 
     def left_s(self) -> float:
         """What is left of the budget."""
@@ -101,14 +103,20 @@ class Reproduction:
             for step in waiting:
                 limit_s = self._limit(step)
                 if limit_s < LEAST_S:
-                    self.terminal.say(f"{step.name}: left, {self.left_s():.0f} s are too few")
+                    self.terminal.say(f"{step.name}: left, its share of {self.left_s():.0f} s is too small")
                     continue
                 self.terminal.say(f"{step.name}: at most {limit_s:.0f} s of {self.left_s():.0f}", "bold")
-                row = self._do(step, limit_s)
+                try:
+                    row = self._do(step, limit_s)
+                except OSError as error:
+                    raise self._unwritten(error) from None
                 self.terminal.say(f"{step.name}: {row['status']} after {row['seconds']:.0f} s. {row['found']}")
                 meter.advance(1, step.name)
                 status = self._write()
-        self._finish(status)
+        try:
+            self._finish(status)
+        except OSError as error:
+            raise self._unwritten(error) from None
         return status
 
     def _limit(self, step: Step) -> float:
@@ -136,8 +144,9 @@ class Reproduction:
         else:
             with suppress(OSError, ValueError, KeyError, IndexError, TypeError):
                 row["found"] = step.found(out) if step.found else ""
-            if step.after:
-                step.after(out)
+        if step.after:
+            step.after(out, row["status"] == DONE)
+        if row["status"] == DONE and not step.repeats:
             self.study.once(step.name, lambda: row)
         return row
 
@@ -160,6 +169,9 @@ class Reproduction:
             except BaseException:
                 _end(process, GRACE_S)
                 raise
+            finally:  # a child that did not listen, or all of them after one Ctrl-C more, would go on beside the next
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
     def _write(self) -> dict[str, Any]:
         status = {
@@ -172,8 +184,11 @@ class Reproduction:
         try:
             write_json(self.study.out / "status.json", status)
         except OSError as error:
-            raise RunError(f"{self.study.out}: {error}; free some space and run the command again") from None
+            raise self._unwritten(error) from None
         return status
+
+    def _unwritten(self, error: OSError) -> RunError:
+        return RunError(f"{self.study.out}: {error}; free some space and run the command again")
 
     def _finish(self, status: dict[str, Any]) -> None:
         """The page of what there is, and what is left."""

@@ -17,6 +17,7 @@ from model.errors import RunError
 from profiling.records import read_json, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
+TILES = ROOT / "kernels" / "tiles.json"
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,10 @@ class Step:
     """`command`'s exit codes in `accepts` mean that it is done; `weight` is its share of the budget.
 
     `found(OUT)` says in a line what it found, and raises an OSError, ValueError, KeyError or IndexError where it did
-    not. `fresh` names a folder in OUT that an unfinished attempt leaves behind and a new one cannot use. `after(OUT)`
-    is called once it is done. `environment` is added to this process's own, and the words that `given()` then returns
-    to the command. With a `reason` it cannot run here.
+    not. `fresh` names a folder in OUT that an unfinished attempt leaves behind and a new one cannot use. `after(OUT,
+    done)` is called after each attempt. `environment` is added to this process's own, and the words that `given()` then
+    returns to the command. One that `repeats` reads what the others left, and is done anew by every call. With a
+    `reason` it cannot run here.
     """
 
     name: str
@@ -35,11 +37,12 @@ class Step:
     found: Callable[[Path], str] | None = None
     accepts: tuple[int, ...] = (0,)
     fresh: str | None = None
-    after: Callable[[Path], None] | None = None
+    after: Callable[[Path, bool], None] | None = None
     reason: str | None = None
     environment: tuple[tuple[str, str], ...] = ()
     given: Callable[[], tuple[str, ...]] = tuple
     further: bool = False
+    repeats: bool = False
 
     def words(self) -> list[str]:
         """The command as it is now."""
@@ -89,12 +92,16 @@ def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
             fit = _ceilings_fit(measured, request, "laptop" if small else preset)
             return ("--ceilings", str(measured)) if fit else ()
 
-        return trained(name, preset, 80, "--profile", found=_headline(name), fresh=name, given=given, **more)
+        return trained(name, preset, 120, "--profile", found=_headline(name), fresh=name, given=given, **more)
 
     def accuracy(name: str, preset: str, runs: int, **more: Any) -> Step:
         target = () if small else ("--target-accuracy", "0.94")
         several = ("--runs", "2" if small else str(runs), "--resume", "auto")
         return trained(name, preset, 80, *target, *several, found=_claim(name), accepts=(0, 7), **more)
+
+    def held(name: str, **more: Any) -> Step:
+        command = module("experiments", "predictions", "--against", str(out))
+        return Step(name, command, 10, last_line(name), reason=no_gpu, repeats=True, **more)
 
     def sanitized(tool: str) -> Step:
         """Our kernels under a checker; without the caching allocator an access outside of a tensor is one of memory."""
@@ -113,25 +120,19 @@ def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
 
     ladder = module("experiments", "ladder", *data, *settings, "--out", str(out / "ladder"), "--epochs-per-rung", "4")
     ceilings = module("profiling", "device", "--out", str(out / "ceilings.json"), "--seconds", "0.1" if small else "1")
-    bench = module("profiling", "bench", "--out", str(out / "bench.jsonl"))
+    bench = module("profiling", "bench", "--out", str(out / "bench.jsonl"), "--resume")
     tune = module("profiling", "bench", "--tune", *(["--quick"] if small else []))
     quick = ("bn_finalize", "--quick") if small else ()
     return [
         suite("suite"),
-        Step("doctor", module("profiling", "doctor"), 10, _doctor_says),
-        Step("ceilings", ceilings, 50, _ceilings_say),
+        Step("doctor", module("profiling", "doctor"), 20, _doctor_says),
+        Step("ceilings", ceilings, 90, _ceilings_say),
         Step("tiles", tune, 90, after=_keep_tiles, reason=no_gpu),
         Step("bench", (*bench, *quick), 90, _bench_says, accepts=(0, 1)),
         Step("ladder", (*ladder, *(["--small"] if small else [])), 120, _ladder_says),
         profiled("profiled", "fused"),
         accuracy("accuracy", "fused", 5),
-        Step(
-            "predictions",
-            module("experiments", "predictions", "--against", str(out)),
-            10,
-            last_line("predictions"),
-            reason=no_gpu,
-        ),
+        held("predictions"),
         suite("suite-again", further=True),
         sanitized("memcheck"),
         sanitized("racecheck"),
@@ -146,6 +147,7 @@ def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
             further=True,
             reason=no_gpu,
         ),
+        held("predictions-again", further=True),
     ]
 
 
@@ -172,15 +174,29 @@ def last_line(name: str) -> Callable[[Path], str]:
     return read
 
 
-def _keep_tiles(out: Path) -> None:
-    shutil.copyfile(ROOT / "kernels" / "tiles.json", out / "tiles.json")
+def _keep_tiles(out: Path, done: bool) -> None:
+    """What was tuned before time ran out is in the table too."""
+    shutil.copyfile(TILES, out / "tiles.json")
 
 
-def _drop_checkpoints(folder: str) -> Callable[[Path], None]:
+def take_tiles(out: Path) -> bool:
+    """Make the table of `out` this checkout's again; whether it was another.
+
+    What an earlier call tuned may have been in another copy of the checkout, and all of a folder's results are to be
+    measured with the same tiles.
+    """
+    kept = out / "tiles.json"
+    other = kept.exists() and kept.read_bytes() != TILES.read_bytes()
+    if other:
+        shutil.copyfile(kept, TILES)
+    return other
+
+
+def _drop_checkpoints(folder: str) -> Callable[[Path, bool], None]:
     """Weights of finished runs are not results: a folder without them is small enough to be committed."""
 
-    def drop(out: Path) -> None:
-        for path in (out / folder).rglob("checkpoint-*"):
+    def drop(out: Path, done: bool) -> None:
+        for path in (out / folder).rglob("checkpoint-*") if done else ():
             path.unlink()
 
     return drop

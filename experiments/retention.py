@@ -132,10 +132,14 @@ def _of_climbs(words: str, fits: dict[str, climb.Climb | None]) -> str:
     high, low = fits["high"], fits["low"]
     if high and low and high.clear and low.clear:
         slower = low.memory / high.memory
-        verdict = "more gradual" if slower > limits.APART else "not more gradual"
-        sentence += (
-            f": at the low rate the climb is {verdict}, {slower:.1f} times the memory (the article: more gradual)"
-        )
+        if slower > limits.APART:
+            least = "at least " if low.bounded else ""
+            verdict = f"at the low rate the climb is more gradual, {least}{slower:.1f} times the memory"
+        elif low.bounded:
+            verdict = "whether the climb is more gradual at the low rate cannot be told from one epoch"
+        else:
+            verdict = f"at the low rate the climb is not more gradual, {slower:.1f} times the memory"
+        sentence += f": {verdict} (the article: more gradual)"
     return sentence + "."
 
 

@@ -268,7 +268,8 @@ def _differences(theirs: Any, mine: dict[str, Any]) -> list[str]:
     theirs = theirs if isinstance(theirs, dict) else {}
     if theirs.get("experiment") != mine["experiment"]:
         return [f"experiment: {theirs.get('experiment')}, now {mine['experiment']}"]
-    before, now = theirs.get("settings") or {}, mine["settings"]
+    before, now = theirs.get("settings"), mine["settings"]
+    before = before if isinstance(before, dict) else {}
     return [
         f"{key}: {before.get(key)!r}, now {now.get(key)!r}"
         for key in dict.fromkeys([*before, *now])

@@ -41,6 +41,9 @@ def bench(
         bool, typer.Option("--tune", help="Measure tiles for the convolutions and refresh kernels/tiles.json.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A look: fewer samples, no max-autotune.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out the cases that --out holds of this machine and commit.")
+    ] = False,
     check: Annotated[
         bool,
         typer.Option("--check", help="Time nothing: run each kernel once, on two images, and hold it against float64."),
@@ -55,7 +58,8 @@ def bench(
 
     terminal = Terminal(json=json)
     _end(
-        lambda: run(Request(op, tuple(shape or ()), dtype, out, compare, json, tune, quick, check), terminal), terminal
+        lambda: run(Request(op, tuple(shape or ()), dtype, out, compare, json, tune, quick, check, resume), terminal),
+        terminal,
     )
 
 

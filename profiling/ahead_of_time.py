@@ -134,12 +134,26 @@ class Facts:
 
     def instructions_per_matrix_step(self) -> float | None:
         """Instructions that a warp issues in the main loop for each matrix instruction; None without such a loop."""
+        body, matrices = self._main_loop()
+        return sum(body.values()) / sum(matrices.values()) if matrices else None
+
+    def macs_per_matrix_step(self) -> int | None:
+        """Multiply-adds of a matrix instruction of the main loop, by its name: 64 * 128 * 16 of "HGMMA.64x128x16.F32".
+
+        The compiler may give the warps parts of the block's columns, so that it is not the block's own extent.
+        """
+        _, matrices = self._main_loop()
+        shape = re.search(r"\.(\d+)x(\d+)x(\d+)", next(iter(matrices), ""))
+        return math.prod(map(int, shape.groups())) if shape else None
+
+    def _main_loop(self) -> tuple[dict[str, int], dict[str, int]]:
+        """(the smallest loop with matrix instructions, these), both empty where there is none."""
         matrix = MATRIX_INSTRUCTION.get(self.arch)
         for body in self.loops:
-            matrices = sum(n for name, n in body.items() if matrix and name.startswith(matrix))
+            matrices = {name: n for name, n in body.items() if matrix and name.startswith(matrix)}
             if matrices:
-                return sum(body.values()) / matrices
-        return None
+                return body, matrices
+        return {}, {}
 
 
 @contextlib.contextmanager
@@ -322,7 +336,7 @@ def _disassemble(cubin: bytes) -> list[str]:
 
 
 def _mnemonics(lines: list[str]) -> list[str]:
-    instruction = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+    instruction = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)")
     return [match[1] for line in lines if (match := instruction.search(line))]
 
 

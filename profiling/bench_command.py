@@ -48,6 +48,7 @@ class Request:
     tune: bool = False
     quick: bool = False
     check: bool = False
+    resume: bool = False
 
 
 def run(request: Request, terminal: "Terminal") -> int:
@@ -76,6 +77,8 @@ def _check(request: Request) -> None:
         raise CommandError(f"--compare {request.compare}: no such file; expected one that `bench --out` wrote")
     if request.tune and request.op is not None and not request.op.startswith("conv_"):
         raise CommandError(f"--tune: {request.op} has no tiles to tune; expected one of the convolutions, or no op")
+    if request.resume and request.out is None:
+        raise CommandError("--resume goes on with what --out holds; name that file")
     results = {"--out": request.out, "--compare": request.compare, "--json": request.json}
     if request.tune:
         _leave_out("--tune writes the table of tiles", results)
@@ -138,12 +141,14 @@ def _bench(request: Request, chosen: list["Case"], dtype: "torch.dtype", termina
 
     where = setup(dtype, request.quick)
     about = environment(where.device, ROOT)
-    then = []
-    if request.compare is not None:
-        try:
+    then, kept = [], set()
+    try:
+        if request.compare is not None:
             then = bench_records.load(request.compare, bench_records.machine(about))
-        except (OSError, ValueError) as error:
-            raise CommandError(str(error)) from None
+        if request.resume and request.out.exists():
+            kept = bench_records.finished(request.out, about, where)
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error)) from None
     for line in (*bench_records.heading(about, where), "", bench_records.header()):
         terminal.say(line)
     rows: list[dict[str, Any]] = []
@@ -157,7 +162,7 @@ def _bench(request: Request, chosen: list["Case"], dtype: "torch.dtype", termina
 
     providers = [name for name in PROVIDERS if not (request.quick and name == MAX_AUTOTUNE)]
     with _disk_errors(request.out):
-        for case in chosen:
+        for case in (case for case in chosen if case.name not in kept):
             results = measure(case, where, providers)
             keep(results)
             failed |= any(r.wrong or (where.on_gpu and r.provider == OURS and not r.samples_us) for r in results)

@@ -86,6 +86,24 @@ def load(path: Path, machine_now: dict[str, Any]) -> list[dict[str, Any]]:
     return same
 
 
+def finished(path: Path, environment: dict[str, Any], setup: Setup) -> set[str]:
+    """The cases in `path` that a bench of this machine, commit, dtype and batch came to the end of.
+
+    Raises ValueError for a damaged file, OSError where it cannot be read.
+    """
+    here = (fingerprint(machine(environment)), environment["git_sha"], str(setup.dtype).removeprefix("torch."))
+    try:
+        return {
+            r["case"]
+            for r in read_jsonl(path)
+            if r["kind"] == "timing"
+            and (r["fingerprint"], r["git_sha"], r["dtype"], r["batch"]) == (*here, setup.batch)
+            and (r["provider"], r["mode"]) == (OURS, setup.timer.modes[-1])  # the last of a case
+        }
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected rows as `python -m profiling bench --out` writes them ({error})") from None
+
+
 class Change(NamedTuple):
     """One provider of one case, then and now; `verdict.speedup` is then over now, above 1 where it became faster."""
 

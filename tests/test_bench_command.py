@@ -81,6 +81,7 @@ BAD = {
     "tune_and_compare": (("--tune", "--json"), "leave --json out"),
     "check_and_out": (("--check", "--out", "b.jsonl"), "--check times nothing; leave --out out"),
     "check_quickly": (("--check", "--quick"), "leave --quick out"),
+    "resume_nothing": (("--resume",), "--resume goes on with what --out holds"),
     "unknown_option": (("--tunes",), "No such option"),
 }
 
@@ -210,3 +211,17 @@ def test_a_crash_is_not_taken_for_a_wrong_kernel(monkeypatch):
     done = invoke("bn_finalize", "--shape", "256x4x4", "--quick")
     assert done.exit_code == 70
     assert "illegal memory access" in done.stderr
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_what_was_measured_is_left_out_of_a_resumed_bench(tmp_path):
+    out, words = tmp_path / "bench.jsonl", ("bn_finalize", "--quick", "--out", tmp_path / "bench.jsonl")
+    first, second = (("--shape", "256x4x4"), ("--shape", "512x4x4"))
+    assert invoke(*words, *first).exit_code == 0
+    assert invoke(*words, *first, *second, "--resume").exit_code == 0
+    timings = [row for row in read_jsonl(out) if row["kind"] == "timing" and row["provider"] == "ours"]
+    assert [row["shape"] for row in timings] == ["256x4x4", "512x4x4"]
+    of_another_machine = out.read_text().replace('"fingerprint": "', '"fingerprint": "x')
+    out.write_text(of_another_machine)
+    assert invoke(*words, *first, "--resume").exit_code == 0
+    assert sum(row["kind"] == "timing" and row["provider"] == "ours" for row in read_jsonl(out)) == 3

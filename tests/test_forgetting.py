@@ -81,6 +81,15 @@ def test_a_rate_at_which_training_blows_up_is_a_point_of_the_curve(monkeypatch, 
     assert "blew up" in chart.data[0]["hovertext"][-1]
 
 
+def test_a_set_on_which_every_rate_blows_up_is_named(monkeypatch, tmp_path):
+    """It has no curve, and must not be missing without a word from those that are compared."""
+    monkeypatch.setattr(forgetting, "MULTIPLES", (1e38, 1e39))
+    document = experiment(tmp_path / "a")
+    assert document["result"]["limits"] == []
+    named = [text for text in document["sentences"] if "every rate blew up" in text]
+    assert len(named) == len(document["result"]["curves"])
+
+
 def chosen(monkeypatch, speed: float, small: bool) -> dict[str, int]:
     monkeypatch.undo()
     monkeypatch.setattr(learner, "images_per_s", lambda *arguments: speed)

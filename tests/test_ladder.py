@@ -228,6 +228,14 @@ def test_a_whole_run_that_was_killed_goes_on_from_its_checkpoint(tmp_path, monke
     assert resumed["epochs"] == 3
 
 
+def test_a_whole_run_that_blows_up_is_a_result_and_leaves_signals_as_they_were(tmp_path):
+    """The next rung's epochs are not looked between for a signal that was put off."""
+    config = Rung("x", "", "article-256").config(0, [*TINY[:3], "batch_size=20", "epochs=3"])
+    config, session = dataclasses.replace(config, lr_values=(1e38,) * len(config.lr_values)), tiny_session()
+    assert ladder.train_whole(study(tmp_path), session, config, "x")["status"] == "non-finite"
+    assert not session.interrupts.deferred
+
+
 def test_small_is_of_the_first_images_only():
     cut = ladder._cut(tiny_session(tiny_dataset(70, 30)), ladder.Sizes(4, None, 20, 10)).dataset
     assert len(cut.train_images) == len(cut.train_labels) == 20

@@ -81,6 +81,9 @@ def test_the_sentence_on_curvature_follows_the_data():
     assert "where the article saw about 8" in low
     apart = limits.sentences(curves([1, 1, 1], [7, 5, 3], rise=0.05))[1]
     assert "do not blow up together" in apart
+    alone = limits.sentences([limits.limits(10, RATES, [2.3] * 8), *curves([3], [7])])[1]
+    assert "Fewer than two curves" in alone
+    assert limits.curvature_limit(curves([3], [7])) is None
     never = limits.sentences(curves([3, 3, 3], [7, 7, 9], rise=0.05))[1]
     assert "on 4,000 images none did" in never
 

@@ -117,6 +117,22 @@ def test_how_sure_the_minimum_is_follows_from_the_noise():
     assert "could as well" not in sure
 
 
+def test_a_dip_elsewhere_is_no_part_of_the_floor():
+    """Two valleys as low as each other: the loss is not as low anywhere between them."""
+    x = torch.linspace(-4, 1.5, 400, dtype=torch.float64)
+    y = 2.3 - torch.exp(-((x + 2.5) ** 2) / 0.1) - 1.001 * torch.exp(-((x - 0.5) ** 2) / 0.1)
+    y = y + 0.02 * torch.randn(400, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    found = lr_finder.suggest((10**x).tolist(), y.tolist())
+    assert found.high < 10 * found.low
+
+
+def test_too_short_a_sweep_is_not_said_to_have_risen():
+    short = lr_finder.Sweep([0.1, 0.2], [2.0, 1.0], "the loss was not finite at a rate of 0.4")
+    said = lr_finder.sentences(short, lr_finder.suggest(*short[:2]), tiny_config())[0]
+    assert "never fell" not in said
+    assert "its 2 steps are too few" in said
+
+
 @pytest.mark.parametrize(
     ("losses", "at_end"),
     [([3, 2, 1, 0.5], True), ([1, 2, 3, 4], None), ([1, 1], None)],

@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 from experiments import predictions
 from experiments.__main__ import app
 from experiments.expected import H200
+from model.config import preset
 from model.errors import DataError
 from profiling import cases
 from profiling.ahead_of_time import Build, Facts
@@ -50,9 +51,12 @@ def timing(case: str, us: float | None, gpu: str = "NVIDIA H200", mode: str = "c
     }
 
 
-def run_of(folder, preset: str, step_us: float, **changes) -> None:
+def run_of(folder, name: str, step_us: float, settings: tuple[str, ...] = (), **changes) -> None:
     folder.mkdir(parents=True)
-    run = {"status": "complete", "preset": preset, "device": "NVIDIA H200", "steps": 1000}
+    config = preset(name).with_settings(list(settings))
+    run = {"status": "complete", "preset": name, "device": "NVIDIA H200", "steps": 1000}
+    run |= {"ops": config.ops, "dtype": "float16", "step": "captured"}
+    write_json(folder / "config.json", config.to_json())
     write_json(folder / "summary.json", run | {"train_s": step_us / 1000} | changes)
 
 
@@ -89,8 +93,15 @@ def test_measurements_are_held_against_what_was_expected(document, tmp_path):
         lambda folder: run_of(folder / "profiled", "laptop", 1.0),
         lambda folder: run_of(folder / "profiled", "fused", 1.0, device="AMD EPYC"),
         lambda folder: run_of(folder / "profiled", "fused", 1.0, status="interrupted"),
+        lambda folder: run_of(folder / "profiled", "fused", 1.0, ops="reference"),
+        lambda folder: run_of(folder / "profiled", "fused", 1.0, step="eager"),
+        lambda folder: run_of(folder / "profiled", "fused", 1.0, dtype="bfloat16"),
+        lambda folder: run_of(folder / "profiled", "fused", 1.0, ("batch_size=128",)),
     ],
-    ids=["nothing", "another_gpu", "unavailable", "another_preset", "a_cpu", "interrupted"],
+    ids=[
+        *("nothing", "another_gpu", "unavailable", "another_preset", "a_cpu", "interrupted"),
+        *("fell_back_to_other_ops", "fell_back_to_eager_steps", "another_dtype", "another_batch"),
+    ],
 )
 def test_what_says_nothing_about_the_predicted_machine_is_refused(document, tmp_path, make):
     make(tmp_path)
@@ -124,3 +135,25 @@ def test_folders_that_hold_nothing_are_named(tmp_path):
     done = invoke("--out", tmp_path / "file" / "below")
     assert done.exit_code == 1
     assert "Not a directory" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("measured/bench.jsonl", "no JSON\n"),
+        ("measured/bench.jsonl", "[]\n"),
+        ("measured/profiled/summary.json", "{}"),
+        ("predicted/predictions.json", "{}"),
+        ("predicted/predictions.json", "["),
+    ],
+    ids=["no_json", "no_row", "no_summary", "no_predictions", "torn_predictions"],
+)
+def test_a_damaged_file_is_one_line(document, tmp_path, file, text):
+    run_of(tmp_path / "measured" / "profiled", "fused", 5000)
+    (tmp_path / "predicted").mkdir()
+    write_json(tmp_path / "predicted" / "predictions.json", document)
+    (tmp_path / file).write_text(text)
+    done = invoke("--out", tmp_path / "predicted", "--against", tmp_path / "measured")
+    assert done.exit_code == 3
+    assert done.stderr.count("\n") == 1
+    assert "is damaged" in done.stderr

@@ -10,11 +10,13 @@ from kernels.bn_apply import bn_apply
 from kernels.bn_stats import bn_stats
 from kernels.conv_fprop import conv_fprop
 from kernels.conv_shape import ConvShape
+from kernels.conv_wgrad import conv_wgrad
 from kernels.tiles import Gpu
 from profiling.ahead_of_time import LIMITS, Facts, compile_all, launches, unique
 from profiling.batchnorm_cases import bn_relu_case
 from profiling.conv_cases import conv_fprop_case
 from profiling.kernel_facts import DEFAULT_GPUS, kernel_facts
+from profiling.tuning import forced
 
 SHAPE = ConvShape(64, 64, 32, 32)
 
@@ -109,6 +111,21 @@ def test_instructions_per_matrix_step_are_of_the_innermost_loop_with_one():
     loops = [{"LDG.E": 5, "BRA": 1}, {"HGMMA.64x64x16.F32": 4, "IADD3": 92}, {"HGMMA.64x64x16.F32": 4, "IADD3": 300}]
     assert Facts("", 90, loops=loops).instructions_per_matrix_step() == 24.0
     assert Facts("", 80, loops=loops).instructions_per_matrix_step() is None
+    assert Facts("", 90, loops=loops).macs_per_matrix_step() == 64 * 64 * 16
+    assert Facts("", 80, loops=loops).macs_per_matrix_step() is None
+
+
+def test_a_matrix_instruction_has_the_extents_that_the_warps_have_and_not_the_block(device):
+    """Eight warps are two groups, which share 128 rows or, where the block has but 64, its columns."""
+    x, dy = (
+        torch.empty(2, k, 8, 8, dtype=torch.float16, device=device, memory_format=torch.channels_last)
+        for k in (64, 128)
+    )
+    tile = tiles.Tile(64, 128, 64, 8, 3, False)
+    with launches(Gpu("sm_90", (9, 0))) as builds, forced(tile):
+        conv_wgrad(x, dy, 3)
+    (facts,) = compile_all(builds[:1])
+    assert facts.macs_per_matrix_step() == 64 * 64 * 16
 
 
 def test_shared_memory_limits_of_a_block():

@@ -9,11 +9,12 @@ import torch
 from experiments import reproduce, reproduce_page, reproduce_plan
 from experiments.reproduce_plan import Step, last_line
 from experiments.study import Request, Study
-from model.errors import UsageError
+from kernels.conv_shape import RESNET_LAYERS
+from model.errors import RunError, UsageError
 from model.interrupts import Interrupted, Interrupts
 from profiling import cases
 from profiling.bench_records import fingerprint, machine
-from profiling.ceilings import Ceiling, Ceilings
+from profiling.ceilings import GEMMS, Ceiling, Ceilings
 from profiling.console import Terminal
 from profiling.environment import device_name, environment
 from profiling.records import append_jsonl, read_json, write_json
@@ -71,6 +72,17 @@ def test_what_is_done_is_not_done_again_and_what_failed_is(tmp_path):
     assert statuses(status) == {"good": "done", "bad": "failed"}
 
 
+def test_what_reads_the_results_of_others_is_done_by_every_call(tmp_path):
+    """The predictions are held against the article's run too, which comes after them, maybe only in a later call."""
+    steps = [script("read", once(tmp_path / "read.txt"), repeats=True), script("measured", "pass")]
+    for lines in ("ran\n", "ran\nran\n"):
+        assert set(statuses(run(tmp_path / "out", steps)).values()) == {"done"}
+        assert (tmp_path / "read.txt").read_text() == lines
+    plan = reproduce_plan.plan(tmp_path, Request(), False, True)
+    assert [step.name for step in plan if step.repeats] == ["predictions", "predictions-again"]
+    assert plan[-1].name == "predictions-again"
+
+
 def test_a_step_that_runs_out_of_time_is_interrupted_and_saves(tmp_path):
     """It gets its share of the time, SIGINT, and some seconds to save."""
     code = (
@@ -98,6 +110,32 @@ def test_a_step_that_ignores_the_signal_is_ended(tmp_path, monkeypatch):
     row = run(tmp_path, [script("deaf", code)], budget=1.5)["steps"][0]
     assert row["status"] == "out of time"
     assert row["exit_code"] == -9
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    def full(out, done):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match=r"No space left on device; free some space"):
+        run(tmp_path, [script("tiles", "pass", after=full)])
+
+
+def test_nothing_of_a_step_outlives_it(tmp_path, monkeypatch):
+    """Not even a child that ignores the signal at which its parent ends."""
+    alive = tmp_path / "alive"
+    child = f"import time\nwhile True:\n    open({str(alive)!r}, 'a').write('x')\n    time.sleep(0.02)"
+    code = (
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "time.sleep(60)"
+    )
+    monkeypatch.setattr(reproduce, "LEAST_S", 0.5)
+    assert run(tmp_path / "out", [script("parent", code)], budget=4)["steps"][0]["status"] == "out of time"
+    size = alive.stat().st_size
+    time.sleep(0.3)
+    assert alive.stat().st_size == size > 0
 
 
 def test_a_budget_is_shared_by_weight_and_what_is_not_needed_goes_on(tmp_path, monkeypatch):
@@ -202,10 +240,10 @@ def test_the_plan_is_the_same_list_in_order_of_value(tmp_path, small, on_gpu):
     steps = {step.name: step for step in reproduce_plan.plan(tmp_path, request, small, on_gpu)}
     first = ["suite", "doctor", "ceilings", "tiles", "bench", "ladder", "profiled", "accuracy", "predictions"]
     further = ["suite-again", "memcheck", "racecheck", "profiled-article", "accuracy-article", "accuracy-resnet9"]
-    assert list(steps) == [*first, *further, "step-modes"]
+    assert list(steps) == [*first, *further, "step-modes", "predictions-again"]
     assert [name for name, step in steps.items() if not step.further] == first
     unavailable = {name for name, step in steps.items() if step.reason} - {"memcheck", "racecheck"}
-    assert unavailable == (set() if on_gpu else {"tiles", "predictions", "step-modes"})
+    assert unavailable == (set() if on_gpu else {"tiles", "predictions", "step-modes", "predictions-again"})
     for name in ("ladder", "profiled", "accuracy", "profiled-article", "accuracy-article", "accuracy-resnet9"):
         assert {"--set=momentum=0.8", "--seed", "4", "--data-dir", str(tmp_path)} <= set(steps[name].command)
     assert ("--small" in steps["ladder"].command) == small
@@ -321,5 +359,40 @@ def test_finished_runs_keep_no_weights(tmp_path):
     run_folder = tmp_path / "accuracy" / "run-000"
     for name in ("checkpoint-1.safetensors", "checkpoint-1.json", "summary.json"):
         (run_folder / name).touch()
-    reproduce_plan._drop_checkpoints("accuracy")(tmp_path)
+    for done in (False, True):
+        assert (run_folder / "checkpoint-1.json").exists()
+        reproduce_plan._drop_checkpoints("accuracy")(tmp_path, done)
     assert [path.name for path in run_folder.iterdir()] == ["summary.json"]
+
+
+def test_the_tiles_of_a_tuning_without_an_end_are_kept(tmp_path):
+    """Of the machine it ran on, nothing but OUT may be left."""
+    steps = {step.name: step for step in reproduce_plan.plan(tmp_path, Request(), False, True)}
+    interrupted = script("tiles", "raise SystemExit(130)", after=steps["tiles"].after)
+    assert statuses(run(tmp_path / "out", [interrupted])) == {"tiles": "failed"}
+    table = reproduce_plan.TILES.read_text()
+    assert (tmp_path / "out" / "tiles.json").read_text() == table
+
+
+def test_a_folder_that_goes_on_in_another_checkout_brings_its_tiles(tmp_path, monkeypatch):
+    table, out = tmp_path / "tiles.json", tmp_path / "out"
+    monkeypatch.setattr(reproduce_plan, "TILES", table)
+    monkeypatch.setattr(reproduce, "_device", lambda: ("NVIDIA H200", True))
+    table.write_text("tuned")
+    run(out, [script("tiles", "pass", after=reproduce_plan._keep_tiles)])
+    table.write_text("as committed")
+    run(out, [])
+    assert table.read_text() == "tuned"
+
+
+def test_the_ceilings_have_the_time_that_they_must_take(tmp_path):
+    """They keep nothing of an attempt without an end, and without them each profiled run measures its own, for longer.
+
+    A candidate runs for a quarter more than its seconds; a process is given ten to begin, and a call 540 in all.
+    """
+    steps = {step.name: step for step in reproduce_plan.plan(tmp_path, Request(), False, True)}
+    first, command = [step.weight for step in steps.values() if not step.further], steps["ceilings"].command
+    candidates = len(GEMMS["cuda"]) + 3 * sum(layer.R == 3 for layer in RESNET_LAYERS) + 2
+    takes_s = 10 + 1.25 * candidates * float(command[command.index("--seconds") + 1])
+    limit_s = 540 * steps["ceilings"].weight / sum(first)
+    assert limit_s - min(reproduce.GRACE_S, limit_s / 4) > takes_s

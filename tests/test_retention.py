@@ -98,9 +98,11 @@ def rows(high: float, low: float, noise: float = 0.0, seen: tuple[float, float] 
     [
         (5, 40, 0.01, "the climb is more gradual"),
         (20, 20, 0.0, "the climb is not more gradual"),
+        (5, 1000, 0.0, "the climb is more gradual, at least"),
+        (1000, 1000, 0.0, "cannot be told from one epoch"),
         (1e-3, 1e-3, 0.1, "no climb is told from noise"),
     ],
-    ids=["as_the_article", "equal", "nothing_but_noise"],
+    ids=["as_the_article", "equal", "longer_than_an_epoch", "both_longer_than_an_epoch", "nothing_but_noise"],
 )
 def test_sentences_on_the_climb_follow_the_data(high, low, noise, expected):
     made = rows(high, low, noise)

@@ -81,6 +81,13 @@ def test_the_folder_of_other_settings_is_refused(tmp_path, changes, message):
         study(tmp_path, **changes)
 
 
+@pytest.mark.parametrize("kept", ["[1]", '"x"', "7"])
+def test_settings_of_another_form_are_refused_in_one_line(tmp_path, kept):
+    (tmp_path / "study.json").write_text(f'{{"experiment": "sample", "settings": {kept}}}')
+    with pytest.raises(UsageError, match="begun with other settings"):
+        study(tmp_path)
+
+
 def test_the_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(UsageError, match="not empty"):
