@@ -224,6 +224,7 @@ def _tune(request: Request, chosen: list["Case"], dtype: "torch.dtype", terminal
     from kernels import jit, tiles
     from kernels.conv_shape import parse
     from profiling.bench import setup
+    from profiling.precompile import Precompiler
     from profiling.tuning import CudaBackend, changed, refreshed, tune
 
     reason = jit.unavailable(torch.device("cuda", torch.cuda.current_device()))
@@ -233,19 +234,23 @@ def _tune(request: Request, chosen: list["Case"], dtype: "torch.dtype", terminal
     if not problems:
         raise CommandError("--tune: there is no convolution of that shape")
     before = tiles.load()
-    backend = CudaBackend(setup(dtype, request.quick))
+    ahead = Precompiler()
+    backend = CudaBackend(setup(dtype, request.quick), ahead)
     terminal.say(f"tuning {len(problems)} convolutions on {backend.gpu.name}, triton {triton.__version__}")
     # Those that the table lacks come first, so that a command that was interrupted goes on.
     known = {entry[:4] for entry in before}
     ordered = sorted(problems, key=lambda problem: (backend.gpu.name, *problem, request.dtype) in known)
-    measured = tune(
-        backend,
-        [(op, parse(shape)) for op, shape in ordered],
-        dtype,
-        triton.__version__,
-        terminal.say,
-        lambda measured: tiles.dump(refreshed(before, measured)),
-    )
+    try:
+        measured = tune(
+            backend,
+            [(op, parse(shape)) for op, shape in ordered],
+            dtype,
+            triton.__version__,
+            terminal.say,
+            lambda measured: tiles.dump(refreshed(before, measured)),
+        )
+    finally:
+        ahead.close()
     differences = changed(before, measured)
     for line in differences or ["no tile changed"]:
         terminal.say(line)

@@ -21,6 +21,7 @@ from profiling.bench import Setup, first_line, searching
 from profiling.case import Case, Draw
 from profiling.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
 from profiling.gate import Gate
+from profiling.precompile import Precompiler, nothing_launched
 from profiling.timing import QUICK, Samples, interleave, summarise
 
 FINALISTS = 3
@@ -44,10 +45,27 @@ class Timings(NamedTuple):
     refused: dict[Tile, str]
 
 
+class Problem(NamedTuple):
+    """An op at a layer's shape, the tiles to try, and the one in use."""
+
+    op: str
+    shape: ConvShape
+    variant: str
+    candidates: tuple[Tile, ...]
+    incumbent: Tile
+
+    def case(self) -> Case:
+        """What is timed."""
+        return FUSED[self.op][0](self.shape, self.variant)
+
+
 class Backend(Protocol):
     """Where candidates are timed."""
 
     gpu: Gpu
+
+    def prepare(self, problems: Sequence[Problem]) -> None:
+        """Learn what will be timed, in this order."""
 
     def time(self, case: Case, candidates: Sequence[Tile], incumbent: Tile) -> Timings:
         """Check and time the candidates for a case; the incumbent gets to the final in any case."""
@@ -171,13 +189,11 @@ def tune(
 
     `keep` gets the entries so far after each of them: there are many, and the last may never come.
     """
-    measured = []
-    for op, shape in problems:
-        make, variant = FUSED[op]
-        if op == "conv_dgrad" and shape.R == 1:
-            variant = ""  # a projection's gradient is masked where it joins that of the block's first convolution
-        incumbent, tried = tiles.tile(op, shape, dtype, backend.gpu), candidates(op, shape, dtype, backend.gpu)
-        timings = backend.time(make(shape, variant), tried, incumbent)
+    measured, planned = [], [_problem(op, shape, dtype, backend.gpu) for op, shape in problems]
+    backend.prepare(planned)
+    for problem in planned:
+        op, shape, _, tried, incumbent = problem
+        timings = backend.time(problem.case(), tried, incumbent)
         for tile, reason in timings.refused.items():
             say(f"{op} {shape}: {_tile(tile)} refused: {reason}")
         entry = select(backend.gpu, op, shape, dtype, triton, timings, incumbent)
@@ -190,15 +206,37 @@ def tune(
     return measured
 
 
-class CudaBackend:
-    """Times on the GPU of `setup`, with a cold cache: a layer's operands have left it when their turn comes."""
+def _problem(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> Problem:
+    variant = FUSED[op][1]
+    if op == "conv_dgrad" and shape.R == 1:
+        variant = ""  # a projection's gradient is masked where it joins that of the block's first convolution
+    tried = tuple(candidates(op, shape, dtype, gpu))
+    return Problem(op, shape, variant, tried, tiles.tile(op, shape, dtype, gpu))
 
-    def __init__(self, setup: Setup):
-        self.setup, self.gpu = setup, tiles.gpu_of(setup.device)
+
+class CudaBackend:
+    """Times on the GPU of `setup`, with a cold cache: a layer's operands have left it when their turn comes.
+
+    `ahead` compiles what is prepared in the meantime; whoever gave it closes it.
+    """
+
+    def __init__(self, setup: Setup, ahead: Precompiler | None = None):
+        self.setup, self.gpu, self.ahead = setup, tiles.gpu_of(setup.device), ahead
+
+    def prepare(self, problems: Sequence[Problem]) -> None:
+        """As `Backend` has it."""
+        if self.ahead is not None:
+            about = self.setup.dtype, self.setup.batch, str(self.setup.device)
+            for problem in problems:
+                for tile in problem.candidates:
+                    one = problem._replace(candidates=(tile,))
+                    self.ahead.submit(problem.case().name, compile_candidates, one, *about)
 
     def time(self, case: Case, candidates: Sequence[Tile], incumbent: Tile) -> Timings:
         """As `Backend` has it: a look at every tile that is right, then the best with the library by the whole plan."""
         setup = self.setup
+        if self.ahead is not None:
+            self.ahead.wait(case.name)
         operands = case.operands(Draw(setup.batch, setup.device, setup.dtype))
         gate = Gate(case, operands, setup.dtype)
         baseline = case.library(*operands)
@@ -227,6 +265,15 @@ class CudaBackend:
         library = taken.pop("library")
         library_us = None if library.refusal() else summarise(library.us).median
         return Timings(_medians(taken, refused), library_us, refused)
+
+
+def compile_candidates(problem: Problem, dtype: torch.dtype, batch: int, device: str) -> None:
+    """Compile the kernels of each candidate as `CudaBackend.time` will launch them."""
+    case = problem.case()
+    operands = case.operands(Draw(batch, torch.device(device), dtype, untouched=True))
+    for tile in problem.candidates:
+        with torch.no_grad(), nothing_launched():
+            _with_tile(case, operands, tile)()
 
 
 def _medians(taken: dict[Tile, Samples], refused: dict[Tile, str]) -> dict[Tile, float]:

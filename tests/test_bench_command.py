@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from kernels import jit, tiles
 from kernels.tiles import Gpu
-from profiling import bench, bench_command, cases, kernel_facts, tuning
+from profiling import bench, bench_command, cases, kernel_facts, precompile, tuning
 from profiling.__main__ import app
 from profiling.ahead_of_time import Facts
 from profiling.case import with_moments
@@ -177,8 +177,11 @@ def test_an_interrupted_tuning_keeps_what_it_measured_and_goes_on_from_there(mon
     class Backend:
         gpu = Gpu("NVIDIA H200", (9, 0))
 
-        def __init__(self, setup):
+        def __init__(self, setup, ahead):
             self.left = 2
+
+        def prepare(self, problems):
+            assert len(problems) > 2
 
         def time(self, case, tried, incumbent):
             if not self.left:
@@ -192,6 +195,7 @@ def test_an_interrupted_tuning_keeps_what_it_measured_and_goes_on_from_there(mon
     monkeypatch.setattr(jit, "unavailable", lambda device: None)
     monkeypatch.setattr(bench, "setup", lambda dtype, quick: None)
     monkeypatch.setattr(tuning, "CudaBackend", Backend)
+    monkeypatch.setattr(precompile.os, "cpu_count", lambda: 1)
     monkeypatch.setattr(tiles, "load", lambda: tuple(table))
     monkeypatch.setattr(tiles, "dump", lambda entries: table.__setitem__(slice(None), entries))
     for measured in (2, 4):

@@ -9,7 +9,9 @@ from kernels import tiles
 from kernels.conv_shape import ConvShape
 from kernels.tiles import OPS, Entry, Gpu, Tile
 from profiling import tuning
+from profiling.ahead_of_time import launches
 from profiling.bench import Setup
+from profiling.case import Draw
 from profiling.cases import LAYERS
 from profiling.timing import QUICK
 from profiling.tuning import CudaBackend, Timings, candidates, changed, forced, refreshed, select, tune
@@ -109,7 +111,10 @@ class ScriptedBackend:
     gpu = H200
 
     def __init__(self, library_us: float):
-        self.library_us, self.cases = library_us, []
+        self.library_us, self.cases, self.prepared = library_us, [], []
+
+    def prepare(self, problems):
+        self.prepared += [problem.case().name for problem in problems]
 
     def time(self, case, tried, incumbent):
         self.cases.append(case.name)
@@ -127,6 +132,7 @@ def test_tuning_measures_the_fused_case_of_every_problem():
         f"conv_dgrad[mask,sums] {SHAPE}",
         f"conv_wgrad[prologue] {SHAPE}",
     ]
+    assert backend.prepared == backend.cases
     assert [(e.op, e.us, e.library_us) for e in measured] == [(op, 100.0, 90.0) for op in OPS]
     assert sum("refused: wrong: output 0 is off" in line for line in said) == 3
     assert sum("library (ours 100.0 us, library 90.0 us)" in line for line in said) == 3
@@ -182,3 +188,47 @@ def test_the_backend_refuses_wrong_tiles_and_times_the_others(monkeypatch, devic
     assert timings.library_us == 5.0
     assert timings.refused[raising] == "RuntimeError: out of resource"
     assert "is off by" in timings.refused[wrong]
+
+
+class Ahead:
+    """What was submitted and waited for, in order."""
+
+    def __init__(self):
+        self.log = []
+
+    def submit(self, key, function, problem, *about):
+        assert function is tuning.compile_candidates
+        self.log.append((key, problem.candidates, about))
+
+    def wait(self, key):
+        self.log.append(("waited", key))
+
+
+def test_candidates_are_compiled_ahead_one_by_one_in_the_order_of_timing(monkeypatch, device):
+    ahead = Ahead()
+    backend = CudaBackend(Setup(device, FP16, 2, QUICK, SteadyTimer()), ahead)
+    problems = [tuning._problem(op, SHAPE, FP16, H200) for op in ("conv_fprop", "conv_wgrad")]
+    backend.prepare(problems)
+    submitted = [(p.case().name, (tile,), (FP16, 2, str(device))) for p in problems for tile in p.candidates]
+    assert ahead.log == submitted
+    with contextlib.suppress(ZeroDivisionError):
+        monkeypatch.setattr(tuning, "Gate", lambda *arguments: 1 / 0)
+        backend.time(problems[0].case(), problems[0].candidates, problems[0].incumbent)
+    assert ahead.log[-1] == ("waited", problems[0].case().name)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_what_is_compiled_ahead_is_what_will_be_launched(op):
+    """Types, divisibility and constants alike, or the cache on the disk would not have it."""
+    problem = tuning._problem(op, ConvShape(64, 64, 8, 8), FP16, H200)
+    problem = problem._replace(candidates=problem.candidates[:3])
+    with launches(H200) as ahead:
+        tuning.compile_candidates(problem, FP16, 2, "cpu")
+    case = problem.case()
+    operands = case.operands(Draw(2, torch.device("cpu"), FP16))
+    with torch.no_grad(), launches(H200) as launched:
+        for tile in problem.candidates:
+            with forced(tile):
+                case.ours(*operands)
+    assert [build.key() for build in ahead] == [build.key() for build in launched]
+    assert len({build.key() for build in ahead}) >= 3
