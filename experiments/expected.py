@@ -4,7 +4,8 @@ A kernel takes START_US and then the larger of two times. Its arithmetic's, at t
 two factors known before it runs: `tail`, since the last programs leave multiprocessors idle, and `issue`, where a warp
 issues more instructions for each matrix instruction than the tensor core takes cycles for it. Its bytes', at the
 device's bandwidth or at that of the multiprocessors that have a program. All else is taken to be free: latency,
-conflicts, barriers, a cold start of the loop. What is measured is therefore longer, and by how much is the finding.
+conflicts, barriers, a cold start of the loop, and the partial sums between the launches of one op. What is measured is
+therefore longer, and by how much is the finding; shorter only where a step finds its operands still in the L2 cache.
 """
 
 import math
