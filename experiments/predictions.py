@@ -65,16 +65,15 @@ def _json(p: Prediction) -> dict[str, Any]:
 
 def markdown(document: dict[str, Any]) -> str:
     """The document as tables."""
-    machine = document["machine"]
+    machine, about = document["machine"], document["environment"]
     lines = [
         f"# Predictions for one {machine['name']}",
         "",
         f"Modelled, not measured: fp16, batch {document['batch']}, {machine['flops_per_s'] / 1e12:,.0f} TFLOP/s and "
         f"{machine['bytes_per_s'] / 1e12:.1f} TB/s ({machine['source']}; quoted). A kernel takes "
         f"{document['start_us']} us and the larger of its arithmetic's time, times tail and issue, and its bytes'; "
-        f"in a replayed graph {document['gap_us']:g} us lie between two kernels. What is measured will mostly be longer. Made "
-        f"on {document['environment']['date'][:10]} by commit {str(document['environment']['git_sha'])[:12]}, triton "
-        f"{document['triton']}.",
+        f"in a replayed graph {document['gap_us']:g} us lie between two kernels. What is measured will mostly be "
+        f"longer. Made on {about['date'][:10]} by commit {str(about['git_sha'])[:12]}, triton {document['triton']}.",
         "",
         "| step | kernels | floor, us | expected, us | images/s | 35 epochs, s |",
         "|---|---|---|---|---|---|",
