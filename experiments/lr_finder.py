@@ -47,8 +47,7 @@ class Suggestion(NamedTuple):
     """Two rates: `steepest`, where the smoothed loss falls fastest, and `tenth` of the rate at its minimum.
 
     Between `low` and `high` the smoothed loss is everywhere as low as there, within its noise: two standard errors of a
-    difference. `at_end` says that the minimum is the last step's: the true one may lie at a
-    higher rate.
+    difference. `at_end` says that the minimum is the last step's: the true one may lie at a higher rate.
     """
 
     steepest: float

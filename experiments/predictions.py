@@ -1,7 +1,9 @@
 """What each kernel and each step should take on an H200: written down before any has run there, to be held against.
 
-python -m experiments predictions                    # into results/predictions-h200/, by experiments.expected
-python -m experiments predictions --against FOLDER   # what `reproduce` measured into FOLDER, beside them
+    python -m experiments predictions                    # into results/predictions-h200/, by experiments.expected
+    python -m experiments predictions --against FOLDER   # what `reproduce` measured into FOLDER, beside them
+
+The second is of an H200 alone, and of the steps that were predicted: nothing that a run fell back to.
 """
 
 import importlib.util
