@@ -62,7 +62,7 @@ def run(
     study = Study("reproduce", out, settings, terminal)
     if on_gpu and take_tiles(out):
         terminal.warn(f"kernels/tiles.json is the one of {out} now, with which its results were measured")
-    steps = plan(out.absolute(), request, small, on_gpu) if steps is None else steps
+    steps = plan(out.absolute(), request, small, name if on_gpu else None) if steps is None else steps
     return Reproduction(study, steps, budget, start_s, interrupts).run()
 
 

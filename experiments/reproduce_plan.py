@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.expected import H200
 from experiments.study import Request
 from model.config import preset as presets
 from model.errors import RunError
@@ -62,14 +63,17 @@ SMALL_CASES = (
 """Layers by which every kernel runs at least once, with everything that can be fused into it."""
 
 
-def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
-    """The steps in order of value, in small or whole, for the absolute folder `out`; the further ones come last."""
+def plan(out: Path, request: Request, small: bool, gpu: str | None) -> list[Step]:
+    """The steps in order of value, in small or whole, for the absolute folder `out`; the further ones come last.
+
+    `gpu` is the GPU's name, None where there is none.
+    """
     python, data = sys.executable, ["--synthetic"] if request.synthetic else []
     if request.data_dir:
         data = ["--data-dir", str(request.data_dir.absolute())]
     settings = [f"--set={setting}" for setting in request.settings]
     settings += [] if request.seed is None else ["--seed", str(request.seed)]
-    no_gpu = None if on_gpu else "it needs a CUDA GPU"
+    no_gpu = None if gpu else "it needs a CUDA GPU"
 
     def module(*words: str) -> tuple[str, ...]:
         return python, "-m", *words
@@ -101,7 +105,8 @@ def plan(out: Path, request: Request, small: bool, on_gpu: bool) -> list[Step]:
 
     def held(name: str, **more: Any) -> Step:
         command = module("experiments", "predictions", "--against", str(out))
-        return Step(name, command, 10, last_line(name), reason=no_gpu, repeats=True, **more)
+        another = None if gpu == H200.name else f"the predictions are for one {H200.name}"
+        return Step(name, command, 10, last_line(name), reason=no_gpu or another, repeats=True, **more)
 
     def sanitized(tool: str) -> Step:
         """Our kernels under a checker; without the caching allocator an access outside of a tensor is one of memory."""

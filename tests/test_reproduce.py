@@ -21,6 +21,7 @@ from profiling.records import append_jsonl, read_json, write_json
 
 QUIET = Terminal(speaks=False)
 FINISH = Study.finish
+GPU = "NVIDIA H200"
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ def test_what_reads_the_results_of_others_is_done_by_every_call(tmp_path):
     for lines in ("ran\n", "ran\nran\n"):
         assert set(statuses(run(tmp_path / "out", steps)).values()) == {"done"}
         assert (tmp_path / "read.txt").read_text() == lines
-    plan = reproduce_plan.plan(tmp_path, Request(), False, True)
+    plan = reproduce_plan.plan(tmp_path, Request(), False, GPU)
     assert [step.name for step in plan if step.repeats] == ["predictions", "predictions-again"]
     assert plan[-1].name == "predictions-again"
 
@@ -234,16 +235,16 @@ def test_a_budget_that_is_none_is_refused(budget):
         reproduce.check(Request(), budget)
 
 
-@pytest.mark.parametrize(("small", "on_gpu"), [(True, False), (False, True), (True, True)], ids=["cpu", "gpu", "look"])
-def test_the_plan_is_the_same_list_in_order_of_value(tmp_path, small, on_gpu):
+@pytest.mark.parametrize(("small", "gpu"), [(True, None), (False, GPU), (True, GPU)], ids=["cpu", "gpu", "look"])
+def test_the_plan_is_the_same_list_in_order_of_value(tmp_path, small, gpu):
     request = Request(data_dir=tmp_path, settings=("momentum=0.8",), seed=4)
-    steps = {step.name: step for step in reproduce_plan.plan(tmp_path, request, small, on_gpu)}
+    steps = {step.name: step for step in reproduce_plan.plan(tmp_path, request, small, gpu)}
     first = ["suite", "doctor", "ceilings", "tiles", "bench", "ladder", "profiled", "accuracy", "predictions"]
     further = ["suite-again", "memcheck", "racecheck", "profiled-article", "accuracy-article", "accuracy-resnet9"]
     assert list(steps) == [*first, *further, "step-modes", "predictions-again"]
     assert [name for name, step in steps.items() if not step.further] == first
     unavailable = {name for name, step in steps.items() if step.reason} - {"memcheck", "racecheck"}
-    assert unavailable == (set() if on_gpu else {"tiles", "predictions", "step-modes", "predictions-again"})
+    assert unavailable == (set() if gpu else {"tiles", "predictions", "step-modes", "predictions-again"})
     for name in ("ladder", "profiled", "accuracy", "profiled-article", "accuracy-article", "accuracy-resnet9"):
         assert {"--set=momentum=0.8", "--seed", "4", "--data-dir", str(tmp_path)} <= set(steps[name].command)
     assert ("--small" in steps["ladder"].command) == small
@@ -253,15 +254,15 @@ def test_the_plan_is_the_same_list_in_order_of_value(tmp_path, small, on_gpu):
 
 
 def test_the_checkers_need_a_gpu_and_their_program(tmp_path, monkeypatch):
-    def reasons(on_gpu: bool) -> set:
-        steps = reproduce_plan.plan(tmp_path, Request(), False, on_gpu)
+    def reasons(gpu: str | None) -> set:
+        steps = reproduce_plan.plan(tmp_path, Request(), False, gpu)
         return {step.reason for step in steps if step.name in ("memcheck", "racecheck")}
 
     monkeypatch.setattr(reproduce_plan.shutil, "which", lambda name: None)
-    assert reasons(False) == {"it needs a CUDA GPU"}
-    assert reasons(True) == {"compute-sanitizer is not on the PATH; it comes with the CUDA toolkit"}
+    assert reasons(None) == {"it needs a CUDA GPU"}
+    assert reasons(GPU) == {"compute-sanitizer is not on the PATH; it comes with the CUDA toolkit"}
     monkeypatch.setattr(reproduce_plan.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert reasons(True) == {None}
+    assert reasons(GPU) == {None}
 
 
 @pytest.mark.parametrize(
@@ -272,8 +273,14 @@ def test_the_checkers_need_a_gpu_and_their_program(tmp_path, monkeypatch):
 def test_the_suite_uses_the_cores_that_there_are(tmp_path, monkeypatch, cores, plugin, words):
     monkeypatch.setattr(reproduce_plan.os, "cpu_count", lambda: cores)
     monkeypatch.setattr(reproduce_plan.importlib.util, "find_spec", lambda name: plugin or None)
-    suite = reproduce_plan.plan(tmp_path, Request(), False, True)[0].command
+    suite = reproduce_plan.plan(tmp_path, Request(), False, GPU)[0].command
     assert [word for word in suite if word == "-n" or word.isdigit()] == words
+
+
+def test_on_another_gpu_nothing_was_predicted(tmp_path):
+    steps = {step.name: step for step in reproduce_plan.plan(tmp_path, Request(), False, "NVIDIA A100-SXM4-40GB")}
+    assert steps["predictions"].reason == "the predictions are for one NVIDIA H200"
+    assert not steps["bench"].reason
 
 
 def test_every_op_is_among_the_small_cases():
@@ -314,7 +321,7 @@ def test_ceilings_are_given_to_the_runs_that_they_fit(tmp_path, changes):
         write_json(tmp_path / "ceilings.json", ceilings(**about | changes).to_json())
 
     def given(*settings: str) -> set:
-        steps = reproduce_plan.plan(tmp_path, Request(settings=settings), True, False)
+        steps = reproduce_plan.plan(tmp_path, Request(settings=settings), True, None)
         return {step.given() for step in steps if step.name in ("profiled", "profiled-article")}
 
     fits = ("--ceilings", str(tmp_path / "ceilings.json"))
@@ -367,7 +374,7 @@ def test_finished_runs_keep_no_weights(tmp_path):
 
 def test_the_tiles_of_a_tuning_without_an_end_are_kept(tmp_path):
     """Of the machine it ran on, nothing but OUT may be left."""
-    steps = {step.name: step for step in reproduce_plan.plan(tmp_path, Request(), False, True)}
+    steps = {step.name: step for step in reproduce_plan.plan(tmp_path, Request(), False, GPU)}
     interrupted = script("tiles", "raise SystemExit(130)", after=steps["tiles"].after)
     assert statuses(run(tmp_path / "out", [interrupted])) == {"tiles": "failed"}
     table = reproduce_plan.TILES.read_text()
@@ -390,7 +397,7 @@ def test_the_ceilings_have_the_time_that_they_must_take(tmp_path):
 
     A candidate runs for a quarter more than its seconds; a process is given ten to begin, and a call 540 in all.
     """
-    steps = {step.name: step for step in reproduce_plan.plan(tmp_path, Request(), False, True)}
+    steps = {step.name: step for step in reproduce_plan.plan(tmp_path, Request(), False, GPU)}
     first, command = [step.weight for step in steps.values() if not step.further], steps["ceilings"].command
     candidates = len(GEMMS["cuda"]) + 3 * sum(layer.R == 3 for layer in RESNET_LAYERS) + 2
     takes_s = 10 + 1.25 * candidates * float(command[command.index("--seconds") + 1])
