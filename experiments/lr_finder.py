@@ -31,6 +31,8 @@ LOW, HIGH = 1e-4, 100.0
 """The sweep's first and last learning rate, of the mean loss."""
 WINDOW, SLOPE_WINDOW = 0.5, 1.0
 """Decades over which the loss is smoothed, and its slope; in fewer, the noise of batches is steeper."""
+SURE = 4.0
+"""Standard errors by which the loss must fall: the least of many smoothed losses is lower than the first by chance."""
 BLOWN_UP = 4.0
 """A sweep ends at a batch whose loss is so many times that of the first, or is not finite."""
 
@@ -115,7 +117,7 @@ def smooth(rates: Sequence[float], losses: Sequence[float], window: float) -> tu
 
 
 def suggest(rates: Sequence[float], losses: Sequence[float]) -> Suggestion | None:
-    """What the two rules say; None where the loss never falls, or there are fewer than three steps."""
+    """What the two rules say; None where the loss never falls by more than chance, or there are under three steps."""
     if len(rates) < 3:
         return None
     values, _ = smooth(rates, losses, WINDOW)
@@ -125,6 +127,11 @@ def suggest(rates: Sequence[float], losses: Sequence[float]) -> Suggestion | Non
         return None
     steepest = int(np.argmin(slopes[: lowest + 1]))
     x = np.log10(rates)
+    bends = np.abs(np.diff(losses, 2))  # a line has none; those of independent noise have six times its variance
+    one = 1.4826 * float(np.median(bends)) / math.sqrt(6)  # the median, since batches at high rates are noisier
+    error = one / math.sqrt(max(len(rates) * WINDOW / (x[-1] - x[0]) / 2, 1))  # at the ends the window is half
+    if values[0] - values[lowest] < SURE * error:
+        return None
     near = np.abs(x - x[lowest]) <= WINDOW / 2
     noise = float(np.std(np.subtract(losses, values)[near])) / math.sqrt(near.sum())
     higher = np.flatnonzero(np.asarray(values) > values[lowest] + 2 * math.sqrt(2) * noise)
@@ -139,7 +146,7 @@ def sentences(found: Sweep, suggested: Suggestion | None, config: Config) -> lis
     said = []
     if suggested is None:
         few = len(found.rates) < 3
-        why = f"its {len(found.rates)} steps are too few" if few else "its loss never fell"
+        why = f"its {len(found.rates)} steps are too few" if few else "its loss never fell by more than its noise"
         said.append(f"The sweep suggests no learning rate: {why}.")
     else:
         s = suggested

@@ -143,6 +143,17 @@ def test_what_cannot_be_suggested_is_not(losses, at_end):
     assert (found.at_end if found else None) == at_end
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_loss_that_only_blows_up_suggests_nothing(seed):
+    """Its lowest batch is one of many that are as low."""
+    noise = 0.01 * torch.randn(40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.linspace(-4, 2, 40, dtype=torch.float64)
+    losses = (2.31 + noise + torch.relu(x - 0.5)).tolist()
+    rates = (10**x).tolist()
+    assert lr_finder.suggest(rates, losses) is None
+    assert "never fell by more" in lr_finder.sentences(lr_finder.Sweep(rates, losses, None), None, tiny_config())[0]
+
+
 def test_a_line_is_smoothed_to_itself():
     rates = [10 ** (i / 10) for i in range(30)]
     values, slopes = lr_finder.smooth(rates, [5 - 2 * i / 10 for i in range(30)], 0.5)
