@@ -17,7 +17,10 @@ class Claim(NamedTuple):
 
 
 def claim(values: Sequence[float], target: float) -> Claim:
-    """Summarise at least one value; the interval is Student's, two-sided, for the mean. Raises ValueError for none."""
+    """Summarise at least one value in 0..1; raises ValueError for none.
+
+    The interval is Student's, two-sided, for the mean, as far as it is of possible means.
+    """
     if not values:
         raise ValueError("no values to summarise; expected at least one")
     n, mean = len(values), statistics.fmean(values)
@@ -26,7 +29,7 @@ def claim(values: Sequence[float], target: float) -> Claim:
         return Claim(n, mean, None, None, share)
     sd = statistics.stdev(values)
     half = t_quantile(n - 1) * sd / math.sqrt(n)
-    return Claim(n, mean, sd, (mean - half, mean + half), share)
+    return Claim(n, mean, sd, (max(mean - half, 0.0), min(mean + half, 1.0)), share)
 
 
 def aggregate(summaries: Sequence[dict[str, Any]], target: float, required: bool, wall_s: float) -> dict[str, Any]:

@@ -22,6 +22,11 @@ def test_a_claim():
     assert result.share_at_target == 0.5
 
 
+def test_an_interval_holds_no_accuracy_that_cannot_be():
+    """Two runs far apart say almost nothing, and not that the mean may be below 0 or above 1."""
+    assert claim([0.1, 0.9], 0.94).interval == (0.0, 1.0)
+
+
 def test_one_value_has_no_spread():
     assert claim([0.5], 0.5) == (1, 0.5, None, None, 1.0)
 
