@@ -479,7 +479,7 @@ def test_a_lost_rank_ends_the_job(start, tmp_path, fault, rank):
         assert summary_of(out)["steps"] < 12
     if fault == "out of memory":  # in torchrun's own report, since only the first rank speaks
         # -15 where the first rank was out of the door sooner, and torchrun ended this one on its way there.
-        assert re.search(r"exitcode  : (6|-15)\b", err)
+        assert re.search(r"rank +: 1 .*\n +exitcode +: (6|-15)\b", err), err
         assert "cpu ran out of memory at batch_size=20" in err
 
 
