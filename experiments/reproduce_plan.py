@@ -60,7 +60,7 @@ SMALL_CASES = (
     "512x4x4",
     "512x8x8",
 )
-"""Layers by which every kernel runs at least once, with everything that can be fused into it."""
+"""Layers by which every op of the benchmark runs at least once, with everything that can be fused into it."""
 
 
 def plan(out: Path, request: Request, small: bool, gpu: str | None) -> list[Step]:
