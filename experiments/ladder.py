@@ -40,7 +40,7 @@ class Sizes(NamedTuple):
 
 
 WHOLE = Sizes(FEWEST)
-SMALL = Sizes(32, (2, 2, 4, 4), 2_048, 500)
+SMALL = Sizes(32, (8, 8, 8, 8), 2_048, 500)
 """So narrow a network that making a batch takes a good part of the time: that is what half of the rungs are about."""
 
 

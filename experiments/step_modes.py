@@ -1,7 +1,7 @@
 """Images per second of a training step run eagerly, compiled and captured, and how much of the time the GPU is idle.
 
     python -m experiments.step_modes --out FOLDER                 # batches 128, 512 and 2048 of what `train.py` trains
-    python -m experiments.step_modes --batch 32 --modes eager --set widths=4,4,4,4    # a look, on a CPU
+    python -m experiments.step_modes --batch 32 --modes eager --set widths=8,8,8,8    # a look, on a CPU
 
 The modes take turns within one process, A B C, C B A, on the same images, so that a drift of the machine does not read
 as a difference. A sample is some steps, the host's work for them included, until the device has done them. The idle

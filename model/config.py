@@ -71,8 +71,8 @@ class Config:
             raise UsageError(f"momentum={self.momentum} is not in [0, 1)")
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"label_smoothing={self.label_smoothing} is not in [0, 1)")
-        if len(self.widths) != 4 or min(self.widths) < 1:
-            raise UsageError(f"widths={list(self.widths)} are not four positive channel counts, one per stage")
+        if len(self.widths) != 4 or any(width < 1 or width % 8 for width in self.widths):
+            raise UsageError(f"widths={list(self.widths)} are not four positive multiples of 8, one per stage")
         if self.crop_pad > 31:
             raise UsageError(f"crop_pad={self.crop_pad} is more than a 32-pixel image can reflect; at most 31")
         if self.cutout > 32:

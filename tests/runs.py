@@ -21,7 +21,7 @@ from profiling.console import Terminal
 TINY = {
     "preset": "tiny",
     "network": "resnet9",
-    "widths": (4, 4, 8, 8),
+    "widths": (8, 8, 16, 16),
     "epochs": 3,
     "batch_size": 20,
     "lr_epochs": (0, 1, 3),

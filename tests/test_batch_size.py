@@ -9,7 +9,7 @@ from experiments.study import Request
 from model.errors import UsageError
 from profiling.console import Terminal
 
-SETTINGS = ("widths=4,4,8,8", "dtype=float32", "device=cpu", "epochs=1", "checkpoint_s=0")
+SETTINGS = ("widths=8,8,16,16", "dtype=float32", "device=cpu", "epochs=1", "checkpoint_s=0")
 
 
 @pytest.fixture(autouse=True)

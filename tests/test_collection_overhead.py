@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setattr(collection_overhead, "BATCH", 4)
-    monkeypatch.setattr(collection_overhead, "WIDTHS", (2, 2, 2, 2))
+    monkeypatch.setattr(collection_overhead, "WIDTHS", (8, 8, 8, 8))
 
 
 def test_the_ratios_are_of_each_turn():
@@ -103,7 +103,7 @@ def test_without_nvml_the_process_samples_nothing_at_the_same_period(tmp_path):
 
 def test_the_command():
     code = (
-        "import sys; from experiments import collection_overhead as c; c.BATCH, c.WIDTHS = 4, (2, 2, 2, 2);"
+        "import sys; from experiments import collection_overhead as c; c.BATCH, c.WIDTHS = 4, (8, 8, 8, 8);"
         "sys.argv = ['', '--pairs', '3', '--steps', '2', '--json']; c.main()"
     )
     done = subprocess.run(

@@ -57,8 +57,8 @@ BLOCKS = {  # channels, side of the map, filters, has a projection or a residual
 
 def networks(build, ops):
     with torch.device("meta"):
-        shapes = build((4, 6, 8, 8))
-    return build((4, 6, 8, 8), ops).to(memory_format=torch.channels_last), shapes
+        shapes = build((8, 24, 16, 16))
+    return build((8, 24, 16, 16), ops).to(memory_format=torch.channels_last), shapes
 
 
 @pytest.mark.parametrize("build", [ResNet, ResNet9])

@@ -80,7 +80,7 @@ train.app()
 """
 
 TINY = ["--preset", "laptop", "--epochs", "3"]
-for setting in ("widths=4,4,4,4", "batch_size=20", "device=cpu", "dtype=float32"):
+for setting in ("widths=8,8,8,8", "batch_size=20", "device=cpu", "dtype=float32"):
     TINY += ["--set", setting]
 
 

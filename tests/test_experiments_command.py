@@ -40,7 +40,7 @@ def test_every_experiment_is_a_command():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["ladder", "--set", "widhts=4,4,4,4"], "did you mean 'widths'"),
+        (["ladder", "--set", "widhts=8,8,8,8"], "did you mean 'widths'"),
         (["ladder", "--set", "workers=2"], "would make rungs alike"),
         (["ladder", "--synthetic", "--data-dir", "x"], "contradict"),
         (["ladder", "--epochs-per-rung", "5"], "an even number"),

@@ -9,7 +9,7 @@ from experiments.study import Request
 from profiling.console import Terminal
 
 PLAN = {"images": 64, "epochs": 1, "constant": 1, "last": 2}
-SETTINGS = ("widths=4,4,8,8", "batch_size=4", "dtype=float32", "device=cpu", "lr_values=0,0.1,0")
+SETTINGS = ("widths=8,8,16,16", "batch_size=4", "dtype=float32", "device=cpu", "lr_values=0,0.1,0")
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from model.errors import UsageError
 from profiling.console import Terminal
 
 QUIET = Terminal(speaks=False)
-TINY = ("widths=4,4,4,4", "dtype=float32", "device=cpu", "epochs=2")
+TINY = ("widths=8,8,8,8", "dtype=float32", "device=cpu", "epochs=2")
 FEW = tuple(rung for rung in RUNGS if rung.name in ("article-297", "article-256", "on-device", "captured"))
 
 
@@ -78,7 +78,7 @@ def test_each_rung_differs_from_the_one_before_and_cutout_is_an_option_of_all():
 def test_what_cannot_be_asked_is_said_before_torch_is_needed(request_, options, message):
     with pytest.raises(UsageError, match=message):
         ladder.check(request_, **options)
-    require_own(["widths=4,4,4,4"])
+    require_own(["widths=8,8,8,8"])
 
 
 def test_turns_go_there_and_back_and_a_rung_without_its_gpu_is_unavailable(tmp_path):

@@ -69,7 +69,7 @@ def resnet9_by_the_book(network: ResNet9, x: torch.Tensor, pool_first: bool) -> 
 
 @pytest.mark.parametrize("prep_bn_relu", [False, True], ids=["article", "redundant_bn"])
 def test_resnet_is_the_article_s_layer_table(prep_bn_relu):
-    network = ResNet((4, 6, 8, 8), prep_bn_relu=prep_bn_relu, uniform_gamma=True).double()
+    network = ResNet((8, 24, 16, 16), prep_bn_relu=prep_bn_relu, uniform_gamma=True).double()
     x = images(3, torch.float64)
     expected = article_by_the_book(network, x)
     torch.testing.assert_close(network(x), expected, rtol=1e-10, atol=1e-12)
@@ -77,7 +77,7 @@ def test_resnet_is_the_article_s_layer_table(prep_bn_relu):
 
 @pytest.mark.parametrize("pool_first", [False, True])
 def test_resnet9_is_the_article_s_part_4(pool_first):
-    network = ResNet9((4, 6, 8, 8), pool_first=pool_first).double()
+    network = ResNet9((8, 24, 16, 16), pool_first=pool_first).double()
     x = images(3, torch.float64)
     expected = resnet9_by_the_book(network, x, pool_first)
     torch.testing.assert_close(network(x), expected, rtol=1e-10, atol=1e-12)
@@ -86,7 +86,7 @@ def test_resnet9_is_the_article_s_part_4(pool_first):
 @pytest.mark.parametrize("build", [ResNet, ResNet9])
 def test_gradients_match_float64_autograd_of_the_book(build):
     torch.manual_seed(0)
-    network = build((4, 6, 8, 8)).double()
+    network = build((8, 24, 16, 16)).double()
     x = images(4, torch.float64)
     book = article_by_the_book(network, x) if build is ResNet else resnet9_by_the_book(network, x, False)
     # gamma and beta enter the book's copy as constants, so only convolutions and the linear layer are compared
@@ -116,7 +116,7 @@ def test_convolutions_start_as_pytorch_s_do():
 
 @pytest.mark.parametrize("build", [ResNet, ResNet9])
 def test_training_updates_running_statistics_and_evaluation_uses_them(build):
-    network, x = build((4, 4, 4, 4)), images(8)
+    network, x = build((8, 8, 8, 8)), images(8)
     before = {name: b.clone() for name, b in network.named_buffers()}
     network(x)
     after = dict(network.named_buffers())
@@ -141,7 +141,7 @@ def test_layout_and_dtype_are_kept_throughout(build, dtype):
 
     names = ("stem", "preact_block", "conv_bn_relu")
     ops = SimpleNamespace(**{name: watched(getattr(reference, name)) for name in names})
-    network = build((4, 4, 4, 4), ops).to(memory_format=torch.channels_last)
+    network = build((8, 8, 8, 8), ops).to(memory_format=torch.channels_last)
     y = network(images(2).to(dtype))
     y.float().sum().backward()
     assert len(seen) >= 8
@@ -151,7 +151,7 @@ def test_layout_and_dtype_are_kept_throughout(build, dtype):
 
 @pytest.mark.parametrize("build", [ResNet, ResNet9])
 def test_a_network_can_be_copied(build):
-    network = build((4, 4, 4, 4)).eval()
+    network = build((8, 8, 8, 8)).eval()
     torch.testing.assert_close(copy.deepcopy(network)(images(2)), network(images(2)))
 
 
@@ -159,4 +159,6 @@ def test_widths_are_checked():
     with pytest.raises(ValueError, match="four"):
         ResNet((64, 128))
     with pytest.raises(ValueError, match="four"):
-        ResNet9((64, 128, 0, 1))
+        ResNet9((64, 128, 0, 8))
+    with pytest.raises(ValueError, match="multiples of 8"):
+        ResNet((4, 4, 8, 8))

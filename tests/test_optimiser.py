@@ -12,7 +12,7 @@ RATES = torch.tensor([9.0, 0.1, 0.05, 0.02])
 
 def networks(build=ResNet9) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
-    network = build((4, 6, 8, 8)).to(memory_format=torch.channels_last)
+    network = build((8, 24, 16, 16)).to(memory_format=torch.channels_last)
     return network, copy.deepcopy(network)
 
 

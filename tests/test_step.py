@@ -26,7 +26,7 @@ def small(x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 def make(**changes) -> TrainingStep:
     torch.manual_seed(0)
-    network = ResNet9((4, 4, 4, 4))
+    network = ResNet9((8, 8, 8, 8))
     return TrainingStep(network, tiny_config(**changes), steps_per_epoch=4)
 
 
@@ -113,8 +113,8 @@ def test_without_momentum():
 @pytest.mark.parametrize(
     ("network", "ops", "widths", "dtype", "sizes"),
     [
-        pytest.param(ResNet, reference, (4, 4, 4, 4), torch.bfloat16, (20, 10), id="resnet"),
-        pytest.param(ResNet9, reference, (4, 4, 4, 4), torch.bfloat16, (20, 10), id="resnet9"),
+        pytest.param(ResNet, reference, (8, 8, 8, 8), torch.bfloat16, (20, 10), id="resnet"),
+        pytest.param(ResNet9, reference, (8, 8, 8, 8), torch.bfloat16, (20, 10), id="resnet9"),
         pytest.param(ResNet9, fused, (16, 16, 16, 16), torch.float16, (2,), id="fused"),
     ],
 )
@@ -141,7 +141,7 @@ def test_the_16_bit_copies_are_the_casts_bit_for_bit(network, ops, widths, dtype
 
 def test_copies_follow_the_weights():
     torch.manual_seed(0)
-    step = TrainingStep(ResNet9((4, 4, 4, 4)), tiny_config(), steps_per_epoch=4, dtype=torch.bfloat16)
+    step = TrainingStep(ResNet9((8, 8, 8, 8)), tiny_config(), steps_per_epoch=4, dtype=torch.bfloat16)
     with torch.no_grad():
         step.network.prep.fill_(0.3)
     step.go_to(2)
@@ -163,8 +163,8 @@ def compiler(monkeypatch):
 @pytest.mark.parametrize(
     ("network", "ops", "widths", "sizes"),
     [
-        pytest.param(ResNet, reference, (4, 4, 4, 4), (4,), id="resnet"),
-        pytest.param(ResNet9, reference, (4, 4, 4, 4), (20, 20, 10, 0), id="resnet9"),
+        pytest.param(ResNet, reference, (8, 8, 8, 8), (4,), id="resnet"),
+        pytest.param(ResNet9, reference, (8, 8, 8, 8), (20, 20, 10, 0), id="resnet9"),
         pytest.param(ResNet9, fused, (16, 16, 16, 16), (2,), id="fused"),
     ],
 )

@@ -44,7 +44,7 @@ def test_training_goes_on_without_an_end():
 def test_the_command_prints_a_table_and_writes_what_it_measured(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(step_modes, "load", lambda *args, **kwargs: tiny_dataset())
     monkeypatch.setattr(step_modes, "as_many_as_cifar10", lambda dataset: dataset)
-    settings = ["--set", "widths=4,4,4,4", "--set", "device=cpu", "--set", "dtype=float32"]
+    settings = ["--set", "widths=8,8,8,8", "--set", "device=cpu", "--set", "dtype=float32"]
     command = ["step_modes", "--batch", "20", "35", "--modes", "eager", "--steps", "2", "--quick", "--preset", "laptop"]
     monkeypatch.setattr("sys.argv", [*command, *settings, "--out", str(tmp_path / "out")])
     step_modes.main()

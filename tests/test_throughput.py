@@ -46,7 +46,7 @@ def test_ours_is_timed_through_train(monkeypatch):
         [
             sys.executable, "-c",
             "from experiments.throughput import ours;"
-            "print(len(ours(['laptop', 'widths=2,2,2,2', 'batch_size=64', 'dtype=float32'], 3)))",
+            "print(len(ours(['laptop', 'widths=8,8,8,8', 'batch_size=64', 'dtype=float32'], 3)))",
         ],
         cwd=throughput.ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip

@@ -274,7 +274,7 @@ def test_a_missed_target(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"widths": (4, 4, 8, 4)}, "widths"),
+        ({"widths": (8, 8, 16, 8)}, "widths"),
         ({"epochs": 6, "lr_epochs": (0, 1, 6)}, "epochs: 3 in the checkpoint, 6"),
         ({"seed": 5}, "seed"),
         ({"network": "resnet"}, "network"),
@@ -630,7 +630,7 @@ def test_branching_off_needs_another_folder(finished, tmp_path, monkeypatch):
 def test_no_data_and_no_network_trains_on_synthetic_images(tmp_path):
     """The whole program, as a newcomer meets it, with one epoch of a very narrow network."""
     env = {**os.environ, "CIFAR10_MIRRORS": "off", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "train.py", "--epochs", "1", "--set", "widths=2,2,2,2", "--json"]
+    command = [sys.executable, ROOT / "train.py", "--epochs", "1", "--set", "widths=8,8,8,8", "--json"]
     start_s = time.monotonic()
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
