@@ -162,8 +162,8 @@ def test_a_line_is_smoothed_to_itself():
 
 
 def test_the_experiment_writes_its_folder_and_goes_on(monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "open_session", lambda *args, **kwargs: tiny_session())
-    settings = ("widths=8,8,16,16", "batch_size=5", "dtype=float32", "device=cpu")
+    monkeypatch.setattr(train, "open_session", lambda *args, **kwargs: tiny_session(tiny_dataset(600)))
+    settings = ("widths=8,16,16,32", "batch_size=20", "dtype=float32", "device=cpu")
     request = Request(small=True, out=tmp_path / "a", synthetic=True, settings=settings)
     document = lr_finder.run(request, Terminal(speaks=False), tiny_session().interrupts)
     result, written = document["result"], json.loads((tmp_path / "a" / "lr-finder.json").read_text())
