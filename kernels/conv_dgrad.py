@@ -66,7 +66,7 @@ def conv_dgrad_reference(
     return dz, torch.stack(sums)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T"])  # one build for every batch
 def conv_dgrad_kernel(
     dy,
     w,

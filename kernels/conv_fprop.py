@@ -66,7 +66,7 @@ def _bn_relu(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     return torch.relu(x * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T"])  # one build for every batch
 def conv_fprop_kernel(
     x,
     w,

@@ -45,7 +45,7 @@ def conv_wgrad_reference(
     return dw.to(torch.promote_types(dw.dtype, torch.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "steps"])  # one build for every batch
 def conv_wgrad_kernel(
     x,
     dy,
@@ -110,7 +110,7 @@ def conv_wgrad_kernel(
     tl.store(out + offs_k[None, :] * (R * R * C) + offs_c[:, None], acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLIT"])  # `elements` stays: that 16 divides it makes the accesses wide
 def conv_wgrad_reduce_kernel(parts_ptr, dw_ptr, SPLIT, elements, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < elements
