@@ -22,7 +22,15 @@ from torch import Tensor
 
 from kernels import tiles
 from kernels.contract import check_like
-from kernels.conv_shape import ConvShape, activation_descriptor, boxes_fit, check_affine, check_operand, flop_formula
+from kernels.conv_shape import (
+    ConvShape,
+    activation_descriptor,
+    boxes_fit,
+    check_affine,
+    check_offsets,
+    check_operand,
+    flop_formula,
+)
 from kernels.cost import Cost, nbytes
 from kernels.jit import tl, triton
 
@@ -137,6 +145,7 @@ def conv_wgrad(
     tile = tiles.tile("conv_wgrad", shape, x.dtype, tiles.gpu_of(x.device))
     blocks = triton.cdiv(x.shape[0] * shape.P * shape.Q, tile.BLOCK_K)
     split = min(tile.SPLIT, blocks)
+    check_offsets("parts [SPLIT, K, R, R, C]", split * shape.K * shape.C * size**2)
     dw = _empty(x, dy, size)
     parts = dw if split == 1 else dw.new_empty((split, dw.numel()))
     x_operand, dy_operand = x, dy
