@@ -179,6 +179,7 @@ TRANSPOSE = "void cudnn::ops::nchwToNhwcKernel<__half>"
         ("mystery", [f"{NODE}NllLossBackward0", "NllLossBackward0"], "optimiser and loss"),
         ("mystery", ["aten::_log_softmax_backward_data"], "optimiser and loss"),
         ("mystery", ["aten::_foreach_norm"], "optimiser and loss"),
+        ("mystery", ["aten::_foreach_lerp_"], "batch norm"),  # of the running statistics
         (ELEMENTWISE, [AUGMENTATION, "aten::copy_"], "augmentation and data"),
         (ELEMENTWISE, ["cifar::augment"], "augmentation and data"),
         ("Memcpy HtoD (Pinned -> Device)", ["aten::to", "aten::copy_"], "augmentation and data"),
