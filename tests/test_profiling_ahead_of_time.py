@@ -22,9 +22,9 @@ SHAPE = ConvShape(64, 64, 32, 32)
 
 
 @pytest.fixture
-def convolution(device):
+def convolution():
     x, w = (
-        torch.empty(extents, dtype=torch.float16, device=device, memory_format=torch.channels_last)
+        torch.empty(extents, dtype=torch.float16, memory_format=torch.channels_last)
         for extents in ((512, 64, 32, 32), (64, 64, 3, 3))
     )
     return lambda: conv_fprop(x, w)
@@ -47,8 +47,8 @@ def test_a_launch_is_recorded_as_it_would_be_on_that_gpu(convolution, gpu):
     assert tiles.gpu_of is gpu_of
 
 
-def test_the_same_code_is_compiled_once(device):
-    x = torch.empty(2, 64, 4, 4, dtype=torch.float16, device=device, memory_format=torch.channels_last)
+def test_the_same_code_is_compiled_once():
+    x = torch.empty(2, 64, 4, 4, dtype=torch.float16, memory_format=torch.channels_last)
     with launches() as builds:
         bn_stats(x)
         bn_stats(x)
@@ -57,8 +57,8 @@ def test_the_same_code_is_compiled_once(device):
     assert len(unique([*builds, again.on(80)])) == 2
 
 
-def test_compiling_gives_facts_and_a_failure_its_reason(device):
-    x = torch.empty(2, 64, 4, 4, dtype=torch.float16, device=device, memory_format=torch.channels_last)
+def test_compiling_gives_facts_and_a_failure_its_reason():
+    x = torch.empty(2, 64, 4, 4, dtype=torch.float16, memory_format=torch.channels_last)
     with launches() as (builds):
         bn_stats(x)
     broken = dataclasses.replace(builds[0], constexprs=builds[0].constexprs | {"BLOCK_M": 3})
@@ -115,12 +115,9 @@ def test_instructions_per_matrix_step_are_of_the_innermost_loop_with_one():
     assert Facts("", 80, loops=loops).macs_per_matrix_step() is None
 
 
-def test_a_matrix_instruction_has_the_extents_that_the_warps_have_and_not_the_block(device):
+def test_a_matrix_instruction_has_the_extents_that_the_warps_have_and_not_the_block():
     """Eight warps are two groups, which share 128 rows or, where the block has but 64, its columns."""
-    x, dy = (
-        torch.empty(2, k, 8, 8, dtype=torch.float16, device=device, memory_format=torch.channels_last)
-        for k in (64, 128)
-    )
+    x, dy = (torch.empty(2, k, 8, 8, dtype=torch.float16, memory_format=torch.channels_last) for k in (64, 128))
     tile = tiles.Tile(64, 128, 64, 8, 3, False)
     with launches(Gpu("sm_90", (9, 0))) as builds, forced(tile):
         conv_wgrad(x, dy, 3)
@@ -160,9 +157,9 @@ def test_facts_of_cases_name_case_kernel_and_gpu():
             assert (f.status, f.source, f.registers, f.blocks_per_sm) == ("unavailable", "no", None, None)
 
 
-def test_a_torn_file_in_tritons_cache_is_compiled_again(tmp_path, monkeypatch, device):
-    x = torch.empty(2, 64, 4, 4, dtype=torch.float16, device=device, memory_format=torch.channels_last)
-    scale = torch.ones(64, device=device)
+def test_a_torn_file_in_tritons_cache_is_compiled_again(tmp_path, monkeypatch):
+    x = torch.empty(2, 64, 4, 4, dtype=torch.float16, memory_format=torch.channels_last)
+    scale = torch.ones(64)
     with launches(DEFAULT_GPUS[1]) as builds:
         bn_apply(x, scale, scale)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

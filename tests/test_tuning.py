@@ -17,6 +17,7 @@ from profiling.timing import QUICK
 from profiling.tuning import CudaBackend, Timings, candidates, changed, forced, refreshed, select, tune
 
 H200, A100, FP16 = Gpu("NVIDIA H200", (9, 0)), Gpu("NVIDIA A100", (8, 0)), torch.float16
+CPU = torch.device("cpu")
 SHAPE = ConvShape(64, 128, 32, 32, stride=2)
 SMALL, LARGE, WIDE = Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 4)
 
@@ -204,12 +205,12 @@ class Ahead:
         self.log.append(("waited", key))
 
 
-def test_candidates_are_compiled_ahead_one_by_one_in_the_order_of_timing(monkeypatch, device):
+def test_candidates_are_compiled_ahead_one_by_one_in_the_order_of_timing(monkeypatch):
     ahead = Ahead()
-    backend = CudaBackend(Setup(device, FP16, 2, QUICK, SteadyTimer()), ahead)
+    backend = CudaBackend(Setup(CPU, FP16, 2, QUICK, SteadyTimer()), ahead)
     problems = [tuning._problem(op, SHAPE, FP16, H200) for op in ("conv_fprop", "conv_wgrad")]
     backend.prepare(problems)
-    submitted = [(p.case().name, (tile,), (FP16, 2, str(device))) for p in problems for tile in p.candidates]
+    submitted = [(p.case().name, (tile,), (FP16, 2, "cpu")) for p in problems for tile in p.candidates]
     assert ahead.log == submitted
     with contextlib.suppress(ZeroDivisionError):
         monkeypatch.setattr(tuning, "Gate", lambda *arguments: 1 / 0)
