@@ -150,9 +150,10 @@ def heading(environment: dict[str, Any], setup: Setup) -> list[str]:
         clocks = f"SM {gpu['sm_clock_mhz']} MHz, memory {gpu['memory_clock_mhz']} MHz, limit {gpu['power_limit_w']} W"
         c = setup.ceilings
         ceilings = (
-            "unavailable (throttled)"
+            f"unavailable ({c.reason})"
             if c.gb_per_s is None
-            else f"copy {c.gb_per_s:,.0f} GB/s, matrix product {c.tflops_per_s:,.0f} TFLOP/s (measured)"
+            else f"copy {c.gb_per_s:,.0f} GB/s, matrix product {c.tflops_per_s:,.0f} TFLOP/s "
+            f"(measured{_capped(c.power_capped_share)})"
         )
         lines = [
             f"{gpu['name']}; {clocks}; driver {gpu['driver']}; {'; '.join(where)}",
@@ -171,7 +172,12 @@ def _figures(r: Result) -> str:
     if r.us.status == UNAVAILABLE:
         return f"unavailable: {r.us.source}"
     us, tflops, gb = (_figure(number) for number in (r.us, r.tflops_per_s, r.gb_per_s))
-    return f"{us:>10}  {tflops:>8}  {gb:>8}  {r.bound or '-':<7}  {_against(r)}"
+    return f"{us:>10}  {tflops:>8}  {gb:>8}  {r.bound or '-':<7}  {_against(r)}{_capped(r.power_capped_share)}"
+
+
+def _capped(share: float | None) -> str:
+    """The mark of samples that were taken under the power cap; nothing where there were none."""
+    return f", power cap in {share:.0%} of the samples" if share else ""
 
 
 def header() -> str:

@@ -17,12 +17,12 @@ from kernels import tiles
 from kernels.conv_shape import ConvShape, boxes_fit
 from kernels.tiles import Entry, Gpu, Tile
 from profiling.ahead_of_time import LIMITS
-from profiling.bench import Setup, first_line, searching
+from profiling.bench import Setup, searching
 from profiling.case import Case, Draw
 from profiling.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
 from profiling.gate import Gate
 from profiling.precompile import Precompiler, nothing_launched
-from profiling.timing import QUICK, Samples, interleave, summarise
+from profiling.timing import QUICK, Samples, first_line, interleave, summarise
 
 FINALISTS = 3
 KEEP_WITHIN = 0.01
