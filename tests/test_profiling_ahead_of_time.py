@@ -1,6 +1,10 @@
 """Machine code without a GPU: what is recorded, what is compiled, and what follows from the figures."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from profiling.conv_cases import conv_fprop_case
 from profiling.kernel_facts import DEFAULT_GPUS, kernel_facts
 from profiling.tuning import forced
 
+ROOT = Path(__file__).parent.parent
 SHAPE = ConvShape(64, 64, 32, 32)
 
 
@@ -123,6 +128,17 @@ def test_a_matrix_instruction_has_the_extents_that_the_warps_have_and_not_the_bl
         conv_wgrad(x, dy, 3)
     (facts,) = compile_all(builds[:1])
     assert facts.macs_per_matrix_step() == 64 * 64 * 16
+
+
+def test_what_was_compiled_ahead_of_time_is_what_a_launch_looks_for():
+    """Under the same key of Triton's cache, also where 16 does not divide an argument; else it is compiled twice."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "tests/runtime_keys.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    found = [line.split() for line in done.stdout.splitlines()]
+    names = {name for name, _ in found}
+    assert {"sgd_kernel", "augment_kernel", "conv_fprop_kernel", "bn_stats_kernel"} <= names, done.stderr
+    assert {name for name, same in found if same != "True"} == set()
 
 
 def test_shared_memory_limits_of_a_block():
