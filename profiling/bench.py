@@ -320,5 +320,15 @@ def _beside(ours: Result, best: Result) -> Result:
     )
 
 
+def lost(device: torch.device) -> bool:
+    """Whether a kernel has brought the device down for this process, in which every later call fails for it."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return True
+    return False
+
+
 def _unavailable(unit: str, reason: str) -> Number:
     return Number(None, unit, UNAVAILABLE, reason)

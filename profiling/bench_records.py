@@ -196,15 +196,18 @@ def _against(r: Result) -> str:
 
 def fact_lines(facts: Sequence[KernelFacts]) -> list[str]:
     """A title, the names of the columns, and a line for each kernel."""
-    title = "kernels at batch 512, from their machine code; blocks/SM modelled from the architecture's limits"
-    names = ("case", "kernel", "for", "registers", "spilled B", "shared B", "blocks/SM", "instr/matrix step")
+    title = (
+        "kernels at batch 512, from their machine code; local memory is where registers spill to; "
+        "blocks/SM modelled from the architecture's limits"
+    )
+    names = ("case", "kernel", "for", "registers", "local B", "shared B", "blocks/SM", "instr/matrix step")
     return [title, _fact_cells(names), *(_fact_cells(_facts(f)) for f in facts)]
 
 
 def _facts(f: KernelFacts) -> tuple[str, ...]:
     if f.status == UNAVAILABLE:
         return f.case, f.kernel, f.gpu, f"unavailable: {f.source}"
-    counts = (f.registers, f.spill_bytes, f.shared_bytes, f.blocks_per_sm)
+    counts = (f.registers, f.local_bytes, f.shared_bytes, f.blocks_per_sm)
     step = "-" if f.instructions_per_matrix_step is None else f"{f.instructions_per_matrix_step:.1f}"
     return f.case, f.kernel, f.gpu, *("unknown" if n is None else f"{n:,}" for n in counts), step
 

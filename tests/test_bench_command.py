@@ -1,7 +1,9 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -79,8 +81,11 @@ BAD = {
     "compare_with_nothing": (("--compare", "no-such-file"), "no such file"),
     "nothing_to_tune": (("bn_stats", "--tune"), "no tiles to tune"),
     "tune_and_compare": (("--tune", "--json"), "leave --json out"),
-    "check_and_out": (("--check", "--out", "b.jsonl"), "--check times nothing; leave --out out"),
+    "check_and_compare": (("--check", "--json"), "--check times nothing; leave --json out"),
     "check_quickly": (("--check", "--quick"), "leave --quick out"),
+    "jobs_without_check": (("--jobs", "2"), "without --check there is nothing to spread or to limit; leave --jobs out"),
+    "no_jobs": (("--check", "--jobs", "0"), "--jobs is 0, expected a positive number"),
+    "short_of_nothing": (("bn_finalize", "--short"), "--short has none of these; it is augment 3x32x32, "),
     "resume_nothing": (("--resume",), "--resume goes on with what --out holds"),
     "unknown_option": (("--tunes",), "No such option"),
 }
@@ -134,35 +139,44 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path, monkeypatch):
         full()
 
 
-def test_kernels_are_checked_without_being_timed():
-    done = invoke("bn_finalize", "--shape", "256x4x4", "--shape", "512x4x4", "--check")
+@pytest.mark.parametrize("jobs", [(), ("--jobs", "1")], ids=["in_processes", "in_this_one"])
+def test_kernels_are_checked_without_being_timed(tmp_path, jobs):
+    out = tmp_path / "checks.jsonl"
+    done = invoke(
+        "bn_finalize", "--shape", "256x4x4", "--shape", "512x4x4", "--check", "--images", 2, "--out", out, *jobs
+    )
     assert done.exit_code == 0, done.output
-    assert [line.split()[-1] for line in done.stdout.splitlines()[:2]] == ["right", "right"]
-    assert "2 cases of 2 images on" in done.stdout
-    assert " 0 of them wrong" in done.stdout
+    assert [line.split()[-3:] for line in done.stdout.splitlines()[:2]] == [["2", "images", "right"]] * 2
+    assert "2 of 2 checks of 2 cases on" in done.stdout
+    assert done.stdout.endswith(": 2 right, 0 wrong, 0 failed, 0 unknown\n")
+    rows = read_jsonl(out)
+    assert [(r["case"], r["op"], r["batch"], r["status"], r["error"]) for r in rows] == [
+        (f"bn_finalize {shape}", "bn_finalize", 2, "right", None) for shape in ("256x4x4", "512x4x4")
+    ]
 
 
 @pytest.mark.parametrize(
     ("ours", "says"),
     [
-        (lambda x: (1.01 * x, x.new_empty((3, 0, 64))), "output 0 is off by"),
-        (lambda x: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda x: (1.01 * x, x.new_empty((3, 0, 64))), "wrong: output 0 is off by"),
+        (lambda x: 1 / 0, "failed: ZeroDivisionError: division by zero"),
     ],
     ids=["wrong", "raises"],
 )
 def test_a_wrong_kernel_is_named_and_those_after_it_are_checked(monkeypatch, ours, says):
     case = next(c for c in cases.cases() if c.op == "bn_finalize")
     broken = dataclasses.replace(
-        case, op="conv_fprop", operands=lambda d: (d.activation(64, 4),), library=lambda x: (x,), ours=ours,
-        comparable=with_moments,
+        case, op="conv_fprop", shape="64x32x32-64x3x3-s1", operands=lambda d: (d.activation(64, 4),),
+        library=lambda x: (x,), ours=ours, comparable=with_moments,
     )  # fmt: skip
     monkeypatch.setattr(cases, "cases", lambda: (broken, case))
-    done = invoke("--check")
+    done = invoke("--check", "--jobs", 1, "--images", 2)
     assert done.exit_code == 1
     first, second, last = done.stdout.splitlines()
     assert says in first
+    assert re.search(r"  \(\d+x\d+x\d+ \d warps .*\)$", first), "the tile that it ran with"
     assert second.endswith("right")
-    assert last.endswith(", 1 of them wrong")
+    assert ": 1 right, " in last
 
 
 def test_kernels_that_cannot_run_are_not_checked(monkeypatch):
@@ -188,7 +202,7 @@ def test_an_interrupted_tuning_keeps_what_it_measured_and_goes_on_from_there(mon
                 raise KeyboardInterrupt
             self.left -= 1
             asked.append(case.name)
-            return Timings({incumbent: 1.0}, 2.0, {})
+            return Timings({incumbent: 1.0}, 2.0, {tried[1]: "wrong: output 0 is off"})
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -202,6 +216,64 @@ def test_an_interrupted_tuning_keeps_what_it_measured_and_goes_on_from_there(mon
         assert invoke("conv_wgrad", "--tune").exit_code == 130
         assert len(table) == measured
     assert len(set(asked)) == 4
+
+
+def test_a_tuning_goes_on_in_another_process_when_a_tile_took_the_device_down(monkeypatch):
+    asked, commands = [], []
+
+    class Backend:
+        gpu = Gpu("NVIDIA H200", (9, 0))
+
+        def __init__(self, setup, ahead):
+            pass
+
+        def prepare(self, problems):
+            asked.extend(problem.case().shape for problem in problems)
+
+        def time(self, case, tried, incumbent):
+            return Timings({}, None, {incumbent: "AcceleratorError: an illegal memory access"}, lost=True)
+
+    def command_run(command, cwd):
+        commands.append(command)
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(jit, "unavailable", lambda device: None)
+    monkeypatch.setattr(bench, "setup", lambda dtype, quick: None)
+    monkeypatch.setattr(tuning, "CudaBackend", Backend)
+    monkeypatch.setattr(precompile.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(bench_command.subprocess, "run", command_run)
+    done = invoke("conv_wgrad", "--tune", "--quick")
+    assert done.exit_code == 0, done.output
+    assert "1 tiles refused, 0 of them wrong" in done.stdout
+    (command,) = commands
+    assert command[1:6] == ["-m", "profiling", "bench", "conv_wgrad", "--dtype"]
+    assert command[7:] == [*(f"--shape={shape}" for shape in asked[1:]), "--tune", "--quick"]
+
+
+def test_a_bench_goes_on_in_another_process_when_a_kernel_took_the_device_down(monkeypatch, tmp_path, no_gpu):
+    """Each case's rows are kept before; the case that did it is not run again."""
+    measured, commands, out = [], [], tmp_path / "bench.jsonl"
+    monkeypatch.setattr(bench, "lost", lambda device: True)
+    measure = bench.measure
+    monkeypatch.setattr(bench, "measure", lambda case, *more: measured.append(case.shape) or measure(case, *more))
+    monkeypatch.setattr(bench_command, "_again", lambda *arguments: commands.append(arguments))
+    assert invoke("bn_finalize", "--quick", "--out", out).exit_code == 0
+    (first,) = measured
+    ((_, op, shapes),) = commands
+    assert op == "bn_finalize"
+    assert [first, *shapes] == [case.shape for case in cases.cases() if case.op == op]
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_the_short_list_is_a_look_at_a_dozen_cases(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "measure", lambda case, setup, providers: asked.append((case.name, providers)) or [])
+    assert invoke("--short").exit_code == 0
+    assert {name for name, _ in asked} == set(cases.SHORT)
+    assert len(asked) == 12
+    assert all(bench.MAX_AUTOTUNE not in providers and bench.COMPILED in providers for _, providers in asked)
 
 
 @pytest.mark.usefixtures("no_gpu")

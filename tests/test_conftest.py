@@ -17,7 +17,7 @@ def test_a_gpu_decides_the_tests_that_ask_for_the_device_and_those_marked_for_it
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert [line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line] == [
         "tests/test_sustained.py::test_a_captured_call_is_replayed",
-        "tests/test_tuning.py::test_the_backend_refuses_wrong_tiles_and_times_the_others",
+        "tests/test_tuning.py::test_the_backend_refuses_wrong_and_spilling_tiles_and_times_the_others",
     ], done.stdout + done.stderr
 
 

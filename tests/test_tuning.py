@@ -1,6 +1,7 @@
 """Which tiles are tried, which is chosen and what the table becomes; the GPU is a script."""
 
 import contextlib
+import types
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from profiling.ahead_of_time import launches
 from profiling.bench import Setup
 from profiling.case import Draw
 from profiling.cases import LAYERS
+from profiling.nvml import GpuSample
 from profiling.timing import QUICK
 from profiling.tuning import CudaBackend, Timings, candidates, changed, forced, refreshed, select, tune
 
@@ -127,7 +129,7 @@ class ScriptedBackend:
 
 def test_tuning_measures_the_fused_case_of_every_problem():
     backend, said = ScriptedBackend(library_us=90.0), []
-    measured = tune(backend, [(op, SHAPE) for op in OPS], FP16, "3.6.0", said.append)
+    measured, refused, left = tune(backend, [(op, SHAPE) for op in OPS], FP16, "3.6.0", said.append)
     assert backend.cases == [
         f"conv_fprop[prologue,statistics] {SHAPE}",
         f"conv_dgrad[mask,sums] {SHAPE}",
@@ -136,13 +138,51 @@ def test_tuning_measures_the_fused_case_of_every_problem():
     assert backend.prepared == backend.cases
     assert [(e.op, e.us, e.library_us) for e in measured] == [(op, 100.0, 90.0) for op in OPS]
     assert sum("refused: wrong: output 0 is off" in line for line in said) == 3
+    assert [(r.op, r.shape, r.reason) for r in refused] == [(op, SHAPE, "wrong: output 0 is off") for op in OPS]
+    assert str(refused[0]) in said
+    assert left == []
     assert sum("library (ours 100.0 us, library 90.0 us)" in line for line in said) == 3
 
 
 def test_a_problem_without_a_measurement_leaves_the_table():
     said = []
-    assert tune(ScriptedBackend(library_us=None), [("conv_fprop", SHAPE)], FP16, "3.6.0", said.append) == []
+    tuned = tune(ScriptedBackend(library_us=None), [("conv_fprop", SHAPE)], FP16, "3.6.0", said.append)
+    assert tuned.entries == []
     assert said[-1].endswith("nothing measured, the table stays as it is")
+
+
+class FailingBackend(ScriptedBackend):
+    """What happens to each op, in order: an exception, or what to say of it."""
+
+    def __init__(self, *fates):
+        super().__init__(90.0)
+        self.fates = iter(fates)
+
+    def time(self, case, tried, incumbent):
+        fate = next(self.fates)
+        if isinstance(fate, Exception):
+            raise fate
+        return fate or super().time(case, tried, incumbent)
+
+
+def test_a_problem_that_fails_does_not_end_the_tuning():
+    said, kept = [], []
+    backend = FailingBackend(torch.OutOfMemoryError("no room\nadvice"), None, RuntimeError("cuDNN says no"))
+    tuned = tune(
+        backend, [(op, SHAPE) for op in OPS], FP16, "3.6.0", said.append, lambda entries: kept.append(len(entries))
+    )
+    assert [entry.op for entry in tuned.entries] == [OPS[1]]
+    assert f"{OPS[0]} {SHAPE}: not measured: OutOfMemoryError: no room" in said
+    assert f"{OPS[2]} {SHAPE}: not measured: RuntimeError: cuDNN says no" in said
+    assert kept == [1]
+
+
+def test_a_tile_that_takes_the_device_down_is_named_and_the_rest_is_left_for_another_process():
+    said = []
+    fault = Timings({}, None, {LARGE: "AcceleratorError: an illegal memory access"}, lost=True)
+    tuned = tune(FailingBackend(None, fault), [(op, SHAPE) for op in OPS], FP16, "3.6.0", said.append)
+    assert tuned.left == [(OPS[2], SHAPE)]
+    assert f"{OPS[1]} {SHAPE}: 128x128x64 8 warps 3 stages pointers refused: {fault.refused[LARGE]}" in said
 
 
 def test_a_forced_tile_is_forced_and_let_go():
@@ -167,28 +207,60 @@ class SteadyTimer:
         return 5.0
 
 
-def test_the_backend_refuses_wrong_tiles_and_times_the_others(monkeypatch, device):
-    """The whole of it with the interpreter for a GPU: two tiles that are right, one that raises, one that is wrong."""
-    shape = ConvShape(16, 16, 4, 4)
-    right, also, raising, wrong = (Tile(32 * 2**i, 16, 16, 4, 1) for i in range(4))
+def planted_case(monkeypatch, faults: dict[Tile, object]):
+    """A small case whose kernel has a fault at the tiles of `faults`: it raises, is wrong by a factor, or spills."""
     make, variant = tuning.FUSED["conv_fprop"]
-    case = make(shape, variant)
-    ours = case.ours
+    case = make(ConvShape(16, 16, 4, 4), variant)
+    ours, kernels = case.ours, []
 
     def planted(*operands):
-        tile = tiles.tile("conv_fprop", shape, FP16, H200)
-        if tile == raising:
-            raise RuntimeError("out of resource")
+        fault = faults.get(tiles.tile("conv_fprop", SHAPE, FP16, H200))
+        if isinstance(fault, Exception):
+            raise fault
+        kernels.append(types.SimpleNamespace(n_spills=fault if isinstance(fault, int) else 0))
         y, partials = ours(*operands)
-        return (y * 1.1 if tile == wrong else y), partials
+        return (y * fault if isinstance(fault, float) else y), partials
+
+    @contextlib.contextmanager
+    def launched():
+        kernels.clear()
+        yield kernels
 
     object.__setattr__(case, "ours", planted)
-    backend = CudaBackend(Setup(device, FP16, 2, QUICK, SteadyTimer()))
-    timings = backend.time(case, [right, also, raising, wrong], right)
+    monkeypatch.setattr(tuning, "launched", launched)
+    return case
+
+
+def test_the_backend_refuses_wrong_and_spilling_tiles_and_times_the_others(monkeypatch, device):
+    """The whole of it with the interpreter for a GPU: two tiles that are right, and one with each fault."""
+    right, also, raising, wrong, spilling = (Tile(32 * 2**i, 16, 16, 4, 1) for i in range(5))
+    faults = {raising: RuntimeError("out of resource"), wrong: 1.1, spilling: 118}
+    case = planted_case(monkeypatch, faults)
+    timed = []
+
+    class Timer(SteadyTimer):
+        def sample(self, run):
+            timed.append(run)
+            return super().sample(run)
+
+    backend = CudaBackend(Setup(device, FP16, 2, QUICK, Timer(), gpu=lambda: GpuSample(reasons=("power cap",))))
+    timings = backend.time(case, [right, also, raising, wrong, spilling], right)
     assert set(timings.us) == {right, also}
+    assert timings.power_capped == {right: 1.0, also: 1.0}
     assert timings.library_us == 5.0
     assert timings.refused[raising] == "RuntimeError: out of resource"
-    assert "is off by" in timings.refused[wrong]
+    assert timings.refused[wrong].startswith("wrong: output 0 is off by")
+    assert timings.refused[spilling] == "it spills 472 bytes a thread into local memory"
+    assert len(set(timed)) == 3, "two tiles and the library"
+    assert not timings.lost
+
+
+def test_after_a_tile_that_took_the_device_down_no_other_is_blamed(monkeypatch):
+    right, faulty, after = (Tile(32 * 2**i, 16, 16, 4, 1) for i in range(3))
+    case = planted_case(monkeypatch, {faulty: RuntimeError("CUDA error: an illegal memory access was encountered")})
+    monkeypatch.setattr(tuning, "lost", lambda device: True)
+    timings = CudaBackend(Setup(CPU, FP16, 2, QUICK, SteadyTimer())).time(case, [right, faulty, after], right)
+    assert (timings.us, set(timings.refused), timings.lost) == ({}, {faulty}, True)
 
 
 class Ahead:
