@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 from kernels import jit, tiles
 from kernels.tiles import Gpu
 from profiling import bench, bench_command, cases, kernel_facts, precompile, tuning
+from profiling import environment as environments
 from profiling.__main__ import app
 from profiling.ahead_of_time import Facts
-from profiling.case import with_moments
+from profiling.case import Draw, with_moments
+from profiling.environment import environment
 from profiling.errors import CommandError
 from profiling.records import read_jsonl
 from profiling.tuning import Timings
@@ -264,6 +266,39 @@ def test_a_bench_goes_on_in_another_process_when_a_kernel_took_the_device_down(m
     ((_, op, shapes),) = commands
     assert op == "bn_finalize"
     assert [first, *shapes] == [case.shape for case in cases.cases() if case.op == op]
+
+
+def test_on_a_gpu_nothing_is_compiled_for_the_facts_and_they_follow_their_case(monkeypatch, tmp_path):
+    """And a case whose facts cannot be had keeps its timings."""
+    out, cpu = tmp_path / "bench.jsonl", torch.device("cpu")
+    where = bench.Setup(torch.device("cuda"), torch.float16, 512, bench.QUICK, bench.CpuTimer())
+    about = environment(cpu, ROOT)
+
+    def loaded(case, setup):
+        if case.shape != "256x4x4":
+            raise RuntimeError("no disassembler")
+        about = (case.name, case.op, "", case.shape, "float16", "bn_finalize_kernel", "NVIDIA H200", 90)
+        return [kernel_facts.KernelFacts(*about, "measured", "read", 40)]
+
+    def measure(case, setup, providers):
+        samples = bench.Samples(us=[1.0, 2.0, 3.0])
+        cost = case.cost(*case.operands(Draw(2, cpu)))
+        return [bench._result(case, where, cost, bench.OURS, "hot", samples, {}, {bench.OURS: 0.1})]
+
+    monkeypatch.setattr(bench, "setup", lambda dtype, quick: where)
+    monkeypatch.setattr(bench, "lost", lambda device: False)
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(kernel_facts, "loaded_facts", loaded)
+    monkeypatch.setattr(kernel_facts, "kernel_facts", lambda *arguments: pytest.fail("compiled"))
+    monkeypatch.setattr(environments, "environment", lambda device, root: about)
+    done = invoke("bn_finalize", "--shape", "256x4x4", "--shape", "512x4x4", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert [(row["kind"], row["shape"]) for row in read_jsonl(out)] == [
+        ("timing", "256x4x4"),
+        ("facts", "256x4x4"),
+        ("timing", "512x4x4"),
+    ]
+    assert "warning: bn_finalize 512x4x4: no facts of its kernels: RuntimeError: no disassembler" in done.stderr
 
 
 @pytest.mark.usefixtures("no_gpu")
