@@ -192,8 +192,7 @@ def _bench(request: Request, chosen: list["Case"], dtype: "torch.dtype", termina
         print(json.dumps({"schema": bench_records.SCHEMA, "rows": rows, "changes": [_flat(c) for c in changes]}))
     if down:
         terminal.warn("a kernel has brought the device down for this process; what is left is run by another")
-        for op, shapes in _by_op((case.op, case.shape) for case in ahead).items():
-            _again(request, op, shapes)
+        failed |= any(_rest(request, ((case.op, case.shape) for case in ahead)))
     return 1 if failed else 0
 
 
@@ -207,22 +206,17 @@ def _compiled(chosen: list["Case"], dtype: "torch.dtype", quick: bool, terminal:
     return kernel_facts(chosen, gpus, dtype)
 
 
-def _by_op(problems: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """The shapes of each op, each once."""
+def _rest(request: Request, problems: Iterable[tuple[str, str]]) -> list[int]:
+    """The same command for some ops and shapes, in a process an op that has the device anew; the exit codes."""
     shapes: dict[str, list[str]] = {}
     for op, shape in dict.fromkeys(problems):
-        shapes.setdefault(op, []).append(shape)
-    return shapes
-
-
-def _again(request: Request, op: str, shapes: Iterable[str]) -> int:
-    """The same command for some shapes of an op, in a process that has the device anew; its exit code."""
-    command = [sys.executable, "-m", "profiling", "bench", op, "--dtype", request.dtype]
-    command += [f"--shape={shape}" for shape in shapes]
-    command += [f"--{name}" for name in ("tune", "quick", "short") if getattr(request, name)]
+        shapes.setdefault(op, []).append(f"--shape={shape}")
+    options = ["--dtype", request.dtype]
+    options += [f"--{name}" for name in ("tune", "quick", "short") if getattr(request, name)]
     if request.out is not None:
-        command += [f"--out={request.out.absolute()}", "--resume"]
-    return subprocess.run(command, cwd=ROOT).returncode
+        options += [f"--out={request.out.absolute()}", "--resume"]
+    command = [sys.executable, "-m", "profiling", "bench"]
+    return [subprocess.run([*command, op, *of_op, *options], cwd=ROOT).returncode for op, of_op in shapes.items()]
 
 
 def _flat(change: Any) -> dict[str, Any]:
@@ -296,5 +290,4 @@ def _tune(request: Request, chosen: list["Case"], dtype: "torch.dtype", terminal
     if not tuned.left:
         return 0
     terminal.warn("a tile has brought the device down for this process; what is left is tuned by another")
-    codes = [_again(request, op, shapes) for op, shapes in _by_op((op, str(shape)) for op, shape in tuned.left).items()]
-    return max(codes)
+    return max(_rest(request, ((op, str(shape)) for op, shape in tuned.left)))

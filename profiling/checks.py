@@ -34,7 +34,7 @@ SCHEMA = 1
 RIGHT, WRONG, FAILED, UNKNOWN = "right", "wrong", "failed", "unknown"
 LIMIT_S = {"cuda": 90.0, "cpu": 1800.0}
 """Between two results, the start of a process and its compiling included; the interpreter takes minutes for one."""
-GPU_BYTES = 6 << 30
+GPU_BYTES = 4 << 30
 """That a process needs on a GPU: its context, and the largest case at the training batch in float64."""
 SIGNAL_S = 0.2
 """A signal to the whole group ends a process before it reaches this one, where it cancels, and nobody is to blame."""
@@ -126,7 +126,7 @@ class Pool:
         free = asyncio.Semaphore(self.slots)
         try:
             async with asyncio.TaskGroup() as tasks:
-                for group in groups:
+                for group in sorted(groups, key=len, reverse=True):  # what takes longest must not begin last
                     tasks.create_task(self._group(list(group), free))
         except asyncio.CancelledError:
             if terminated:

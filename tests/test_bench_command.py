@@ -220,6 +220,19 @@ def test_an_interrupted_tuning_keeps_what_it_measured_and_goes_on_from_there(mon
     assert len(set(asked)) == 4
 
 
+def command_run(commands):
+    """A `subprocess.run` that notes the commands of the program's own and lets git through."""
+    run = subprocess.run
+
+    def noting(command, **how):
+        if command[0] != sys.executable:
+            return run(command, **how)
+        commands.append(command)
+        return types.SimpleNamespace(returncode=1)
+
+    return noting
+
+
 def test_a_tuning_goes_on_in_another_process_when_a_tile_took_the_device_down(monkeypatch):
     asked, commands = [], []
 
@@ -235,23 +248,19 @@ def test_a_tuning_goes_on_in_another_process_when_a_tile_took_the_device_down(mo
         def time(self, case, tried, incumbent):
             return Timings({}, None, {incumbent: "AcceleratorError: an illegal memory access"}, lost=True)
 
-    def command_run(command, cwd):
-        commands.append(command)
-        return types.SimpleNamespace(returncode=0)
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(jit, "unavailable", lambda device: None)
     monkeypatch.setattr(bench, "setup", lambda dtype, quick: None)
     monkeypatch.setattr(tuning, "CudaBackend", Backend)
     monkeypatch.setattr(precompile.os, "cpu_count", lambda: 1)
-    monkeypatch.setattr(bench_command.subprocess, "run", command_run)
+    monkeypatch.setattr(bench_command.subprocess, "run", command_run(commands))
     done = invoke("conv_wgrad", "--tune", "--quick")
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 1, "as the other process"
     assert "1 tiles refused, 0 of them wrong" in done.stdout
     (command,) = commands
-    assert command[1:6] == ["-m", "profiling", "bench", "conv_wgrad", "--dtype"]
-    assert command[7:] == [*(f"--shape={shape}" for shape in asked[1:]), "--tune", "--quick"]
+    shapes = [f"--shape={shape}" for shape in asked[1:]]
+    assert command[1:] == ["-m", "profiling", "bench", "conv_wgrad", *shapes, "--dtype", "float16", "--tune", "--quick"]
 
 
 def test_a_bench_goes_on_in_another_process_when_a_kernel_took_the_device_down(monkeypatch, tmp_path, no_gpu):
@@ -260,12 +269,15 @@ def test_a_bench_goes_on_in_another_process_when_a_kernel_took_the_device_down(m
     monkeypatch.setattr(bench, "lost", lambda device: True)
     measure = bench.measure
     monkeypatch.setattr(bench, "measure", lambda case, *more: measured.append(case.shape) or measure(case, *more))
-    monkeypatch.setattr(bench_command, "_again", lambda *arguments: commands.append(arguments))
-    assert invoke("bn_finalize", "--quick", "--out", out).exit_code == 0
+    monkeypatch.setattr(bench_command.subprocess, "run", command_run(commands))
+    assert invoke("bn_finalize", "--quick", "--out", out).exit_code == 1, "as the other process"
     (first,) = measured
-    ((_, op, shapes),) = commands
-    assert op == "bn_finalize"
-    assert [first, *shapes] == [case.shape for case in cases.cases() if case.op == op]
+    (command,) = commands
+    shapes = [case.shape for case in cases.cases() if case.op == "bn_finalize"]
+    assert first == shapes.pop(0)
+    options = ["--dtype", "float16", "--quick", f"--out={out}", "--resume"]
+    assert command[3:] == ["bench", "bn_finalize", *(f"--shape={shape}" for shape in shapes), *options]
+    assert {row["shape"] for row in read_jsonl(out) if row["kind"] == "timing"} == {first}
 
 
 def test_on_a_gpu_nothing_is_compiled_for_the_facts_and_they_follow_their_case(monkeypatch, tmp_path):

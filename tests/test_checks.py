@@ -127,7 +127,7 @@ def test_a_gpu_is_checked_at_the_training_batch_too():
     assert checks.images_on(torch.device("cuda")) == (2, 512)
 
 
-@pytest.mark.parametrize(("gigabytes", "processes"), [(80, 13), (24, 4), (4, 1)])
+@pytest.mark.parametrize(("gigabytes", "processes"), [(80, 16), (24, 6), (3, 1)])
 def test_a_small_gpu_bears_fewer_processes(monkeypatch, gigabytes, processes):
     properties = type("Properties", (), {"total_memory": gigabytes << 30})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
