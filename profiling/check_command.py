@@ -56,8 +56,8 @@ def run(chosen: Sequence["Case"], dtype: "torch.dtype", how: How, terminal: "Ter
 
     try:
         if how.jobs == 1:
-            for one in (one for group in planned for one in group):
-                report(checks.check(one, known, device, dtype))
+            for row in checks.one_after_another(planned, known, device, dtype):
+                report(row)
         else:
             name = str(dtype).removeprefix("torch.")
             limit_s = checks.LIMIT_S[device.type] if how.limit_s is None else how.limit_s

@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,6 +79,20 @@ def check(one: Check, known: dict[str, Case], device: torch.device, dtype: torch
     except Exception as raised:  # whatever a compiler or a launch raises is the finding
         status, error = FAILED, first_line(raised)
     return row(one, known, device, dtype, status, error)
+
+
+def one_after_another(
+    groups: Sequence[list[Check]], known: dict[str, Case], device: torch.device, dtype: torch.dtype
+) -> Iterator[dict[str, Any]]:
+    """The rows of all checks in this process; once its device is lost the others are unknown, and not to blame."""
+    down = False
+    for one in itertools.chain.from_iterable(groups):
+        if down:
+            yield row(one, known, device, dtype, UNKNOWN, "not begun: a check before it lost the device")
+            continue
+        found = check(one, known, device, dtype)
+        down = found["status"] == FAILED and lost(device)
+        yield found
 
 
 def row(

@@ -136,6 +136,25 @@ def test_a_small_gpu_bears_fewer_processes(monkeypatch, gigabytes, processes):
     assert checks.slots(torch.device("cpu")) == 16
 
 
+def test_in_one_process_nothing_is_blamed_after_the_device_was_lost(monkeypatch):
+    def verified(case, *arguments):
+        if case.shape == "128x16x16":
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(checks.gate, "verified", verified)
+    monkeypatch.setattr(checks, "lost", lambda device: True)
+    chosen = [case for case in cases() if case.op == "bn_stats_add"]
+    known = {case.name: case for case in chosen}
+    groups = checks.planned(chosen, (2,))
+    rows = list(checks.one_after_another(groups, known, torch.device("cpu"), torch.float16))
+    assert [(row["shape"], row["status"]) for row in rows] == [
+        ("64x32x32", "right"),
+        ("128x16x16", "failed"),
+        ("256x8x8", "unknown"),
+        ("256x4x4", "unknown"),
+    ]
+
+
 @pytest.mark.parametrize("images", [2, 512])
 def test_many_images_are_judged_on_the_device(monkeypatch, images):
     judges = []

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import conftest
@@ -19,6 +20,25 @@ def test_a_gpu_decides_the_tests_that_ask_for_the_device_and_those_marked_for_it
         "tests/test_sustained.py::test_a_captured_call_is_replayed",
         "tests/test_tuning.py::test_the_backend_refuses_wrong_and_spilling_tiles_and_times_the_others",
     ], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "ignored"),
+    [
+        ("import plotly\n\ndef test_x(tmp_path): ...", True),
+        ("def test_x(tmp_path, device): ...", None),
+        ("@pytest.mark.gpu\ndef test_x(): ...", None),
+    ],
+    ids=["neither", "asks", "marked"],
+)
+def test_a_file_without_such_a_test_is_not_even_imported(tmp_path, text, ignored):
+    """A GPU machine may lack what it needs, and a file that cannot be imported ends the whole collection."""
+    path = tmp_path / "test_x.py"
+    path.write_text(text)
+    config = types.SimpleNamespace(getoption={"markexpr": "gpu"}.get)
+    assert conftest.pytest_ignore_collect(path, config) is ignored
+    everything = types.SimpleNamespace(getoption={"markexpr": ""}.get)
+    assert conftest.pytest_ignore_collect(path, everything) is None
 
 
 class Item:
