@@ -168,6 +168,14 @@ def test_a_gpu_under_its_power_cap_gives_numbers_that_say_so(monkeypatch):
     assert "hardware thermal slowdown" in bench._ceilings(CPU, torch.float16, ScriptedTimer(), lambda: hot, 1.0).reason
 
 
+def test_ours_is_checked_before_another_s_right_result_lies_in_its_memory(everything_runs, monkeypatch):
+    built, builder = [], bench._builder
+    monkeypatch.setattr(bench, "_builder", lambda *about: built.append(about[2]) or builder(*about))
+    results = measure(relu_case(), setup_for(ScriptedTimer()), providers=(EAGER_NCHW, EAGER, OURS))
+    assert built == [EAGER, OURS, EAGER_NCHW]
+    assert [r.provider for r in results[:3]] == [EAGER_NCHW, EAGER, OURS]
+
+
 def test_a_provider_that_fails_while_it_is_timed_is_refused_and_the_others_are_timed(everything_runs, monkeypatch):
     calls = []
 

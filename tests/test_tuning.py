@@ -207,8 +207,12 @@ class SteadyTimer:
         return 5.0
 
 
-def planted_case(monkeypatch, faults: dict[Tile, object]):
-    """A small case whose kernel has a fault at the tiles of `faults`: it raises, is wrong by a factor, or spills."""
+def planted_case(monkeypatch, faults: dict[Tile, object], results: list | None = None):
+    """A small case whose kernel has a fault at the tiles of `faults`: it raises, is wrong by a factor, or spills.
+
+    `results` keeps every y.
+    """
+    results = [] if results is None else results
     make, variant = tuning.FUSED["conv_fprop"]
     case = make(ConvShape(16, 16, 4, 4), variant)
     ours, kernels = case.ours, []
@@ -219,7 +223,8 @@ def planted_case(monkeypatch, faults: dict[Tile, object]):
             raise fault
         kernels.append(types.SimpleNamespace(n_spills=fault if isinstance(fault, int) else 0))
         y, partials = ours(*operands)
-        return (y * fault if isinstance(fault, float) else y), partials
+        results.append(y * fault if isinstance(fault, float) else y)
+        return results[-1], partials
 
     @contextlib.contextmanager
     def launched():
@@ -235,8 +240,8 @@ def test_the_backend_refuses_wrong_and_spilling_tiles_and_times_the_others(monke
     """The whole of it with the interpreter for a GPU: two tiles that are right, and one with each fault."""
     right, also, raising, wrong, spilling = (Tile(32 * 2**i, 16, 16, 4, 1) for i in range(5))
     faults = {raising: RuntimeError("out of resource"), wrong: 1.1, spilling: 118}
-    case = planted_case(monkeypatch, faults)
-    timed = []
+    timed, results = [], []
+    case = planted_case(monkeypatch, faults, results)
 
     class Timer(SteadyTimer):
         def sample(self, run):
@@ -252,7 +257,19 @@ def test_the_backend_refuses_wrong_and_spilling_tiles_and_times_the_others(monke
     assert timings.refused[wrong].startswith("wrong: output 0 is off by")
     assert timings.refused[spilling] == "it spills 472 bytes a thread into local memory"
     assert len(set(timed)) == 3, "two tiles and the library"
+    assert all(y.isnan().all() for y in results[:4]), "the next tile cannot inherit a right result"
+    assert not results[4].isnan().any(), "what is timed is left alone"
     assert not timings.lost
+
+
+def test_a_library_that_fails_is_named_beside_the_tiles_that_are_refused(monkeypatch, device):
+    right, raising = Tile(32, 16, 16, 4, 1), Tile(64, 16, 16, 4, 1)
+    case = planted_case(monkeypatch, {raising: RuntimeError("out of resource")})
+    object.__setattr__(case, "hybrid", lambda *operands: 1 / 0)
+    timings = CudaBackend(Setup(device, FP16, 2, QUICK, SteadyTimer())).time(case, [right, raising], right)
+    assert (set(timings.us), timings.library_us) == ({right}, None)
+    assert timings.refused[None] == "ZeroDivisionError: division by zero"
+    assert timings.refused[raising] == "RuntimeError: out of resource"
 
 
 def test_after_a_tile_that_took_the_device_down_no_other_is_blamed(monkeypatch):
