@@ -139,6 +139,7 @@ class Analysis(NamedTuple):
     perturbation: float | None
     unknown_share: float | None
     specification: Specification | None
+    arithmetic: str | None
     judged: Judged | None
     rows: dict[str, list[Work]]
     lacks: list[str]
@@ -212,7 +213,9 @@ def analyse(run: Run) -> Analysis:
         busy=busy,
         peak_source=spec.source if spec else "",
     )
-    return Analysis(evidence, account.terms(evidence), timed, active, perturbation, unknown, spec, judged, rows, lacks)
+    return Analysis(
+        evidence, account.terms(evidence), timed, active, perturbation, unknown, spec, arithmetic, judged, rows, lacks
+    )
 
 
 def _phase_ns(run: Run, name: str) -> int:

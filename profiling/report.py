@@ -17,7 +17,7 @@ from profiling.markdown import render_markdown
 from profiling.page import render_html
 from profiling.records import write_json, write_text
 from profiling.roofline import Roofs, Row, kernel_rows, layer_rows
-from profiling.specifications import specification
+from profiling.specifications import boost_mhz, specification
 from profiling.timeline import timeline
 
 VERSION = 1
@@ -152,6 +152,11 @@ def _figures(run: Run, a: Analysis) -> dict[str, tuple[str, Figure]]:
             share_of(V100_FLOPS_PER_S, "achieved over the V100's 125 TFLOP/s; not MFU", no_rate),
         ),
         "mfu": ("MFU", share_of(e.peak, f"achieved over {e.peak_source}", no_peak)),
+        "mfu_at_clock": (
+            "MFU at the sampled clock",
+            _mfu_at_clock(run, a, rate, no_peak if e.peak is None else no_rate),
+        ),
+        "sm_clock_hz": ("SM clock in training", run.telemetry.sm_clock(_windows(run))),
         "of_ceiling": (
             "of the measured ceiling",
             share_of(e.ceiling, "achieved over the best sustained rate", "the ceilings were not measured"),
@@ -176,6 +181,25 @@ def _figures(run: Run, a: Analysis) -> dict[str, tuple[str, Figure]]:
         "energy_j": ("energy", run.telemetry.energy()),
     }
     return figures
+
+
+def _windows(run: Run) -> list[tuple[int, int]]:
+    phases = run.phases["phases"] if run.phases else []
+    return [(phase["start_ns"], phase["end_ns"]) for phase in phases if phase["name"] == "training"]
+
+
+def _mfu_at_clock(run: Run, a: Analysis, rate: float | None, reason: str) -> Figure:
+    """The share of the peak that the GPU had at the clocks it really ran at; `reason` is for want of the other two."""
+    if rate is None or a.evidence.peak is None or a.specification is None:
+        return unavailable("share", reason)
+    clock, quoted_mhz = run.telemetry.sm_clock(_windows(run)), boost_mhz(a.specification, a.arithmetic)
+    if clock.value is None:
+        return unavailable("share", clock.source)
+    if quoted_mhz is None:
+        return unavailable("share", f"no document says at which clock the peak of {a.specification.name} is quoted")
+    share = rate / (a.evidence.peak * clock.value / (1e6 * quoted_mhz))
+    source = f"achieved over {a.evidence.peak_source}, its peak times {clock.value / 1e6:,.0f} MHz / {quoted_mhz:,} MHz"
+    return modelled(share, "share", f"{source}: the sampled clock over the one that it is quoted at")
 
 
 def _phases(run: Run) -> list[dict[str, Any]]:

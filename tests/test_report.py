@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import traces
 
-from profiling import report, report_command
+from profiling import report, report_command, sampler
 from profiling.ceilings import Ceiling, Ceilings
 from profiling.console import Terminal
 from profiling.errors import InconsistentError, ReportError
@@ -165,6 +165,33 @@ def test_against_three_peaks(made):
     assert figures["mfu"]["value"] == pytest.approx(rate / 989.5e12, rel=1e-3)
     assert "not MFU" in figures["v100_normalised"]["source"]
     assert figures["perturbation"]["value"] == pytest.approx(1.05)
+
+
+def sampled(folder, mhz: int, count: int = 60):
+    """The run with a clock that was sampled, in training for most of `count` samples."""
+    rows = [sampler.header("GPU-0", "NVIDIA H200", 50.0, {}, None)]
+    rows += [{"t_ns": S + i * 50 * MS, "sm_clock_mhz": mhz} for i in range(count)]
+    for row in [*rows, {"end": sampler.STOPPED}]:
+        append_jsonl(folder / "records" / "telemetry.jsonl", row)
+    return folder
+
+
+def test_the_share_of_the_peak_is_given_at_the_clock_that_was_sampled_too(tmp_path):
+    found = report.build(sampled(make_run(tmp_path / "run"), 1464))["figures"]
+    assert found["sm_clock_hz"]["value"] == pytest.approx(1.464e9)
+    assert found["mfu_at_clock"]["value"] == pytest.approx(found["mfu"]["value"] * 1830 / 1464)
+    assert (found["mfu_at_clock"]["status"], found["mfu"]["status"]) == ("modelled", "measured")
+    assert "1,464 MHz / 1,830 MHz" in found["mfu_at_clock"]["source"]
+
+
+def test_without_samples_there_is_no_share_at_their_clock(tmp_path, made):
+    assert (made["figures"]["mfu_at_clock"]["value"], made["figures"]["mfu_at_clock"]["status"]) == (
+        None,
+        "unavailable",
+    )
+    assert "the sampler left no file" in made["figures"]["mfu_at_clock"]["source"]
+    few = report.build(sampled(make_run(tmp_path / "run"), 1464, count=12))["figures"]
+    assert "12 samples of the SM clock in training" in few["mfu_at_clock"]["source"]
 
 
 def test_a_layer_has_its_place_under_the_roofs(made):
