@@ -118,7 +118,7 @@ def assumption(report: dict[str, Any]) -> str:
     eager = report["profiled"]["eager_step"]
     if eager is not None:
         seen += (
-            f" Step {eager} of the trace was run eagerly, to learn which operation launches which kernel: there the "
-            "device waits for the host, and such gaps, which training's replayed steps do not have, are not counted."
+            f" ProfilerStep#{eager} of the trace was run eagerly, to learn which operation launches which kernel: the "
+            "device waits for the host in it. Training's replayed steps have no such gaps, and they are not counted."
         )
     return f"Assumed: operations take as long in the run as in the profiled pass.{seen}"

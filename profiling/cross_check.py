@@ -8,6 +8,7 @@ the eager step, if it stands; `Judged.lacks` says so, which makes the account in
 """
 
 import itertools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +19,16 @@ from profiling.replay import attribute_replays, learn
 from profiling.trace import Kernel, Trace, missing
 
 JITTER_NS = 1_000
-"""What two kernels of one stream may overlap by: PyTorch's own torch.cuda._annotate_cuda_graph_trace takes that much
-for a jitter of CUPTI's timestamps, and more for a fault."""
+"""By how much the times of a kernel may be wrong: PyTorch's own torch.cuda._annotate_cuda_graph_trace takes an overlap
+of that much on one stream for a jitter of CUPTI's timestamps, and more for a fault."""
 OVERLAP = 0.01
 """Share of a step's kernel time that may lie under other kernels of its stream. It is counted once, so that the account
 errs by half of what it may leave unexplained; kernels launched early on purpose (programmatic dependent launch) stay
 below."""
 DIFFERENCE = 0.10
-"""Of a step's kernel time from that of the step it is compared with. Work and clocks are the same, some milliseconds
-apart, and so are the times but for caches; a lost or doubled convolution is more."""
+"""Of a step's kernel times, summed by name, from those of the step it is compared with, beside JITTER_NS a kernel. Work
+and clocks are the same, some milliseconds apart, and so are the times but for caches, which move them by some per cent;
+a lie that is smaller moves the account by less than what it is read for."""
 BEYOND_EVENTS = 0.02
 """By how much the kernels of a step may last longer than the CUDA events around it say: the GPU's own clock, both."""
 FEWEST = 5
@@ -35,7 +37,7 @@ FEWEST = 5
 LOST, SURPLUS, TWICE = "kernels are missing", "kernels are too many", "kernels are recorded twice"
 NO_LENGTH, OVERLAPPING = "kernels have no length", "kernels overlap on one stream"
 TOO_LONG, APART = "kernels ran longer than the step", "kernels lie further apart than the step was long"
-DIFFERENT = "kernel times differ from those of the step they were compared with"
+DIFFERENT = "kernel times are not those of other steps"
 
 
 class Refused(NamedTuple):
@@ -67,11 +69,12 @@ class Judged:
 
     @property
     def said(self) -> str:
-        """The refused steps in a sentence's beginning, "" if there are none."""
+        """The refused steps in a sentence's beginning, one of each reason with its figures; "" if there are none."""
         if not self.refused:
             return ""
         reasons = Counter(one.reason for one in self.refused).most_common()
-        each = [reason if len(reasons) == 1 else f"{reason} ({count})" for reason, count in reasons]
+        first = {one.reason: f"step {one.step}: {one.detail}" for one in reversed(self.refused)}
+        each = [f"{why} ({f'{n}; ' if len(reasons) > 1 else ''}{first[why]})" for why, n in reasons]
         return f"{len(self.refused)} of {self.steps} profiled steps refused: {', '.join(each)}"
 
     @property
@@ -101,7 +104,7 @@ def judge(trace: Trace, profile: dict[str, Any], timed_ns: float | None) -> Judg
         if stands:
             lack = f"{said}. Too few are left: the kernel times are those of the one step that was run eagerly."
             return pass_.judged(pass_.only([pass_.eager]), [pass_.eager], refused, [lack], fell_back=True)
-        eager = "no step was run eagerly" if pass_.eager is None else f"the eager one too: {faults[pass_.eager][0]}"
+        eager = "no step was run eagerly" if pass_.eager is None else f"the eager one too: {_why(faults[pass_.eager])}"
         lack = f"{said}; {eager}. What the device's time was made of is not known."
         return pass_.judged(None, [], refused, [*trace.lacks, lack])
     kept, lacks = pass_.only(believed), []
@@ -109,7 +112,7 @@ def judge(trace: Trace, profile: dict[str, Any], timed_ns: float | None) -> Judg
         if stands:
             kept = replace(kept, kernels=attribute_replays(kept.kernels, learn(pass_.kernels[pass_.eager])))
         else:
-            why = "" if pass_.eager is None else f" (refused: {faults[pass_.eager][0]})"
+            why = "" if pass_.eager is None else f" (refused: {_why(faults[pass_.eager])})"
             lacks = [f"trace incomplete: what a graph replay should hold was not learned from an eager step{why}"]
     return pass_.judged(replace(kept, lacks=kept.lacks + lacks), believed, refused, [])
 
@@ -125,7 +128,7 @@ class _Pass:
         self.images = self.recorded if aligned else [sum(self.recorded) / max(len(self.recorded), 1)] * count
         self.event_ns = profile["step_ns"] if aligned else [None] * count
         eager = profile["eager_step"]
-        self.eager = eager if eager is not None and eager < count else None
+        self.eager = eager if eager in range(count) else None
         self.kernels: list[list[Kernel]] = [[] for _ in trace.steps]
         for kernel in trace.kernels:
             if (index := trace.step_of(kernel)) is not None:
@@ -156,7 +159,8 @@ class _Pass:
         trace = self.trace
         inside = [at for at in trace.lost if trace.step_at(at) in indices]
         lacks = [lack for lack in trace.lacks if lack != missing(len(trace.lost))]
-        kept = [kernel for kernel in trace.kernels if trace.step_of(kernel) in {None, *indices}]
+        known = {None, *indices}
+        kept = [kernel for kernel in trace.kernels if trace.step_of(kernel) in known]
         lacks += [missing(len(inside))] if inside else []
         return replace(trace, kernels=kept, steps=[trace.steps[i] for i in indices], lacks=lacks, lost=inside)
 
@@ -194,7 +198,8 @@ class _Pass:
                 return TOO_LONG, f"{_ms(busy)} of kernels in a step of {_ms(event)}"
             if span > most:
                 return APART, f"{_ms(span)} from the first to the last in a step of {_ms(event)}"
-        if self.timed_ns and self.images[i] == max(self.images) and busy > self.timed_ns * (1 + DIFFERENCE):
+        most = (self.timed_ns or math.inf) * (1 + DIFFERENCE) + JITTER_NS * len(kernels)
+        if busy > most and self.images[i] == max(self.images):
             return TOO_LONG, f"{_ms(busy)} of kernels; a step without the profiler took {_ms(self.timed_ns)}"
         return None
 
@@ -221,17 +226,20 @@ class _Pass:
         return found
 
     def _by_time(self, steps: list[int], model: int | None) -> dict[int, tuple[str, str]]:
-        """Sums of kernel times against that of `model`, or against the median of `steps`."""
-        sums = {i: _sum_ns(self.kernels[i]) for i in steps}
-        if not steps:
-            return {}
-        usual = median(sums.values()) if model is None else _sum_ns(self.kernels[model])
-        name = "the median of the steps" if model is None else "the eager step"
-        return {
-            i: (DIFFERENT, f"{_ms(total)}, {name} {_ms(usual)}")
-            for i, total in sums.items()
-            if abs(total - usual) > DIFFERENCE * usual
-        }
+        """Kernel times by name against those of `model`, or against the medians of `steps`."""
+        times = {i: _by_name(self.kernels[i]) for i in steps}
+        names = set().union(*times.values())
+        if model is not None:
+            usual, whose = _by_name(self.kernels[model]), "the eager step"
+        else:
+            usual, whose = {name: median(of[name] for of in times.values()) for name in names}, "the median step"
+        total, found = sum(usual.values()), {}
+        for i, of in times.items():
+            apart = sum(abs(of[name] - usual.get(name, 0)) for name in {*of, *usual})
+            if apart > DIFFERENCE * total + JITTER_NS * len(self.kernels[i]):
+                sums = f"{_ms(sum(of.values()))} in all, {whose} {_ms(total)}"
+                found[i] = DIFFERENT, f"{sums}; kernel by kernel {_ms(apart)} apart"
+        return found
 
     def _by_overlap(self, steps: list[int]) -> Iterator[tuple[int, tuple[str, str]]]:
         streams: dict[tuple[int, int], list[tuple[Kernel, int]]] = defaultdict(list)
@@ -258,6 +266,14 @@ def _sum_ns(kernels: Iterable[Kernel]) -> int:
     return sum(kernel.end_ns - kernel.start_ns for kernel in kernels)
 
 
+def _by_name(kernels: Iterable[Kernel]) -> Counter[str]:
+    """Nanoseconds."""
+    times: Counter[str] = Counter()
+    for kernel in kernels:
+        times[kernel.name] += kernel.end_ns - kernel.start_ns
+    return times
+
+
 def _busy_ns(kernels: Sequence[Kernel]) -> int:
     """How long the device must have worked: kernels of one stream do not run at the same time, others may."""
     streams: dict[tuple[int, int], int] = defaultdict(int)
@@ -267,6 +283,10 @@ def _busy_ns(kernels: Sequence[Kernel]) -> int:
     ends = itertools.accumulate((end for _, end in intervals), max, initial=intervals[0][0])
     union = sum(max(0, end - max(start, before)) for (start, end), before in zip(intervals, ends, strict=False))
     return max(union, *streams.values())
+
+
+def _why(fault: tuple[str, str]) -> str:
+    return f"{fault[0]}, {fault[1]}"
 
 
 def _ms(ns: float) -> str:

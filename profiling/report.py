@@ -198,8 +198,8 @@ def _mfu_at_clock(run: Run, a: Analysis, rate: float | None, reason: str) -> Fig
     if quoted_mhz is None:
         return unavailable("share", f"no document says at which clock the peak of {a.specification.name} is quoted")
     share = rate / (a.evidence.peak * clock.value / (1e6 * quoted_mhz))
-    source = f"achieved over {a.evidence.peak_source}, its peak times {clock.value / 1e6:,.0f} MHz / {quoted_mhz:,} MHz"
-    return modelled(share, "share", f"{source}: the sampled clock over the one that it is quoted at")
+    clocks = f"{clock.value / 1e6:,.0f} MHz sampled / {quoted_mhz:,} MHz of the peak"
+    return modelled(share, "share", f"achieved over the peak times {clocks}; {a.evidence.peak_source}")
 
 
 def _phases(run: Run) -> list[dict[str, Any]]:

@@ -181,7 +181,7 @@ def test_the_share_of_the_peak_is_given_at_the_clock_that_was_sampled_too(tmp_pa
     assert found["sm_clock_hz"]["value"] == pytest.approx(1.464e9)
     assert found["mfu_at_clock"]["value"] == pytest.approx(found["mfu"]["value"] * 1830 / 1464)
     assert (found["mfu_at_clock"]["status"], found["mfu"]["status"]) == ("modelled", "measured")
-    assert "1,464 MHz / 1,830 MHz" in found["mfu_at_clock"]["source"]
+    assert "1,464 MHz sampled / 1,830 MHz of the peak" in found["mfu_at_clock"]["source"]
 
 
 def test_without_samples_there_is_no_share_at_their_clock(tmp_path, made):
@@ -254,7 +254,7 @@ def test_replayed_kernels_are_attributed_by_the_eager_step_among_them(tmp_path):
     assert made["layers"][0]["ns_per_step"] == pytest.approx(CONV_NS)
     assert made["lacks"] == report.build(make_run(tmp_path / "other"))["lacks"]
     assert made["profiled"]["refused"] == []
-    assert "Step 2 of the trace was run eagerly" in made["assumption"]
+    assert "ProfilerStep#2 of the trace was run eagerly" in made["assumption"]
 
 
 def overlapping(steps):
@@ -303,8 +303,8 @@ def test_where_nothing_stands_the_part_is_missing_and_says_so(tmp_path):
     assert (made["kernels"], made["layers"], made["status"]) == ([], [], "incomplete")
     (lack,) = (lack for lack in made["lacks"] if "refused" in lack)
     assert lack == (
-        "20 of 20 profiled steps refused: kernels overlap on one stream; the eager one too: kernels overlap on one "
-        "stream. What the device's time was made of is not known."
+        "20 of 20 profiled steps refused: kernels overlap on one stream (step 0: for 0.999 ms of 14 ms); the eager one "
+        "too: kernels overlap on one stream, for 0.9 ms of 14 ms. What the device's time was made of is not known."
     )
 
 
