@@ -83,6 +83,17 @@ def test_jitter_is_no_lie(tmp_path):
     assert (found.refused, found.lacks) == ([], [])
 
 
+def test_the_jitter_of_many_short_kernels_is_no_lie(tmp_path):
+    """Each of 100 kernels of 20 us overlaps the next by 0.9 us, together by 4.5 % of the time."""
+    made = HandMadeTrace()
+    for number in range(6):
+        made.step(number, number * 3 * MS, 3 * MS)
+        starts = [number * 3 * MS + 100 * US + i * 19_100 for i in range(100)]
+        made.graph(number * 3 * MS + 10 * US, [("k", start, 20 * US) for start in starts])
+    profile = {"eager_step": None, "step_images": [64] * 6, "step_ns": [3 * MS] * 6}
+    assert judge(read(made.write(tmp_path / "trace.json")), profile, 3 * MS).refused == []
+
+
 def test_kernels_launched_early_on_purpose_are_no_lie(tmp_path):
     """Programmatic dependent launch: each begins some microseconds before the one before it has ended."""
     found = judged(tmp_path, lambda number, kernels: changed(1, start=lambda ns: ns - 20 * US)(kernels))
@@ -112,6 +123,13 @@ def test_a_kernel_recorded_for_another_is_seen_by_the_nodes(tmp_path):
     detail = "3 recorded, 3 expected, 1 of the graph's nodes without one"
     assert found.said == f"3 of 20 profiled steps refused: kernels are missing (step 5: {detail})"
     assert {one.detail for one in found.refused} == {detail}
+
+
+def test_a_node_that_one_step_alone_has_is_its_own_fault(tmp_path):
+    def lie(number, kernels):
+        return [*kernels[:2], (*kernels[2][:3], 999)] if number in LIARS else kernels
+
+    assert {one.step for one in judged(tmp_path, lie).refused} == LIARS
 
 
 def test_a_kernel_recorded_twice_is_seen_by_the_nodes(tmp_path):
@@ -170,6 +188,13 @@ def test_an_eager_step_that_lies_teaches_nothing(tmp_path, name):
     assert idle(found.trace) is None
     assert per_step(found.trace).busy_ns == CONV + BN + CAST
     assert {kernel.ops for kernel in found.trace.kernels} == {()}
+
+
+def test_nothing_is_compared_with_an_eager_step_whose_kernels_overlap(tmp_path):
+    lie, _ = LIES["one_doubled"]
+    found = judged(tmp_path, lambda number, kernels: lie(kernels) if number == EAGER else kernels)
+    assert (found.refused, found.fell_back) == ([], False)
+    assert "kernels overlap on one stream" in found.lacks[0]
 
 
 def test_an_eager_step_that_contradicts_all_replays_is_taken_and_marked(tmp_path):
