@@ -16,8 +16,8 @@ from profiling.flops import V100_FLOPS_PER_S
 from profiling.markdown import render_markdown
 from profiling.page import render_html
 from profiling.records import write_json, write_text
-from profiling.roofline import Roofs, kernel_rows, layer_rows
-from profiling.specifications import specification
+from profiling.roofline import Roofs, Row, kernel_rows, layer_rows
+from profiling.specifications import boost_mhz, specification
 from profiling.timeline import timeline
 
 VERSION = 1
@@ -45,9 +45,10 @@ def build(folder: Path) -> dict[str, Any]:
         "terms": terms,
         "article": _article(a, run),
         "levers": _levers(a, run),
+        "profiled": _profiled(a),
         "floors": _floors(a),
         "kernels": _kernels(a, run, roofs),
-        "layers": [r.to_json() for r in layer_rows(a.timed, work, a.active_steps, roofs)] if a.timed else [],
+        "layers": [_sourced(r, a) for r in layer_rows(a.timed, work, a.active_steps, roofs)] if a.timed else [],
         "roofs": _roofs(a, run),
         "timeline": timeline(run.phases, run.telemetry),
         "epochs": run.epochs,
@@ -151,6 +152,11 @@ def _figures(run: Run, a: Analysis) -> dict[str, tuple[str, Figure]]:
             share_of(V100_FLOPS_PER_S, "achieved over the V100's 125 TFLOP/s; not MFU", no_rate),
         ),
         "mfu": ("MFU", share_of(e.peak, f"achieved over {e.peak_source}", no_peak)),
+        "mfu_at_clock": (
+            "MFU at the sampled clock",
+            _mfu_at_clock(run, a, rate, no_peak if e.peak is None else no_rate),
+        ),
+        "sm_clock_hz": ("SM clock in training", run.telemetry.sm_clock(_windows(run))),
         "of_ceiling": (
             "of the measured ceiling",
             share_of(e.ceiling, "achieved over the best sustained rate", "the ceilings were not measured"),
@@ -175,6 +181,25 @@ def _figures(run: Run, a: Analysis) -> dict[str, tuple[str, Figure]]:
         "energy_j": ("energy", run.telemetry.energy()),
     }
     return figures
+
+
+def _windows(run: Run) -> list[tuple[int, int]]:
+    phases = run.phases["phases"] if run.phases else []
+    return [(phase["start_ns"], phase["end_ns"]) for phase in phases if phase["name"] == "training"]
+
+
+def _mfu_at_clock(run: Run, a: Analysis, rate: float | None, reason: str) -> Figure:
+    """The share of the peak that the GPU had at the clocks it really ran at; `reason` is for want of the other two."""
+    if rate is None or a.evidence.peak is None or a.specification is None:
+        return unavailable("share", reason)
+    clock, quoted_mhz = run.telemetry.sm_clock(_windows(run)), boost_mhz(a.specification, a.arithmetic)
+    if clock.value is None:
+        return unavailable("share", clock.source)
+    if quoted_mhz is None:
+        return unavailable("share", f"no document says at which clock the peak of {a.specification.name} is quoted")
+    share = rate / (a.evidence.peak * clock.value / (1e6 * quoted_mhz))
+    clocks = f"{clock.value / 1e6:,.0f} MHz sampled / {quoted_mhz:,} MHz of the peak"
+    return modelled(share, "share", f"achieved over the peak times {clocks}; {a.evidence.peak_source}")
 
 
 def _phases(run: Run) -> list[dict[str, Any]]:
@@ -206,9 +231,28 @@ def _kernels(a: Analysis, run: Run, roofs: Roofs) -> list[dict[str, Any]]:
     rows = kernel_rows(a.timed, a.rows.get("ops", []), a.active_steps, roofs) if a.timed else []
     counted = [run.counters.get(row.name) for row in rows]
     return [
-        row.to_json() | {"dram_bytes": c.dram_bytes if c else None, "tensor_active": c.tensor_active if c else None}
+        _sourced(row, a) | {"dram_bytes": c.dram_bytes if c else None, "tensor_active": c.tensor_active if c else None}
         for row, c in zip(rows, counted, strict=True)
     ]
+
+
+def _sourced(row: Row, a: Analysis) -> dict[str, Any]:
+    """With the steps that its times are of."""
+    return row.to_json() | {"source": row.source.replace("torch.profiler", a.evidence.busy.source)}
+
+
+def _profiled(a: Analysis) -> dict[str, Any]:
+    """Which steps of the profiled pass the account is made of."""
+    if a.judged is None:
+        return {"steps": None, "refused": [], "said": "", "eager_step": None, "fell_back": False}
+    judged = a.judged
+    return {
+        "steps": judged.steps,
+        "refused": [one._asdict() for one in judged.refused],
+        "said": judged.said,
+        "eager_step": judged.eager_step,
+        "fell_back": judged.fell_back,
+    }
 
 
 def _levers(a: Analysis, run: Run) -> list[dict[str, Any]]:

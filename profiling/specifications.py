@@ -33,6 +33,35 @@ def specification(gpu_name: str) -> Specification | None:
     return _BY_NAME.get(gpu_name.strip().removeprefix("NVIDIA "))
 
 
+_BOOST_MHZ = {
+    "V100 SXM2": 1530,
+    "V100 PCIe": 1380,
+    "A100 SXM 40 GB": 1410,
+    "A100 SXM 80 GB": 1410,
+    "A100 PCIe 40 GB": 1410,
+    "A100 PCIe 80 GB": 1410,
+    "H100 SXM": 1830,
+    "H100 PCIe": 1620,
+    "H200 SXM": 1830,
+    "GeForce RTX 3090": 1695,
+    "GeForce RTX 4090": 2520,
+    "L4": 2040,
+    "T4": 1590,
+}
+"""Architecture white papers' boost clocks; H200: the H100's, by which its own peaks are as many FLOP a clock."""
+_BOOST_MHZ_WITHOUT_TENSOR_CORES = {"H100 SXM": 1980, "H100 PCIe": 1755, "H200 SXM": 1980}
+"""Where the same paper has another one for "float32"."""
+
+
+def boost_mhz(gpu: Specification, arithmetic: str) -> int | None:
+    """The SM clock that the peak in `arithmetic` is quoted at, None where it is not known.
+
+    A peak is FLOP per clock times clock, so at another clock it is another one.
+    """
+    of_arithmetic = _BOOST_MHZ_WITHOUT_TENSOR_CORES if arithmetic == "float32" else {}
+    return of_arithmetic.get(gpu.name, _BOOST_MHZ.get(gpu.name))
+
+
 _MIB = 2**20
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from profiling import figures, nvml, sampler
@@ -103,6 +104,21 @@ class Telemetry:
         """(t_ns, values) of the samples that have `field`. Activity has fewer than the others, at a slower pace."""
         known = [(s.t_ns, getattr(s, field)) for s in self.samples if getattr(s, field) is not None]
         return [t for t, _ in known], [value for _, value in known]
+
+    def sm_clock(self, windows: Sequence[tuple[int, int]]) -> Figure:
+        """The mean SM clock in Hz of the samples within `windows`, (start_ns, end_ns) each.
+
+        Unavailable below FEWEST of them.
+        """
+        times, clocks = self.series("sm_clock_mhz")
+        if not clocks:
+            return figures.unavailable("Hz", self.unavailable.get("sm_clock_mhz", "no sample has the SM clock"))
+        seen = [mhz for t, mhz in zip(times, clocks, strict=True) if any(a <= t <= b for a, b in windows)]
+        if len(seen) < FEWEST:
+            reason = f"too short: {len(seen)} samples of the SM clock in training, expected at least {FEWEST}"
+            return figures.unavailable("Hz", reason)
+        source = f"mean of {len(seen)} NVML samples in training, {min(seen):,} to {max(seen):,} MHz"
+        return figures.measured(1e6 * fmean(seen), "Hz", source)
 
     def energy(self) -> Figure:
         """Joules between the first and the last sample, from the driver's counter and not from an integral of power."""

@@ -1,7 +1,7 @@
 import pytest
 
 from profiling.flops import V100_FLOPS_PER_S
-from profiling.specifications import SPECIFICATIONS, specification
+from profiling.specifications import SPECIFICATIONS, boost_mhz, specification
 
 NAMES = {
     "Tesla V100-SXM2-16GB": "V100 SXM2",
@@ -99,6 +99,16 @@ def test_peaks_are_dense_with_fp32_sums(spec):
     if "tf32" in peaks:
         assert peaks["bfloat16"] == peaks["float16"]
         assert peaks["tf32"] == pytest.approx(half / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("spec", SPECIFICATIONS, ids=lambda spec: spec.name)
+def test_a_peak_is_quoted_at_the_clock_that_gives_it(spec):
+    if spec.name == "B200":  # of which no document names the clock
+        assert boost_mhz(spec, "float16") is None
+        return
+    _, _, tensor_ghz, _, plain_ghz = CLOCKED[spec.name]
+    assert [boost_mhz(spec, arithmetic) for arithmetic in ("float16", "tf32")] == [1000 * tensor_ghz] * 2
+    assert boost_mhz(spec, "float32") == 1000 * plain_ghz
 
 
 @pytest.mark.parametrize("spec", SPECIFICATIONS, ids=lambda spec: spec.name)

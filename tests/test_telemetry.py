@@ -303,3 +303,28 @@ def test_no_throttling_is_zero_only_where_it_was_measured():
 
 def test_a_series_leaves_out_what_was_not_read():
     assert sampled(sm_active=[None, 0.5, None, 0.7]).series("sm_active") == ([25_000_000, 75_000_000], [0.5, 0.7])
+
+
+def clocked(count: int, mhz=lambda i: 1700 + 10 * (i % 2)) -> Telemetry:
+    """A sample each ten nanoseconds."""
+    return Telemetry([GpuSample(sm_clock_mhz=mhz(i), t_ns=10 * i) for i in range(count)], {}, [])
+
+
+def test_the_clock_is_that_of_the_samples_within_the_windows():
+    found = clocked(60, lambda i: 1700 + i).sm_clock([(100, 200), (400, 500)])
+    assert (found.value, found.unit, found.status) == (pytest.approx(1.730e9), "Hz", "measured")
+    assert found.source == "mean of 22 NVML samples in training, 1,710 to 1,750 MHz"
+
+
+@pytest.mark.parametrize(
+    ("telemetry", "why"),
+    [
+        (clocked(60), "too short: 19 samples of the SM clock in training, expected at least 20"),
+        (Telemetry([], {"sm_clock_mhz": "NotSupported"}, []), "NotSupported"),
+        (clocked(60, lambda i: None), "no sample has the SM clock"),
+    ],
+    ids=["too_short", "not_supported", "none"],
+)
+def test_without_samples_there_is_no_clock(telemetry, why):
+    found = telemetry.sm_clock([(0, 180)])
+    assert (found.value, found.status, found.source) == (None, "unavailable", why)
