@@ -119,7 +119,8 @@ def record_trace(
     before, recorded = WAIT_STEPS + warm_up, active + (1 if eagerly else 0)
     plan = schedule(wait=WAIT_STEPS, warmup=warm_up, active=recorded, repeat=1)
     if eagerly:
-        steps = _with_one_eager(steps, before + EAGER_STEP, eagerly)
+        # The first too, which is not recorded, so that a search of cuDNN's or an allocation is none of the other's.
+        steps = _with_eager(steps, {0, before + EAGER_STEP}, eagerly)
     try:
         with profile(activities=activities, schedule=plan, on_trace_ready=save, record_shapes=True) as session:
             for number, count in enumerate(clock.each(steps), start=1):
@@ -146,15 +147,16 @@ def record_trace(
     )
 
 
-def _with_one_eager(
-    steps: Iterator[int], before: int, eagerly: Callable[[], contextlib.AbstractContextManager]
+def _with_eager(
+    steps: Iterator[int], numbers: set[int], eagerly: Callable[[], contextlib.AbstractContextManager]
 ) -> Iterator[int]:
-    """`steps`, of which the one after `before` others runs within `eagerly()`."""
-    yield from itertools.islice(steps, before)
-    with eagerly():
-        images = next(steps)
-    yield images
-    yield from steps
+    """`steps`, of which those of `numbers`, from 0, run within `eagerly()`."""
+    for number in itertools.count():
+        with eagerly() if number in numbers else contextlib.nullcontext():
+            images = next(steps, None)
+        if images is None:
+            return
+        yield images
 
 
 def record_failure(folder: Path, error: str) -> None:

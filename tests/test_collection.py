@@ -10,7 +10,7 @@ from profiling.collection import (
     CPU_WARM_UP_STEPS,
     WAIT_STEPS,
     Collection,
-    _with_one_eager,
+    _with_eager,
     record_failure,
     record_trace,
     run_pass,
@@ -19,7 +19,7 @@ from profiling.records import read_json
 from profiling.trace import read
 
 
-def test_one_step_is_eager_and_none_is_lost():
+def test_some_steps_are_eager_and_none_is_lost():
     inside = []
 
     @contextlib.contextmanager
@@ -29,16 +29,16 @@ def test_one_step_is_eager_and_none_is_lost():
         inside.append("out")
 
     taken = []
-    for number in _with_one_eager(iter(range(6)), 2, eagerly):
+    for number in _with_eager(iter(range(6)), {0, 2}, eagerly):
         taken.append((number, list(inside)))
     assert [n for n, _ in taken] == list(range(6))
-    assert [seen for _, seen in taken] == [[], []] + 4 * [["in", "out"]]
+    assert [seen for _, seen in taken] == 2 * [["in", "out"]] + 4 * [["in", "out"] * 2]
 
 
 @pytest.mark.parametrize("captured", [True, False])
 def test_the_eager_step_is_one_of_the_recorded_and_not_the_first(tmp_path, captured):
     """A session of the profiler loses kernels where it begins, and all steps are held against the eager one."""
-    before, inside = WAIT_STEPS + CPU_WARM_UP_STEPS, [False]
+    before, inside, entered = WAIT_STEPS + CPU_WARM_UP_STEPS, [False], []
 
     @contextlib.contextmanager
     def eagerly():
@@ -48,6 +48,7 @@ def test_the_eager_step_is_one_of_the_recorded_and_not_the_first(tmp_path, captu
 
     def steps():
         for number in itertools.count():
+            entered.extend([number] * inside[0])
             with torch.profiler.record_function("eager" if inside[0] else "replay"):
                 torch.zeros(8).add_(1)
             yield 100 + number
@@ -60,6 +61,7 @@ def test_the_eager_step_is_one_of_the_recorded_and_not_the_first(tmp_path, captu
     assert profile["eager_step"] == (2 if captured else None)
     assert profile["step_images"] == [100 + before + i for i in range(len(expected))]
     assert len(profile["step_ns"]) == len(expected)
+    assert entered == ([0, before + 2] if captured else [])  # once before the session, for what is only done once
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import traces
 
-from profiling import report, report_command, sampler
+from profiling import console, errors, report, report_command, sampler
 from profiling.ceilings import Ceiling, Ceilings
-from profiling.console import Terminal
-from profiling.errors import InconsistentError, ReportError
+from profiling.errors import ReportError
 from profiling.records import append_jsonl, write_json
 
 S, MS, US = 10**9, 10**6, 10**3
@@ -257,6 +256,12 @@ def test_replayed_kernels_are_attributed_by_the_eager_step_among_them(tmp_path):
     assert "ProfilerStep#2 of the trace was run eagerly" in made["assumption"]
 
 
+def written(folder) -> dict:
+    """The report in all its forms, and report.json as it is read."""
+    report.write(folder)
+    return json.loads((folder / "report.json").read_text())
+
+
 def overlapping(steps):
     """Batch norm begins a millisecond before the convolution has ended, in those steps."""
 
@@ -269,7 +274,7 @@ def overlapping(steps):
 
 def test_refused_steps_are_named_and_the_account_is_of_the_others(tmp_path):
     folder = replayed(tmp_path / "run", lie=overlapping({4, 7, 20}))
-    made = report.write(folder)
+    made = written(folder)
     assert ns(made) == ns(report.build(replayed(tmp_path / "honest")))
     said = "3 of 20 profiled steps refused: kernels overlap on one stream"
     assert [one["step"] for one in made["profiled"]["refused"]] == [4, 7, 20]
@@ -281,7 +286,7 @@ def test_refused_steps_are_named_and_the_account_is_of_the_others(tmp_path):
 
 def test_where_no_replay_stands_the_account_is_of_the_eager_step_and_marked(tmp_path):
     folder = replayed(tmp_path / "run", lie=overlapping(set(range(21)) - {traces.EAGER}))
-    made = report.write(folder)
+    made = written(folder)
     assert ns(made) == ns(report.build(replayed(tmp_path / "honest")))  # in whole nanoseconds
     assert sum(ns(made).values()) == 5 * S // 2
     mark = "the kernel times are those of the one step that was run eagerly"
@@ -292,8 +297,8 @@ def test_where_no_replay_stands_the_account_is_of_the_eager_step_and_marked(tmp_
     assert (idle["parts"], idle["note"]) == ([], "less kernel times of one step run eagerly")
     assert all("run eagerly" in row["source"] for row in (*made["kernels"], *made["layers"], *of_kernels, idle))
     assert all(mark in (folder / f"report.{kind}").read_text() for kind in ("html", "md", "json"))
-    with pytest.raises(InconsistentError, match="incomplete"):
-        report_command.run(folder, True, Terminal(speaks=False))
+    with pytest.raises(errors.InconsistentError, match="incomplete"):
+        report_command.run(folder, True, console.Terminal(speaks=False))
 
 
 def test_where_nothing_stands_the_part_is_missing_and_says_so(tmp_path):
