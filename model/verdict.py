@@ -48,8 +48,8 @@ def refusal(
 
     The first rank asks before the others, who need not where they have the same GPU; and what one is refused, all are.
     """
-    asked = Config(**{name: getattr(config, name) for name in ASKED}, device=str(device))
-    asked = replace(asked, dtype=str(dtype).removeprefix("torch."), batch_size=-(-config.batch_size // ranks.world))
+    asked = Config(**{name: getattr(config, name) for name in ASKED}, device=str(device), dtype=str(dtype)[6:])
+    asked = replace(asked, batch_size=-(-config.batch_size // ranks.world))
     reason = unavailable(device)
     key = None if reason else _key(asked, device)
     if ranks.is_first and not reason:
