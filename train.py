@@ -98,7 +98,7 @@ def run(
     from profiling.runlog import RunLog
 
     ranks, device, ops_requested = session.ranks, session.device, config.ops
-    config, reason = with_available_ops(config, device, session.terminal.say)
+    config, reason = with_available_ops(config, device, session.terminal.say, ranks)
     if reason and insist:
         raise DeviceError(f"ops={ops_requested} cannot run here: {reason}; use --set ops=reference, or another machine")
     if reason:
@@ -432,7 +432,7 @@ def evaluate(session: Session, config: Config, checkpoint: "Checkpoint") -> dict
     from profiling.environment import commit, device_name
 
     dataset, ranks, device = session.dataset, session.ranks, session.device
-    config, _ = with_available_ops(config, device)
+    config, _ = with_available_ops(config, device, session.terminal.say, ranks)
     config = dataclasses.replace(config, preprocess="on_device", draw="per_epoch", workers=0)
     dtype = choose_dtype(config.dtype, device, config.ops)
     batches = Batches(dataset.train_images, dataset.train_labels, config, device, dtype, ranks.rank, ranks.world)

@@ -9,6 +9,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,14 +87,18 @@ class Ranks:
             dist.all_reduce(highest, dist.ReduceOp.MAX, group=_groups["host"])
         return int(highest)
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, which is plain data, in the ranks' order; with set-up's patience."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        with _reporting_loss():
+            dist.all_gather_object(values, value)
+        return values
+
     def all_equal(self, text: str) -> bool:
         """Whether every rank holds the same `text`; with set-up's patience."""
-        if self.world == 1:
-            return True
-        texts: list[str | None] = [None] * self.world
-        with _reporting_loss():
-            dist.all_gather_object(texts, text)
-        return len(set(texts)) == 1
+        return len(set(self.gather(text))) == 1
 
     def wait(self) -> None:
         """Until every rank is here; with set-up's patience."""

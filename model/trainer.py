@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.augment import augment
-from kernels.jit import unavailable
-from model import capture
+from model import capture, verdict
 from model.batches import Batches
 from model.checkpoint import load_tensors_into
 from model.compilation import compile_kernels
@@ -34,40 +33,19 @@ def implementation(config: Config) -> Any:
 
 
 def with_available_ops(
-    config: Config, device: torch.device, say: Callable[[str], Any] = lambda text: None
+    config: Config,
+    device: torch.device,
+    say: Callable[[str], Any] = lambda text: None,
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
 ) -> tuple[Config, str | None]:
-    """(`config`, None), or (the same on the reference ops, why) where its kernels do not run on `device`.
+    """(`config`, None), or (the same on the reference ops, why) where its kernels do not run on `device` or are wrong.
 
-    That they do is seen from a step on two images: it compiles every kernel of the run for every layer; `say` tells.
+    See `model.verdict`; every one of the `ranks` is told the same.
     """
     if config.ops == "reference":
         return config, None
-    if device.type == "cuda":
-        say(f"compiling the kernels of ops={config.ops}; from the second run on they come from Triton's cache")
-    reason = unavailable(device) or _failure(config, device)
+    reason = verdict.refusal(config, device, choose_dtype(config.dtype, device, config.ops), ranks, say)
     return (config, None) if reason is None else (replace(config, ops="reference", conv="table"), reason)
-
-
-def _failure(config: Config, device: torch.device) -> str | None:
-    """What goes wrong in forward or backward, if anything; a compiler has an exception for each of its stages."""
-    x = torch.zeros(2, 3, 32, 32, dtype=choose_dtype(config.dtype, device, config.ops), device=device)
-    try:
-        network = build_network(config).to(device, memory_format=torch.channels_last)
-        x = x.to(memory_format=torch.channels_last)
-
-        def step() -> None:
-            network(x).float().sum().backward()
-
-        if device.type == "cuda":
-            compile_kernels(step, device)
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    except Exception as error:
-        return (
-            f"a kernel failed with {type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
-        )
-    return None
 
 
 def triton_conv_share(config: Config, dtype: torch.dtype, device: torch.device) -> float:

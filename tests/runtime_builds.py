@@ -1,6 +1,7 @@
 """What Triton's own runtime compiles for a Hopper GPU that is not there: run in a process of its own, prints JSON.
 
     python tests/runtime_builds.py PRESET          builds of a whole run of it, by the runtime's own keys; none is made
+    python tests/runtime_builds.py probe PRESET    builds that the probe makes for it, before the run
     python tests/runtime_builds.py real            a kernel that is really compiled
 
 A driver that says sm_90 stands behind `JITFunction.run`, so that what decides is the runtime's own specialisation,
@@ -23,6 +24,7 @@ from kernels import contract, tiles
 from kernels.augment import augment
 from kernels.bn_apply import bn_apply
 from kernels.sgd import sgd
+from model import probe
 from model.compilation import compile_kernels
 from model.config import preset
 from model.trainer import build_network
@@ -139,6 +141,13 @@ def whole_run(name: str) -> dict:
     }
 
 
+def probed(name: str) -> dict:
+    config = replace(preset(name), conv="triton", batch_size=2)
+    compiler = triton.compiler.compile = Compiler()
+    compile_kernels(lambda: probe._results(config, cpu, torch.float16), cpu)
+    return {"ahead": [name for name, _ in compiler.take()], "launched_ahead": len(launched)}
+
+
 def really() -> dict:
     compile_kernels(lambda: bn_apply(activation(2, 16, 4, 4), torch.ones(16), torch.ones(16)), cpu)
     ahead = loaded[:], launched[:]
@@ -146,4 +155,5 @@ def really() -> dict:
     return {"ahead": ahead, "later": (loaded, launched)}
 
 
-print(json.dumps(really() if sys.argv[1] == "real" else whole_run(sys.argv[1])))
+what, *names = sys.argv[1:]
+print(json.dumps(really() if what == "real" else probed(*names) if what == "probe" else whole_run(what)))

@@ -17,10 +17,10 @@ from kernels.tiles import Gpu
 ROOT = Path(__file__).parent.parent
 
 
-def in_a_process(what: str, cache: Path) -> dict:
+def in_a_process(what: str, cache: Path, *more: str) -> dict:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}
-    command = [sys.executable, str(Path(__file__).with_name("runtime_builds.py")), what]
+    command = [sys.executable, str(Path(__file__).with_name("runtime_builds.py")), what, *more]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -44,6 +44,13 @@ def test_a_whole_run_needs_few_builds_and_all_are_there_before_its_first_step(wh
     assert 40 < len(whole_run["ahead"]) == len(set(whole_run["ahead"])) <= 70
     assert whole_run["later"] == []
     assert whole_run["launched_later"] > 3 * len(whole_run["ahead"])
+
+
+def test_a_network_s_builds_are_in_the_cache_since_the_probe(whole_run, tmp_path):
+    probed = in_a_process("probe", tmp_path, "fused")
+    assert probed["launched_ahead"] == 0, "or a kernel that never ends would not be named"
+    apart = ("augment_kernel", "sgd_")  # as the run asks for them, which this machine's would not
+    assert {build for build in whole_run["ahead"] if not build.startswith(apart)} <= set(probed["ahead"])
 
 
 def test_builds_are_made_by_other_threads_and_nothing_is_launched(whole_run):

@@ -15,7 +15,7 @@ from kernel_checks import assert_caught, channels_last, mutant
 
 pytest.importorskip("triton")
 
-from kernels import batchnorm, composed, reference
+from kernels import batchnorm, composed, conv_fprop, reference
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "no_overflow_checks")
 
@@ -72,3 +72,11 @@ MUTANTS = {
 def test_mutant_is_caught(device, tmp_path, name):
     changed = mutant(composed, tmp_path, *MUTANTS[name])
     assert_caught(lambda: check_training(changed, "two_blocks", torch.float32, device))
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan, 1e9])
+def test_statistics_of_no_meaning_reach_no_other_memory(value):
+    """As they are where kernels are only compiled: an index beyond the end would lose the GPU to the process."""
+    y = channels_last(2, 16, 4, 4, dtype=torch.float32, seed=1, device=torch.device("cpu"))
+    partials = torch.full((3, 2, 16), value)
+    assert conv_fprop._add_gradient_of_statistics(y, partials, y, partials).shape == y.shape

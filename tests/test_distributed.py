@@ -315,6 +315,36 @@ def test_two_ranks_learn_what_one_process_learns_from_ghost_batches(start, tmp_p
         assert [float(t) for t in ours["sums"]] == pytest.approx([ghost.loss, ghost.correct], rel=1e-5)
 
 
+# Kernels
+
+
+ASKING = """
+import json
+from model import verdict
+from model.distributed import join, leave
+from model.trainer import with_available_ops
+
+ranks, told = join(torch.device("cpu")), {}
+for name, answer, without in (("right", {"reason": None}, None), ("wrong", {"reason": "bad"}, None), ("one", {}, 1)):
+    verdict._known.clear()
+    verdict.COMMAND = ["sh", "-c", f"echo asked >> {FOLDER / name}; echo '{json.dumps({'reason': None} | answer)}'"]
+    verdict.unavailable = lambda device: "no GPU" if RANK == without else None
+    told[name] = with_available_ops(tiny_config(ops="batchnorm"), torch.device("cpu"), ranks=ranks)[1]
+(FOLDER / f"told-{RANK}").write_text(json.dumps(told))
+leave()
+"""
+
+
+@needs_gloo
+def test_ranks_agree_on_their_kernels_and_ask_once(start, tmp_path):
+    pytest.importorskip("triton")
+    code, _, err = start(2, ASKING, TRITON_CACHE_DIR=str(tmp_path / "cache")).end()
+    assert code == 0, err
+    for rank in range(2):
+        assert json.loads((tmp_path / f"told-{rank}").read_text()) == {"right": None, "wrong": "bad", "one": "no GPU"}
+    assert [(tmp_path / name).read_text() for name in ("right", "wrong", "one")] == ["asked\n"] * 3
+
+
 class Ghosts:
     """The reference: one process passes each shard through the network, with statistics of its own for each."""
 
