@@ -103,7 +103,7 @@ def run(
         said, listed = ladder_report.sentences(ladder), ladder_report.tables(ladder)
         return ladder, said, listed, ladder_report.caveats(ladder, request.small, sizes.images)
 
-    rows = measure(
+    rows = Measurement(
         study,
         session,
         rungs,
@@ -112,7 +112,7 @@ def run(
         threads,
         lambda rows: study.save(*conclude(rows)),
         target,
-    )
+    ).run()
     if full:
         for row in rows:
             if row["reason"] is None:
@@ -134,100 +134,112 @@ def _cut(session: "train.Session", sizes: Sizes) -> "train.Session":
     return dataclasses.replace(session, dataset=fewer)
 
 
-def measure(
-    study: Study,
-    session: "train.Session",
-    rungs: Sequence[Rung],
-    configure: Callable[[Rung], Config],
-    turns: int,
-    threads: int | None = None,
-    on_result: Callable[[list[Row]], Any] = lambda rows: None,
-    target: Callable[..., None] = serve,
-) -> list[Row]:
-    """A row for each rung: its set-up, and the seconds of each turn; or the `reason` why it cannot run here.
+@dataclasses.dataclass
+class Measurement:
+    """The turns of `rungs` by `session`, kept in `study`; `failed` says why a rung is left out of this call.
 
-    A rung whose process failed has a reason too, and the turns it had; that is not kept, so that the next call tries
-    again. `on_result` gets the rows after each turn. `target` is what a rung's process runs, in `threads` threads.
+    A failure is not kept, so that the next call tries again; what cannot run on this device is. `on_result` gets the
+    rows after each set-up and each turn. `target` is what a rung's process runs, in `threads` threads.
     """
-    keys = [(turn, rung) for turn in range(turns) for rung in (rungs if turn % 2 == 0 else rungs[::-1])]
-    failed: dict[str, str] = {}
 
-    def rows() -> list[Row]:
+    study: Study
+    session: "train.Session"
+    rungs: Sequence[Rung]
+    configure: Callable[[Rung], Config]
+    turns: int
+    threads: int | None = None
+    on_result: Callable[[list[Row]], Any] = lambda rows: None
+    target: Callable[..., None] = serve
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def run(self) -> list[Row]:
+        """Take the turns that are missing; returns `rows`."""
+        device = self.session.device.type
+        for rung in self.rungs:
+            if rung.needs_gpu and device == "cpu":
+                self._refuse(rung, "kernels and CUDA graphs need a CUDA GPU")
+        keys = [(i, rung) for i in range(self.turns) for rung in (self.rungs if i % 2 == 0 else self.rungs[::-1])]
+        left = [key for key in keys if not self._refusal(key[1]) and _turn_key(*key) not in self.study.results]
+        if left:
+            with Company(self.session.dataset, self.session.terminal.say, self.target) as company:
+                limits = self._set_up(company)
+                self._take([(i, rung) for i, rung in left if rung.name in limits], company, limits)
+        return self.rows()
+
+    def rows(self) -> list[Row]:
+        """A row for each rung: its set-up, and the seconds of its turns until now; or the `reason` why it has none."""
         found = []
-        for rung in rungs:
-            head = {**dataclasses.asdict(rung), "changes": dict(rung.changes), "reason": None}
-            row = head | study.results.get(_set_up(rung), {"reason": failed.get(rung.name, "it was not begun yet")})
-            taken = [study.results[key] for turn in range(turns) if (key := _key(turn, rung)) in study.results]
-            found.append({**row, "reason": row["reason"] or failed.get(rung.name), "turns": taken})
+        for rung in self.rungs:
+            kept = self.study.results.get(_set_up_key(rung), {"reason": "it was not begun yet"})
+            reason = self.failed.get(rung.name, kept["reason"])
+            taken = [_turn_key(i, rung) for i in range(self.turns) if _turn_key(i, rung) in self.study.results]
+            head = {**dataclasses.asdict(rung), "changes": dict(rung.changes)}
+            found.append({**head, **kept, "reason": reason, "turns": [self.study.results[key] for key in taken]})
         return found
 
-    def is_refused(rung: Rung) -> bool:
-        return study.results.get(_set_up(rung), {}).get("reason") is not None
+    def _set_up(self, company: Company) -> dict[str, float]:
+        """Warm every rung up before one is timed, one after the other; the seconds that a turn of each may take."""
+        device, begun, limits = self.session.device, [], {}
+        for rung in self.rungs:
+            if self._refusal(rung):
+                continue
+            try:
+                config = self.configure(rung)
+            except UsageError as error:
+                self._refuse(rung, str(error))
+                continue
+            company.start(Assignment(rung.name, config, str(device), company.data, self.threads))
+            begun.append(rung)
+        for rung in begun:
+            self._attempt(rung, lambda worker=company.workers[rung.name]: worker.answer(START_S))
+        for rung in begun:
+            if rung.name not in self.failed:
+                self.session.terminal.say(f"{rung.name}: {rung.what}; an epoch that is not counted")
+                worker = company.workers[rung.name]
+                facts = self._attempt(rung, lambda worker=worker: worker.ask("set-up", SET_UP_S[device.type]))
+                if facts:
+                    self.study.once(_set_up_key(rung), lambda facts=facts: {"reason": None, **facts})
+                    limits[rung.name] = TURN_S + TURN_EPOCHS * facts["epoch_s"]
+                self.on_result(self.rows())
+        return limits
 
-    def refuse(rung: Rung, reason: str) -> None:
-        study.once(_set_up(rung), lambda: {"reason": reason})
+    def _take(self, left: Sequence[tuple[int, Rung]], company: Company, limits: dict[str, float]) -> None:
+        total = self.turns * len(limits)
+        with self.session.terminal.progress(total, total - len(left), "epochs") as meter:
+            for i, rung in left:
+                if rung.name not in self.failed:
+                    worker, limit_s = company.workers[rung.name], limits[rung.name]
+                    seconds = self._attempt(rung, lambda worker=worker, limit_s=limit_s: worker.ask("turn", limit_s))
+                    if seconds:
+                        self.study.once(_turn_key(i, rung), lambda seconds=seconds: seconds)
+                    self.on_result(self.rows())
+                meter.advance(1, f"turn {i + 1}/{self.turns}  {rung.name}")
 
-    def attempt(rung: Rung, ask: Callable[[], Row]) -> Row | None:
+    def _refusal(self, rung: Rung) -> str | None:
+        return self.study.results.get(_set_up_key(rung), {}).get("reason")
+
+    def _refuse(self, rung: Rung, reason: str) -> None:
+        self.study.once(_set_up_key(rung), lambda: {"reason": reason})
+
+    def _attempt(self, rung: Rung, ask: Callable[[], Row]) -> Row | None:
         try:
             return ask()
         except RungRefusedError as error:
-            refuse(rung, str(error))
-            if not is_refused(rung):  # it ran here before
-                failed[rung.name] = str(error)
+            self._refuse(rung, str(error))
+            reason = str(error)
         except RungFailedError as error:
-            failed[rung.name] = str(error)
-        session.terminal.warn(
-            f"{rung.name} is left out: {failed.get(rung.name) or study.results[_set_up(rung)]['reason']}"
-        )
+            reason = str(error)
+        self.failed[rung.name] = reason
+        self.session.terminal.warn(f"{rung.name} is left out: {reason}")
         return None
 
-    on_cpu = session.device.type == "cpu"
-    for rung in rungs:
-        if rung.needs_gpu and on_cpu:
-            refuse(rung, "kernels and CUDA graphs need a CUDA GPU")
-    able = [rung for rung in rungs if not is_refused(rung)]
-    left = [(turn, rung) for turn, rung in keys if rung in able and _key(turn, rung) not in study.results]
-    if not left:
-        return rows()
-    with Company(session.dataset, session.terminal.say, target) as company:
-        for rung in able:
-            try:
-                config = configure(rung)
-            except UsageError as error:
-                refuse(rung, str(error))
-                continue
-            company.start(Assignment(rung.name, config, str(session.device), company.data, threads))
-        begun = [rung for rung in able if rung.name in company.workers]
-        begun = [r for r in begun if attempt(r, lambda r=r: company.workers[r.name].answer(START_S)) is not None]
-        limits: dict[str, float] = {}
-        for rung in begun:  # after an interruption too: all are warm before a turn is timed
-            session.terminal.say(f"{rung.name}: {rung.what}; an epoch that is not counted")
-            worker = company.workers[rung.name]
-            facts = attempt(rung, lambda w=worker: w.ask("set-up", SET_UP_S[session.device.type]))
-            if facts is not None:
-                study.once(_set_up(rung), lambda facts=facts: {"reason": None, **facts})
-                limits[rung.name] = TURN_S + TURN_EPOCHS * facts["epoch_s"]
-            on_result(rows())
-        left = [(turn, rung) for turn, rung in left if rung.name in limits]
-        done = turns * len(limits) - len(left)
-        with session.terminal.progress(turns * len(limits), done, "epochs") as meter:
-            for turn, rung in left:
-                if rung.name not in failed:
-                    worker, limit_s = company.workers[rung.name], limits[rung.name]
-                    seconds = attempt(rung, lambda w=worker, limit_s=limit_s: w.ask("turn", limit_s))
-                    if seconds is not None:
-                        study.once(_key(turn, rung), lambda seconds=seconds: seconds)
-                    on_result(rows())
-                meter.advance(1, f"turn {turn + 1}/{turns}  {rung.name}")
-    return rows()
 
-
-def _set_up(rung: Rung) -> str:
+def _set_up_key(rung: Rung) -> str:
     return f"set-up/{rung.name}"
 
 
-def _key(turn: int, rung: Rung) -> str:
-    return f"turn-{turn:03d}/{rung.name}"
+def _turn_key(i: int, rung: Rung) -> str:
+    return f"turn-{i:03d}/{rung.name}"
 
 
 def train_whole(study: Study, session: "train.Session", config: Config, name: str) -> dict[str, Any]:

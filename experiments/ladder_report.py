@@ -21,7 +21,7 @@ PAYS, NOISE, COSTS = "pays", "within noise", "costs time"
 
 
 def analyse(measured: Sequence[Row], device: str) -> Row:
-    """{device, rungs, steps, host} from the rows of `ladder.measure`; JSON values, None for what is not known.
+    """{device, rungs, steps, host} from the rows of `ladder.Measurement`; JSON values, None for what is not known.
 
     Of an unfinished ladder those turns count that both of two rungs have, and a step with fewer than FEWEST is left
     out. `host` is the step to the rung that the host launches kernel by kernel, None where it was not measured.

@@ -33,11 +33,11 @@ def study(folder) -> Study:
 
 
 def measured(one: Study, rungs=FEW, turns=4, **more) -> list[dict]:
-    return ladder.measure(one, tiny_session(), rungs, lambda rung: rung.config(0, TINY), turns, **more)
+    return ladder.Measurement(one, tiny_session(), rungs, lambda rung: rung.config(0, TINY), turns, **more).run()
 
 
 def row(name: str, times: list[float], **more) -> dict:
-    """What `measure` returns of a rung with these seconds of training in its turns."""
+    """What `Measurement` returns of a rung with these seconds of training in its turns."""
     rung = next(rung for rung in RUNGS if rung.name == name)
     turns = [{"train_s": t, "eval_s": 0.5} for t in times]
     facts = {"config": rung.config().to_json(), "dtype": "float16", "step": "captured", "workers": 0}
@@ -140,7 +140,9 @@ def test_a_rung_says_what_went_wrong_in_its_own_process(tmp_path):
         "captured": dataclasses.replace(FEW[2].config(0, TINY), step="captured"),
     }
     rungs = [Rung(name, "", "article-256") for name in configs]
-    failed, refused = ladder.measure(study(tmp_path), tiny_session(), rungs, lambda rung: configs[rung.name], 4)
+    failed, refused = ladder.Measurement(
+        study(tmp_path), tiny_session(), rungs, lambda rung: configs[rung.name], 4
+    ).run()
     assert failed["reason"].startswith("NonFiniteError: the gradient at step")
     assert refused["reason"].startswith("the step cannot be captured: ")
 
