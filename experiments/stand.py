@@ -151,7 +151,8 @@ def serve(connection: "Connection", assignment: Assignment) -> None:
 
     Answers are ("done", JSON values), ("refused", why), ("failed", why); ("say", text) may come before one.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes; the ladder's decides
+    for signum in (signal.SIGINT, signal.SIGTERM):  # they go to the whole group, of which the ladder's process decides
+        signal.signal(signum, signal.SIG_IGN)
     import torch
 
     from model import trainer  # noqa: F401  (an import is no part of a set-up)
