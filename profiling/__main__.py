@@ -41,13 +41,29 @@ def bench(
         bool, typer.Option("--tune", help="Measure tiles for the convolutions and refresh kernels/tiles.json.")
     ] = False,
     quick: Annotated[bool, typer.Option("--quick", help="A look: fewer samples, no max-autotune.")] = False,
+    short: Annotated[
+        bool,
+        typer.Option("--short", help="As --quick, on a dozen cases that hold most of a training step's time: minutes."),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Leave out the cases that --out holds of this machine and commit.")
     ] = False,
     check: Annotated[
         bool,
-        typer.Option("--check", help="Time nothing: run each kernel once, on two images, and hold it against float64."),
+        typer.Option(
+            "--check",
+            help="Time nothing: run each kernel once, on two images, on a GPU on 512 too, and hold it against float64.",
+        ),
     ] = False,
+    jobs: Annotated[
+        int | None,
+        typer.Option(help="With --check: processes at a time; 1 is this one alone, as compute-sanitizer needs it."),
+    ] = None,
+    images: Annotated[int | None, typer.Option(help="With --check: how many images.")] = None,
+    limit: Annotated[
+        float | None,
+        typer.Option(help="With --check: seconds without a result until a process is ended; 90, on a CPU 1800."),
+    ] = None,
 ) -> None:
     """Time every op at every layer shape of both networks, beside the best that PyTorch offers.
 
@@ -57,10 +73,8 @@ def bench(
     from profiling.console import Terminal
 
     terminal = Terminal(json=json)
-    _end(
-        lambda: run(Request(op, tuple(shape or ()), dtype, out, compare, json, tune, quick, check, resume), terminal),
-        terminal,
-    )
+    options = (out, compare, json, tune, quick, check, resume, short, jobs, images, limit)
+    _end(lambda: run(Request(op, tuple(shape or ()), dtype, *options), terminal), terminal)
 
 
 @app.command()

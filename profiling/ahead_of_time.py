@@ -5,7 +5,6 @@ would launch: its dtypes, tile sizes, warps, and which arguments are divisible b
 in child processes, since a process that interprets kernels cannot compile them, and returns `Facts`.
 """
 
-import collections
 import contextlib
 import dataclasses
 import importlib
@@ -22,7 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from profiling import machine_code
+
 if TYPE_CHECKING:
+    from triton.compiler.compiler import ASTSource
+
     from kernels.tiles import Gpu
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +68,7 @@ class Build:
 
     `module` is an import name, or the path of a source file. `signature` names the type of every argument: "*fp16",
     "i32", "constexpr", "tensordesc<fp16[1, 8, 8, 64]>". `divisible` names those known to be divisible by 16, which a
-    launch finds out from the values.
+    launch finds out from the values, and `indivisible` those that it found not to be.
     """
 
     module: str
@@ -73,6 +76,7 @@ class Build:
     signature: dict[str, str]
     constexprs: dict[str, int | float | bool | str | None]
     divisible: tuple[str, ...] = ()
+    indivisible: tuple[str, ...] = ()
     options: dict[str, int] = field(default_factory=dict)  # num_warps, num_stages, ...
     arch: int = 90
     label: str = ""
@@ -94,15 +98,15 @@ class Build:
 class Facts:
     """What came out. `error` is the compiler's message where nothing did; all else is then zero or empty.
 
-    `sass` counts instructions by full mnemonic ("LDG.E.128"), `loops` does so for the body of every loop, innermost and
-    smallest first; `local_bytes` is a thread's stack and local memory, `tensor_columns` a block's part of Blackwell's
+    `sass` and `loops` are as `machine_code.Sass` has them; `spill_bytes` are stored and loaded, None where only the
+    driver was asked; `local_bytes` is a thread's stack and local memory, `tensor_columns` a block's part of Blackwell's
     tensor memory, `notes` are ptxas's warnings and C75xx remarks (serialised matrix instructions).
     """
 
     label: str
     arch: int
     registers: int = 0
-    spill_bytes: int = 0
+    spill_bytes: int | None = 0
     local_bytes: int = 0
     shared_bytes: int = 0
     warps: int = 0
@@ -211,7 +215,8 @@ def _build(kernel, args: tuple, kwargs: dict) -> Build:
     values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
     for name, default in zip(reversed(names), reversed(fn.__defaults__ or ()), strict=False):
         values.setdefault(name, default)
-    signature, constexprs, divisible, integers = {}, {}, [], {}
+    signature, constexprs, integers = {}, {}, {}
+    found: dict[bool, list[str]] = {True: [], False: []}  # divisible by 16?
     for name in names:
         value, annotation = values[name], str(fn.__annotations__.get(name, ""))
         if "constexpr" in annotation or value is None or (type(value) is int and value == 1 and name not in general):
@@ -221,16 +226,18 @@ def _build(kernel, args: tuple, kwargs: dict) -> Build:
             signature[name] = f"tensordesc<{_TYPES[str(value.base.dtype)]}[{block}]>"
         elif hasattr(value, "data_ptr"):
             signature[name] = "*" + _TYPES[str(value.dtype)]
-            divisible += [name] if value.data_ptr() % 16 == 0 else []
+            found[value.data_ptr() % 16 == 0].append(name)
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
             signature[name], integers[name] = "i32" if -(2**31) <= value < 2**31 else "i64", value
-            divisible += [name] if value % 16 == 0 and name not in general else []
+            if name not in general:
+                found[value % 16 == 0].append(name)
     module = fn.__module__ if fn.__module__.startswith("kernels") else fn.__code__.co_filename
     options = {k: v for k, v in kwargs.items() if k not in names}
     label = " ".join([fn.__name__, *(f"{name}={value}" for name, value in constexprs.items())])
-    return Build(module, fn.__name__, signature, constexprs, tuple(divisible), options, label=label, integers=integers)
+    known = tuple(found[True]), tuple(found[False])
+    return Build(module, fn.__name__, signature, constexprs, *known, options, label=label, integers=integers)
 
 
 def compile_all(builds: list[Build]) -> list[Facts]:
@@ -273,19 +280,25 @@ def _compile(build: Build) -> Facts:
                 return Facts(build.label, build.arch, error=f"{type(error).__name__}: {error}")
 
 
-def _facts(build: Build) -> Facts:
-    import triton
-    from triton.backends.compiler import GPUTarget
+def source(build: Build) -> "ASTSource":
+    """What Triton is given to compile: by this and the options it finds in its cache what a launch compiled, too."""
     from triton.compiler.compiler import ASTSource
 
     kernel = getattr(_load(build.module), build.kernel)
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in build.divisible}
-    source = ASTSource(kernel, build.signature, constexprs=build.constexprs, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", build.arch, 32), options=dict(build.options))
+    known = {name: [["tt.divisibility", 16]] for name in build.divisible} | {name: [] for name in build.indivisible}
+    attributes = {(i,): known[name] for i, name in enumerate(kernel.arg_names) if name in known}
+    return ASTSource(kernel, build.signature, constexprs=build.constexprs, attrs=attributes)
+
+
+def _facts(build: Build) -> Facts:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    compiled = triton.compile(source(build), target=GPUTarget("cuda", build.arch, 32), options=dict(build.options))
     if not build.inspect:
         return Facts(build.label, build.arch)
     log = _ptxas_log(compiled.asm["ptx"], build.arch)
-    sass = _disassemble(compiled.asm["cubin"])
+    sass = machine_code.read(compiled.asm["cubin"])
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     return Facts(
         label=build.label,
@@ -296,8 +309,8 @@ def _facts(build: Build) -> Facts:
         shared_bytes=compiled.metadata.shared,
         warps=compiled.metadata.num_warps,
         tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
-        sass=dict(collections.Counter(_mnemonics(sass))),
-        loops=_loops(sass),
+        sass=sass.counts,
+        loops=sass.loops,
         notes=[line.strip() for line in log.splitlines() if "warning" in line or re.search(r"C75\d\d", line)],
     )
 
@@ -312,45 +325,15 @@ def _load(module: str):
     return loaded
 
 
-def _tool(name: str) -> str:
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
 def _ptxas_log(ptx: str, arch: int) -> str:
     """ptxas -v: the one place that reports spills and serialised matrix instructions without a driver."""
-    ptxas = _tool("ptxas-blackwell" if arch >= 100 else "ptxas")
+    ptxas = machine_code.tool("ptxas-blackwell" if arch >= 100 else "ptxas")
     target = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
         command = [ptxas, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
-def _disassemble(cubin: bytes) -> list[str]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [_tool("nvdisasm"), "--print-code", "--no-dataflow", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-
-
-def _mnemonics(lines: list[str]) -> list[str]:
-    instruction = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)")
-    return [match[1] for line in lines if (match := instruction.search(line))]
-
-
-def _loops(lines: list[str]) -> list[dict[str, int]]:
-    """The instructions from the target of every backward branch to it, the branch to itself at the end excepted."""
-    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\.L_x_\d+):", line))}
-    bodies = []
-    for i, line in enumerate(lines):
-        match = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-        if match and labels.get(match[1], i) < i and len(body := _mnemonics(lines[labels[match[1]] : i + 1])) > 1:
-            bodies.append(dict(collections.Counter(body)))
-    return sorted(bodies, key=lambda body: sum(body.values()))
 
 
 if __name__ == "__main__":

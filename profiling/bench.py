@@ -2,7 +2,8 @@
 
 For every case: operands are drawn outside of the clock, every provider is held against float64 and refused if it is
 wrong, its first call (compilation, the library's search) is timed apart, and those that are left take turns by the
-protocol of `profiling.timing`. Without a GPU the eager providers are timed on the CPU, and of our kernels
+protocol of `profiling.timing`. A provider that fails at any of that is refused with the reason, and the others go on.
+Without a GPU the eager providers are timed on the CPU, and of our kernels
 `profiling.kernel_facts` reports what the compiler says.
 """
 
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from kernels.cost import Cost
 from kernels.jit import unavailable
 from profiling import nvml
 from profiling.case import Case, Draw, tensors
 from profiling.gate import Gate
-from profiling.timing import QUICK, CpuTimer, CudaTimer, Plan, Samples, interleave, summarise, verdict
+from profiling.timing import QUICK, CpuTimer, CudaTimer, Plan, Samples, first_line, interleave, summarise, verdict
 
 OURS, HYBRID = "ours", "library conv + ours"
 EAGER_NCHW, EAGER = "eager NCHW", "eager channels_last"
@@ -51,6 +53,8 @@ class Result:
 
     `us` is the median, `low_us` and `high_us` its 95 % interval. `speedup` is the best alternative's median over this
     one's, for our kernels alone; `bound` is what the roofline of the measured ceilings says limits the op.
+    `power_capped_share` is the share of the samples, 0 to 1, during which the power limit held the clock down; None
+    where nobody can tell.
     """
 
     case: str
@@ -72,6 +76,7 @@ class Result:
     high_us: float | None = None
     samples_us: tuple[float, ...] = ()
     discarded: int = 0
+    power_capped_share: float | None = None
     converged: bool = False
     sm_clock_mhz: int | None = None
     memory_clock_mhz: int | None = None
@@ -86,10 +91,15 @@ class Result:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device was measured to sustain; None where nothing was measured."""
+    """What the device was measured to sustain; None where nothing was measured, for `reason`.
+
+    `power_capped_share` is of the matrix product's samples, as `Result` has it.
+    """
 
     tflops_per_s: float | None = None
     gb_per_s: float | None = None
+    power_capped_share: float | None = None
+    reason: str | None = None
 
     def bound(self, flops: int, bytes_: int) -> str | None:
         """ "compute" or "memory", whichever takes longer at the ceilings."""
@@ -131,26 +141,31 @@ def setup(dtype: torch.dtype, quick: bool = False) -> Setup:
 def _ceilings(device: torch.device, dtype: torch.dtype, timer: CudaTimer, gpu: Callable, seconds: float) -> Ceilings:
     """A copy of 1 GiB, bytes read plus bytes written, and a matrix product of random data, for `seconds` each."""
     size = 8192
-    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-    source = torch.randint(256, (1 << 30,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
     plan = Plan(max_samples=1 << 20, relative_error=0.0, seconds=seconds)
+    try:
+        a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+        source = torch.randint(256, (1 << 30,), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+    except torch.OutOfMemoryError as error:
+        return Ceilings(reason=first_line(error))
     runs = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
     taken = interleave(runs, timer.for_mode("hot"), plan, gpu)
-    if any(samples.refusal() for samples in taken.values()):
-        return Ceilings()
+    if reason := next((refusal for samples in taken.values() if (refusal := samples.refusal())), None):
+        return Ceilings(reason=reason)
     us = {name: summarise(samples.us).median for name, samples in taken.items()}
-    return Ceilings(2 * size**3 / us["matmul"] / 1e6, 2 * source.numel() / us["copy"] / 1e3)
+    rates = 2 * size**3 / us["matmul"] / 1e6, 2 * source.numel() / us["copy"] / 1e3
+    return Ceilings(*rates, taken["matmul"].power_capped_share)
 
 
 def measure(case: Case, setup: Setup, providers: Sequence[str] = PROVIDERS) -> list[Result]:
-    """Check and time a case: a Result for each mode and provider, in the order of `providers`."""
-    if setup.on_gpu:
-        torch.compiler.reset()  # a case is a shape, and recompilations are counted over all of them
-    operands = case.operands(Draw(setup.batch, setup.device, setup.dtype))
-    cost, results, search = case.cost(*operands), [], torch.backends.cudnn.benchmark
+    """Check and time a case: a Result for each mode and provider, in the order of `providers`.
+
+    What a provider raises, or the want of memory for the operands, is the reason of a Result without figures.
+    """
+    results: list[Result] = []
+    search = torch.backends.cudnn.benchmark
     try:
-        ready, refused, first_call_s = _ready(case, operands, setup, providers)
+        cost, ready, refused, first_call_s = _prepared(case, setup, providers)
         for mode in setup.timer.modes:
             taken = interleave(ready, setup.timer.for_mode(mode), setup.plan, setup.gpu)
             rows = [
@@ -164,33 +179,46 @@ def measure(case: Case, setup: Setup, providers: Sequence[str] = PROVIDERS) -> l
     return results
 
 
+def _prepared(case: Case, setup: Setup, providers: Sequence[str]) -> tuple[Cost | None, dict, dict, dict]:
+    """(what it costs, and as `_ready` has it); all is refused where there is not even something to compare with."""
+    try:
+        if setup.on_gpu:
+            torch.compiler.reset()  # a case is a shape, and recompilations are counted over all of them
+        operands = case.operands(Draw(setup.batch, setup.device, setup.dtype))
+        return case.cost(*operands), *_ready(case, operands, setup, providers)
+    except Exception as error:  # out of memory, or a device that an earlier kernel has brought down
+        applicable = [provider for provider in providers if provider != HYBRID or case.hybrid is not None]
+        return None, {}, dict.fromkeys(applicable, (first_line(error), False)), {}
+
+
 def _ready(
     case: Case, operands: tuple, setup: Setup, providers: Sequence[str]
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, tuple[str, bool]], dict[str, float]]:
     """(what can be timed, why the others cannot and whether they are wrong, seconds of the first calls)."""
     ready, refused, first_call_s = {}, {}, {}
     gate = Gate(case, operands, setup.dtype)
-    for provider in sorted(providers, key=lambda name: name != EAGER):  # ours are held against this one
-        build = _builder(case, operands, provider)
-        if build is None:
-            continue
-        reason = _why_not(provider, setup.device)
-        if reason is None and provider in WITH_KERNELS and gate.baseline is None:
-            reason = f"nothing to hold it against: {EAGER} failed"
-        if reason:
-            refused[provider] = reason, False
-            continue
+    # Ours are held against eager's, and before another's right result can lie in the memory that they should write.
+    for provider in sorted(providers, key=lambda name: (name != EAGER, name != OURS)):
         try:
+            build = _builder(case, operands, provider)
+            if build is None:
+                continue
+            reason = _why_not(provider, setup.device)
+            if reason is None and provider in WITH_KERNELS and gate.baseline is None:
+                reason = f"nothing to hold it against: {EAGER} failed"
+            if reason:
+                refused[provider] = reason, False
+                continue
             start = time.perf_counter()
             run = build()
             result = run()
             if setup.on_gpu:
                 torch.cuda.synchronize(setup.device)
             first_call_s[provider] = time.perf_counter() - start
+            wrong = gate.refusal(case.comparable(result)) if provider in WITH_KERNELS else gate.library_refusal(result)
         except Exception as error:  # whatever a compiler or a library raises is the finding
             refused[provider] = first_line(error), False
             continue
-        wrong = gate.refusal(case.comparable(result)) if provider in WITH_KERNELS else gate.library_refusal(result)
         if wrong:
             refused[provider] = f"wrong: {wrong}", True
             continue
@@ -236,7 +264,7 @@ def _why_not(provider: str, device: torch.device) -> str | None:
 def _result(
     case: Case,
     setup: Setup,
-    cost: Any,
+    cost: Cost | None,
     provider: str,
     mode: str,
     samples: Samples | None,
@@ -249,7 +277,7 @@ def _result(
     about = {
         **{name: getattr(case, name) for name in ("op", "variant", "shape")},
         **{"case": case.name, "dtype": dtype, "batch": setup.batch, "provider": provider, "mode": mode},
-        "bound": setup.ceilings.bound(cost.flops, cost.bytes),
+        "bound": setup.ceilings.bound(cost.flops, cost.bytes) if cost else None,
         "first_call_s": _unavailable("s", reason) if first is None else Number(first, "s", MEASURED, "wall clock"),
         "wrong": wrong,
     }
@@ -266,6 +294,7 @@ def _result(
         gb_per_s=Number(cost.bytes / s.median / 1e3, "GB/s", MODELLED, source),
         **{"p20_us": s.p20, "p80_us": s.p80, "low_us": s.low, "high_us": s.high, "samples_us": tuple(samples.us)},
         discarded=samples.discarded,
+        power_capped_share=samples.power_capped_share,
         converged=samples.converged(setup.plan),
         sm_clock_mhz=clocks.sm_clock_mhz,
         memory_clock_mhz=clocks.memory_clock_mhz,
@@ -292,9 +321,14 @@ def _beside(ours: Result, best: Result) -> Result:
     )
 
 
-def first_line(error: Exception) -> str:
-    """The error as a reason."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+def lost(device: torch.device) -> bool:
+    """Whether a kernel has brought the device down for this process, in which every later call fails for it."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError:
+            return True
+    return False
 
 
 def _unavailable(unit: str, reason: str) -> Number:

@@ -1,8 +1,11 @@
 """`python -m profiling bench`: what was asked for is checked before torch is imported, then measured and kept."""
 
+import collections
 import contextlib
 import difflib
 import json
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +52,10 @@ class Request:
     quick: bool = False
     check: bool = False
     resume: bool = False
+    short: bool = False
+    jobs: int | None = None
+    images: int | None = None
+    limit_s: float | None = None
 
 
 def run(request: Request, terminal: "Terminal") -> int:
@@ -56,15 +63,18 @@ def run(request: Request, terminal: "Terminal") -> int:
     _check(request)
     import torch
 
-    if request.check:
-        return _verify(request, getattr(torch, request.dtype), terminal)
-
     if request.tune and not torch.cuda.is_available():
         raise NoDeviceError("--tune times kernels and needs a CUDA GPU; there is none, and the table stays as it is")
     from profiling import cases
 
     chosen = _chosen(cases.cases(), request)
     dtype = getattr(torch, request.dtype)
+    if request.check:
+        from profiling import check_command
+
+        how = check_command.How(request.jobs, request.images, request.limit_s, request.out)
+        with _disk_errors(request.out):
+            return check_command.run(chosen, dtype, how, terminal)
     return _tune(request, chosen, dtype, terminal) if request.tune else _bench(request, chosen, dtype, terminal)
 
 
@@ -83,37 +93,20 @@ def _check(request: Request) -> None:
     if request.tune:
         _leave_out("--tune writes the table of tiles", results)
     if request.check:
-        _leave_out("--check times nothing", {**results, "--tune": request.tune, "--quick": request.quick})
+        timed = {"--tune": request.tune, "--quick": request.quick, "--resume": request.resume}
+        _leave_out("--check times nothing", {**results, **timed, "--out": None})
+    else:
+        of_check = {"--jobs": request.jobs, "--images": request.images, "--limit": request.limit_s}
+        _leave_out("without --check there is nothing to spread or to limit", of_check)
+    for name, value in {"--jobs": request.jobs, "--images": request.images, "--limit": request.limit_s}.items():
+        if value is not None and not value > 0:
+            raise CommandError(f"{name} is {value}, expected a positive number")
 
 
 def _leave_out(reason: str, options: dict[str, Any]) -> None:
     given = [name for name, value in options.items() if value]
     if given:
         raise CommandError(f"{reason}; leave {given[0]} out")
-
-
-def _verify(request: Request, dtype: "torch.dtype", terminal: "Terminal") -> int:
-    """Run every kernel once on few images, and hold it against float64."""
-    import torch
-
-    from kernels import jit
-    from profiling import cases, gate
-    from profiling.bench import QUICK_CPU_BATCH, first_line
-
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    reason = jit.unavailable(device)
-    if reason:
-        raise NoDeviceError(f"--check runs the kernels: {reason}")
-    wrong, chosen = 0, _chosen(cases.cases(), request)
-    for case in chosen:
-        try:
-            refusal = gate.verified(case, device, dtype, QUICK_CPU_BATCH)
-        except Exception as error:  # whatever a compiler raises is the finding
-            refusal = first_line(error)
-        wrong += refusal is not None
-        terminal.say(f"{case.name:<50} {refusal or 'right'}")
-    terminal.say(f"{len(chosen)} cases of {QUICK_CPU_BATCH} images on {device}, {wrong} of them wrong")
-    return 1 if wrong else 0
 
 
 def _require(what: str, name: str | None, known: Iterable[str]) -> None:
@@ -129,17 +122,25 @@ def _chosen(all_cases: Iterable["Case"], request: Request) -> list["Case"]:
     of_op = [case for case in all_cases if request.op in (None, case.op)]
     for shape in request.shapes:
         _require("--shape", shape, [case.shape for case in of_op])
-    return [case for case in of_op if not request.shapes or case.shape in request.shapes]
+    chosen = [case for case in of_op if not request.shapes or case.shape in request.shapes]
+    if request.short:
+        from profiling.cases import SHORT
+
+        chosen = [case for case in chosen if case.name in SHORT]
+        if not chosen:
+            raise CommandError(f"--short has none of these; it is {', '.join(SHORT)}")
+    return chosen
 
 
 def _bench(request: Request, chosen: list["Case"], dtype: "torch.dtype", terminal: "Terminal") -> int:
     from profiling import bench_records
-    from profiling.bench import MAX_AUTOTUNE, OURS, PROVIDERS, measure, setup
+    from profiling.bench import MAX_AUTOTUNE, OURS, PROVIDERS, lost, measure, setup
     from profiling.environment import environment
-    from profiling.kernel_facts import DEFAULT_GPUS, kernel_facts, table_gpus
+    from profiling.kernel_facts import loaded_facts
     from profiling.records import append_jsonl
 
-    where = setup(dtype, request.quick)
+    quick = request.quick or request.short
+    where = setup(dtype, quick)
     about = environment(where.device, ROOT)
     then, kept = [], set()
     try:
@@ -160,21 +161,28 @@ def _bench(request: Request, chosen: list["Case"], dtype: "torch.dtype", termina
             if request.out is not None:
                 append_jsonl(request.out, rows[-1])
 
-    providers = [name for name in PROVIDERS if not (request.quick and name == MAX_AUTOTUNE)]
+    providers = [name for name in PROVIDERS if not (quick and name == MAX_AUTOTUNE)]
+    ahead, facts, down = collections.deque(case for case in chosen if case.name not in kept), [], False
     with _disk_errors(request.out):
-        for case in (case for case in chosen if case.name not in kept):
+        while ahead and not down:
+            case = ahead.popleft()
             results = measure(case, where, providers)
             keep(results)
             failed |= any(r.wrong or (where.on_gpu and r.provider == OURS and not r.samples_us) for r in results)
             for line in bench_records.lines(results):
                 terminal.say(line)
-        gpus = _here(where.device) if where.on_gpu else (*DEFAULT_GPUS, *table_gpus())
-        if request.quick and not where.on_gpu:
-            gpus = DEFAULT_GPUS[1:2]
-        terminal.say("")
-        terminal.say(f"compiling the kernels of {len(chosen)} cases for {', '.join(gpu.name for gpu in gpus)} ...")
-        facts = kernel_facts(chosen, gpus, dtype)
-        keep(facts)
+            if where.on_gpu and any(r.provider == OURS and r.samples_us for r in results):
+                try:
+                    found = loaded_facts(case, where)
+                except Exception as error:  # they are an extra: without them the timings stand
+                    terminal.warn(f"{case.name}: no facts of its kernels: {type(error).__name__}: {error}")
+                else:
+                    facts += found
+                    keep(found)
+            down = lost(where.device)
+        if not where.on_gpu:
+            facts = _compiled(chosen, dtype, quick, terminal)
+            keep(facts)
     for line in bench_records.fact_lines(facts):
         terminal.say(line)
     changes = bench_records.changes(then, rows)
@@ -182,13 +190,33 @@ def _bench(request: Request, chosen: list["Case"], dtype: "torch.dtype", termina
         _show_changes(changes, request.compare, terminal)
     if request.json:
         print(json.dumps({"schema": bench_records.SCHEMA, "rows": rows, "changes": [_flat(c) for c in changes]}))
+    if down:
+        terminal.warn("a kernel has brought the device down for this process; what is left is run by another")
+        failed |= any(_rest(request, ((case.op, case.shape) for case in ahead)))
     return 1 if failed else 0
 
 
-def _here(device: "torch.device") -> tuple:
-    from kernels import jit, tiles
+def _compiled(chosen: list["Case"], dtype: "torch.dtype", quick: bool, terminal: "Terminal") -> list[Any]:
+    """What the compiler says of the kernels, for GPUs that are not here."""
+    from profiling.kernel_facts import DEFAULT_GPUS, kernel_facts, table_gpus
 
-    return () if jit.unavailable(device) else (tiles.gpu_of(device),)
+    gpus = DEFAULT_GPUS[1:2] if quick else (*DEFAULT_GPUS, *table_gpus())
+    terminal.say("")
+    terminal.say(f"compiling the kernels of {len(chosen)} cases for {', '.join(gpu.name for gpu in gpus)} ...")
+    return kernel_facts(chosen, gpus, dtype)
+
+
+def _rest(request: Request, problems: Iterable[tuple[str, str]]) -> list[int]:
+    """The same command for some ops and shapes, in a process an op that has the device anew; the exit codes."""
+    shapes: dict[str, list[str]] = {}
+    for op, shape in dict.fromkeys(problems):
+        shapes.setdefault(op, []).append(f"--shape={shape}")
+    options = ["--dtype", request.dtype]
+    options += [f"--{name}" for name in ("tune", "quick", "short") if getattr(request, name)]
+    if request.out is not None:
+        options += [f"--out={request.out.absolute()}", "--resume"]
+    command = [sys.executable, "-m", "profiling", "bench"]
+    return [subprocess.run([*command, op, *of_op, *options], cwd=ROOT).returncode for op, of_op in shapes.items()]
 
 
 def _flat(change: Any) -> dict[str, Any]:
@@ -235,13 +263,13 @@ def _tune(request: Request, chosen: list["Case"], dtype: "torch.dtype", terminal
         raise CommandError("--tune: there is no convolution of that shape")
     before = tiles.load()
     ahead = Precompiler()
-    backend = CudaBackend(setup(dtype, request.quick), ahead)
+    backend = CudaBackend(setup(dtype, request.quick or request.short), ahead)
     terminal.say(f"tuning {len(problems)} convolutions on {backend.gpu.name}, triton {triton.__version__}")
     # Those that the table lacks come first, so that a command that was interrupted goes on.
     known = {entry[:4] for entry in before}
     ordered = sorted(problems, key=lambda problem: (backend.gpu.name, *problem, request.dtype) in known)
     try:
-        measured = tune(
+        tuned = tune(
             backend,
             [(op, parse(shape)) for op, shape in ordered],
             dtype,
@@ -251,10 +279,15 @@ def _tune(request: Request, chosen: list["Case"], dtype: "torch.dtype", terminal
         )
     finally:
         ahead.close()
-    differences = changed(before, measured)
+    differences = changed(before, tuned.entries)
     for line in differences or ["no tile changed"]:
         terminal.say(line)
+    wrong = sum(refusal.reason.startswith("wrong") for refusal in tuned.refused)
     terminal.say(
-        f"{len(measured)} entries measured, {len(differences)} of them new or different; written to {tiles.PATH}"
+        f"{len(tuned.entries)} entries measured, {len(differences)} of them new or different; "
+        f"{len(tuned.refused)} tiles refused, {wrong} of them wrong; written to {tiles.PATH}"
     )
-    return 0
+    if not tuned.left:
+        return 0
+    terminal.warn("a tile has brought the device down for this process; what is left is tuned by another")
+    return max(_rest(request, ((op, str(shape)) for op, shape in tuned.left)))

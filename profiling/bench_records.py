@@ -150,9 +150,10 @@ def heading(environment: dict[str, Any], setup: Setup) -> list[str]:
         clocks = f"SM {gpu['sm_clock_mhz']} MHz, memory {gpu['memory_clock_mhz']} MHz, limit {gpu['power_limit_w']} W"
         c = setup.ceilings
         ceilings = (
-            "unavailable (throttled)"
+            f"unavailable ({c.reason})"
             if c.gb_per_s is None
-            else f"copy {c.gb_per_s:,.0f} GB/s, matrix product {c.tflops_per_s:,.0f} TFLOP/s (measured)"
+            else f"copy {c.gb_per_s:,.0f} GB/s, matrix product {c.tflops_per_s:,.0f} TFLOP/s "
+            f"(measured{_capped(c.power_capped_share)})"
         )
         lines = [
             f"{gpu['name']}; {clocks}; driver {gpu['driver']}; {'; '.join(where)}",
@@ -171,7 +172,12 @@ def _figures(r: Result) -> str:
     if r.us.status == UNAVAILABLE:
         return f"unavailable: {r.us.source}"
     us, tflops, gb = (_figure(number) for number in (r.us, r.tflops_per_s, r.gb_per_s))
-    return f"{us:>10}  {tflops:>8}  {gb:>8}  {r.bound or '-':<7}  {_against(r)}"
+    return f"{us:>10}  {tflops:>8}  {gb:>8}  {r.bound or '-':<7}  {_against(r)}{_capped(r.power_capped_share)}"
+
+
+def _capped(share: float | None) -> str:
+    """The mark of samples that were taken under the power cap; nothing where there were none."""
+    return f", power cap in {share:.0%} of the samples" if share else ""
 
 
 def header() -> str:
@@ -190,15 +196,18 @@ def _against(r: Result) -> str:
 
 def fact_lines(facts: Sequence[KernelFacts]) -> list[str]:
     """A title, the names of the columns, and a line for each kernel."""
-    title = "kernels at batch 512, from their machine code; blocks/SM modelled from the architecture's limits"
-    names = ("case", "kernel", "for", "registers", "spilled B", "shared B", "blocks/SM", "instr/matrix step")
+    title = (
+        "kernels at batch 512, from their machine code; local memory is where registers spill to; "
+        "blocks/SM modelled from the architecture's limits"
+    )
+    names = ("case", "kernel", "for", "registers", "local B", "shared B", "blocks/SM", "instr/matrix step")
     return [title, _fact_cells(names), *(_fact_cells(_facts(f)) for f in facts)]
 
 
 def _facts(f: KernelFacts) -> tuple[str, ...]:
     if f.status == UNAVAILABLE:
         return f.case, f.kernel, f.gpu, f"unavailable: {f.source}"
-    counts = (f.registers, f.spill_bytes, f.shared_bytes, f.blocks_per_sm)
+    counts = (f.registers, f.local_bytes, f.shared_bytes, f.blocks_per_sm)
     step = "-" if f.instructions_per_matrix_step is None else f"{f.instructions_per_matrix_step:.1f}"
     return f.case, f.kernel, f.gpu, *("unknown" if n is None else f"{n:,}" for n in counts), step
 

@@ -31,6 +31,22 @@ POOLED = ((128, 32), (256, 16), (512, 8))
 RESIDUAL = ((128, 16), (512, 4))
 LAYERS = tuple(dict.fromkeys(RESNET_LAYERS + RESNET9_LAYERS))
 
+SHORT = (
+    "augment 3x32x32",
+    "conv_fprop[prologue,statistics] 64x32x32-64x3x3-s1",
+    "conv_fprop[prologue,statistics] 64x32x32-128x3x3-s2",
+    "conv_fprop[prologue,statistics] 128x16x16-128x3x3-s1",
+    "conv_fprop[prologue,statistics] 256x8x8-256x3x3-s1",
+    "bn_stats 64x32x32",
+    "bn_relu 64x32x32",
+    "bn_backward 64x32x32",
+    "conv_dgrad[mask,sums] 64x32x32-64x3x3-s1",
+    "conv_dgrad[mask,sums] 128x16x16-128x3x3-s1",
+    "conv_wgrad[prologue] 64x32x32-64x3x3-s1",
+    "conv_wgrad[prologue] 128x16x16-128x3x3-s1",
+)
+"""A dozen that say how our kernels compare: where the article's network spends most of a step, one of every kind."""
+
 
 def cases() -> tuple[Case, ...]:
     """Every case, in the order of a training step."""

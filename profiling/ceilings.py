@@ -42,6 +42,8 @@ class Ceiling:
 
     unit        "FLOP/s", "B/s" (bytes read plus bytes written) or "s" (per launch)
     arithmetic  the peak of a data sheet that it compares with: "float16", "bfloat16", "tf32", "float32"; "" for none
+    power_capped_share  of the windows, 0 to 1, those in which the power limit held the clock down: a large GPU does its
+                large products so, and this is their ceiling. None where nobody can tell
     """
 
     name: str
@@ -52,6 +54,7 @@ class Ceiling:
     samples: int
     seconds: float
     arithmetic: str = ""
+    power_capped_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -276,7 +279,8 @@ class _Bench:
         took = sustain(self.watch, run, self.seconds)
         value, median = (took.best_s, took.median_s) if work is None else (work / took.best_s, work / took.median_s)
         self.say(f"{name} {shape}: {in_words(value, unit)}")
-        return Ceiling(name, shape, value, median, unit, took.samples, took.seconds, arithmetic)
+        kept = took.samples, took.seconds, arithmetic, took.power_capped_share
+        return Ceiling(name, shape, value, median, unit, *kept)
 
     def _arithmetic(self, allow_tf32: bool) -> str:
         tf32 = self.dtype == torch.float32 and self.device.type == "cuda" and allow_tf32

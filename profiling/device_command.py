@@ -33,11 +33,12 @@ class Request:
 
 
 class Row(NamedTuple):
-    """One ceiling, by the data sheet and as measured."""
+    """One ceiling, by the data sheet and as measured; the share of its windows that were under the power cap."""
 
     label: str
     quoted: Figure
     measured: Figure
+    power_capped_share: float | None = None
 
 
 def run(request: Request, terminal: "Terminal") -> int:
@@ -126,7 +127,8 @@ def rows(found: "Ceilings", spec: "Specification | None", reason: str) -> list[R
 
     def row(ceiling: "Ceiling", label: str) -> Row:
         source = f"best of {ceiling.samples} windows in {ceiling.seconds:.3g} s without a pause"
-        return Row(label, _quoted(ceiling, spec, reason), measured(ceiling.value, ceiling.unit, source))
+        figures = _quoted(ceiling, spec, reason), measured(ceiling.value, ceiling.unit, source)
+        return Row(label, *figures, ceiling.power_capped_share)
 
     best = [
         max((c for c in found.convolutions if c.name == name), key=lambda c: c.value)
@@ -159,8 +161,8 @@ def document(found: "Ceilings", spec: "Specification | None", reason: str) -> di
         "version": 1,
         "specification": None if spec is None else asdict(spec),
         "figures": [
-            {"label": label, "quoted": promised.to_json(), "measured": seen.to_json()}
-            for label, promised, seen in rows(found, spec, reason)
+            {"label": row.label, "quoted": row.quoted.to_json(), "measured": row.measured.to_json()}
+            for row in rows(found, spec, reason)
         ],
         "ceilings": found.to_json(),
     }
@@ -171,7 +173,7 @@ def _show(found: "Ceilings", spec: "Specification | None", reason: str, seconds:
 
     title = f"{found.device}, {found.dtype}: each kept running for {seconds:g} s"
     cells = [_cells(row) for row in rows(found, spec, reason)]
-    terminal.table(title, ("ceiling", "quoted", "measured", "of it"), cells)
+    terminal.table(title, ("ceiling", "quoted", "measured", "of it", "power cap"), cells)
     if found.convolutions:
         _show_convolutions(found.convolutions, terminal)
     best = found.compute
@@ -215,7 +217,9 @@ def _cells(row: Row) -> tuple[str, ...]:
 
     promised, seen = row.quoted.value, row.measured.value
     known = "unavailable" if promised is None else in_words(promised, row.quoted.unit)
-    return row.label, known, in_words(seen, row.measured.unit), "" if promised is None else f"{seen / promised:.0%}"
+    of_it = "" if promised is None else f"{seen / promised:.0%}"
+    capped = "" if row.power_capped_share is None else f"{row.power_capped_share:.0%}"
+    return row.label, known, in_words(seen, row.measured.unit), of_it, capped
 
 
 def _list(request: Request, terminal: "Terminal") -> int:

@@ -26,16 +26,17 @@ class Gate:
         return disagreement(tensors(result), None, self.truth, self.dtype)
 
 
-def verified(case: Case, device: torch.device, dtype: torch.dtype, batch: int) -> str | None:
+def verified(case: Case, device: torch.device, dtype: torch.dtype, batch: int, judge: torch.device) -> str | None:
     """What is wrong with our kernels' result for `case` on `device`, None if nothing.
 
-    All else is computed on the CPU, so that a program which watches the device sees our kernels alone.
+    All else is computed on `judge`: with a few images on the CPU, so that a program which watches the device sees our
+    kernels alone; where that takes minutes, on the device itself.
     """
-    operands = case.operands(Draw(batch, torch.device("cpu"), dtype))
+    operands = case.operands(Draw(batch, judge, dtype))
     gate = Gate(case, operands, dtype)
     gate.baseline = tensors(case.call(case.library, operands)())
     result = case.ours(*tree_map_only(Tensor, lambda x: x.to(device), operands))
-    return gate.refusal(case.comparable(tree_map_only(Tensor, lambda x: x.cpu(), result)))
+    return gate.refusal(case.comparable(tree_map_only(Tensor, lambda x: x.to(judge), result)))
 
 
 def disagreement(

@@ -1,4 +1,4 @@
-"""What the compiler says about the kernels of a case, by architecture; it needs no GPU."""
+"""What the machine code of a case's kernels says: compiled for any architecture, or as the runtime here holds it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,8 +7,9 @@ import torch
 
 from kernels import tiles
 from kernels.tiles import Gpu
+from profiling import loaded_kernels
 from profiling.ahead_of_time import Build, Facts, compile_all, launches, unique
-from profiling.bench import BATCH, MEASURED, UNAVAILABLE
+from profiling.bench import BATCH, MEASURED, UNAVAILABLE, Setup
 from profiling.case import Case, Draw
 
 DEFAULT_GPUS = (Gpu("sm_80", (8, 0)), Gpu("sm_90", (9, 0)), Gpu("sm_100", (10, 0)))
@@ -19,6 +20,7 @@ DEFAULT_GPUS = (Gpu("sm_80", (8, 0)), Gpu("sm_90", (9, 0)), Gpu("sm_100", (10, 0
 class KernelFacts:
     """One kernel that a case launches at batch 512, compiled for one architecture.
 
+    Of `local_bytes`, a thread's local memory, `spill_bytes` are written and read; None where only the driver was asked.
     `blocks_per_sm` follows from the architecture's limits; `instructions_per_matrix_step` are those that a warp issues
     in the main loop for each matrix instruction, None without such a loop. `status` is "unavailable" with the reason,
     and the figures None, where the kernel did not compile; `notes` are ptxas's warnings.
@@ -53,7 +55,19 @@ def kernel_facts(
     launched = [(case, gpu, build) for case in cases for gpu in gpus for build in _builds(case, gpu, dtype)]
     builds = unique([build for _, _, build in launched])
     facts = dict(zip((build.key() for build in builds), compile_(builds), strict=True))
-    return [_row(case, gpu, dtype, build, facts[build.key()]) for case, gpu, build in launched]
+    return [_row(case, gpu, dtype, build.kernel, facts[build.key()]) for case, gpu, build in launched]
+
+
+def loaded_facts(case: Case, setup: Setup) -> list[KernelFacts]:
+    """The facts of the kernels that `case` launches on the GPU of `setup`, which it has done before.
+
+    It is launched once more, and nothing is compiled.
+    """
+    gpu = tiles.gpu_of(setup.device)
+    with torch.no_grad(), loaded_kernels.launched() as kernels:
+        case.ours(*case.operands(Draw(setup.batch, setup.device, setup.dtype)))
+    different = {kernel.hash: kernel for kernel in kernels}.values()
+    return [_row(case, gpu, setup.dtype, kernel.name, loaded_kernels.facts(kernel)) for kernel in different]
 
 
 def table_gpus() -> tuple[Gpu, ...]:
@@ -71,8 +85,8 @@ def _builds(case: Case, gpu: Gpu, dtype: torch.dtype) -> list[Build]:
     return unique(recorded)
 
 
-def _row(case: Case, gpu: Gpu, dtype: torch.dtype, build: Build, facts: Facts) -> KernelFacts:
-    about = (case.name, case.op, case.variant, case.shape, str(dtype).removeprefix("torch."), build.kernel, gpu.name)
+def _row(case: Case, gpu: Gpu, dtype: torch.dtype, kernel: str, facts: Facts) -> KernelFacts:
+    about = (case.name, case.op, case.variant, case.shape, str(dtype).removeprefix("torch."), kernel, gpu.name)
     if facts.error:
         return KernelFacts(*about, facts.arch, UNAVAILABLE, facts.error.splitlines()[0][:200])
     return KernelFacts(

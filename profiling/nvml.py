@@ -25,14 +25,19 @@ REASONS = {
 }
 """NVML's clock event reasons (nvml.h, nvmlClocksEventReasons) in words."""
 
-THROTTLING = {
-    "power cap",
+POWER_CAP = "power cap"
+"""The board keeps its power limit by lowering the clock: how a large GPU runs large matrix products at all times."""
+
+DISTURBING = {
     "hardware slowdown",
     "software thermal slowdown",
     "hardware thermal slowdown",
     "power brake",
 }
 """Those under which a timing says more about the room than about the kernel."""
+
+THROTTLING = DISTURBING | {POWER_CAP}
+"""Heat or power."""
 
 GPM_INTERVAL_NS = 105_000_000
 """Between two GPM samples more than 100 ms must pass, the rate at which the counters are refreshed (NVML API reference,
@@ -66,6 +71,16 @@ class GpuSample(NamedTuple):
     def throttled(self) -> bool:
         """Whether the clocks are known to be held down by heat or power."""
         return bool(THROTTLING.intersection(self.reasons or ()))
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether heat or a power brake is known to hold the clocks down; the power cap alone is normal work."""
+        return bool(DISTURBING.intersection(self.reasons or ()))
+
+    @property
+    def power_capped(self) -> bool | None:
+        """Whether the power limit holds the clock down, None where the reasons are not known."""
+        return None if self.reasons is None else POWER_CAP in self.reasons
 
 
 FIELDS = tuple(name for name in GpuSample._fields if name != "t_ns")

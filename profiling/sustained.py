@@ -23,18 +23,24 @@ QUIET = 0.9
 
 
 class Sustained(NamedTuple):
-    """Seconds per call in the best window and in the median one; `seconds` is how long all `samples` windows took."""
+    """Seconds per call in the best window and in the median one; `seconds` is how long all `samples` windows took.
+
+    `power_capped_share` is the share of the windows, 0 to 1, in which the power limit held the clock down; None where
+    nobody can tell.
+    """
 
     best_s: float
     median_s: float
     samples: int
     seconds: float
+    power_capped_share: float | None = None
 
 
 class CpuWatch:
     """Times calls that return when they are done, and that use all of PyTorch's threads."""
 
     hot_clock: int | None = None
+    power_capped_share: float | None = None
 
     def __init__(self) -> None:
         self._wall_s = self._cpu_s = 0.0
@@ -69,13 +75,15 @@ class CpuWatch:
 class CudaWatch:
     """Times calls that only queue work, by events on the stream of `device`, which must be the current device.
 
-    `hot_clock` is the SM clock in MHz during the last window so far; None where NVML cannot tell.
+    `hot_clock` is the SM clock in MHz during the last window so far, and `power_capped_share` as `Sustained` has it for
+    the last call of `windows`; None where NVML cannot tell.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.sample = nvml.sampler(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         self.hot_clock: int | None = None
+        self.power_capped_share: float | None = None
         self._reasons: set[str] | None = None
 
     def time(self, run: Callable[[], Any], calls: int) -> float:
@@ -89,26 +97,35 @@ class CudaWatch:
         return start.elapsed_time(end) / 1e3
 
     def windows(self, run: Callable[[], Any], calls: int, seconds: float) -> list[float]:
-        """Seconds of each window of `calls` calls on the device, until about `seconds` have passed."""
+        """Seconds of each window of `calls` calls on the device, until about `seconds` have passed.
+
+        Windows during which heat or a power brake held the clocks down are left out, unless nearly all were such.
+        """
         torch.cuda.synchronize(self.device)
-        begin, marks = time.perf_counter(), [_mark()]
+        begin, marks, seen = time.perf_counter(), [_mark()], []
         while len(marks) <= FEWEST or time.perf_counter() - begin < seconds:
             for _ in range(calls):
                 run()
             marks.append(_mark())
             marks[-2].synchronize()  # bounds the queue: the device is left with the window just queued
-        self.hot_clock = self.clock()
+            seen.append(self._look())
         marks[-1].synchronize()
-        return [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(marks)]
+        self.hot_clock = seen[-1].sm_clock_mhz
+        capped = [sample.power_capped for sample in seen if sample.power_capped is not None]
+        self.power_capped_share = statistics.fmean(capped) if capped else None
+        taken = [start.elapsed_time(end) / 1e3 for start, end in itertools.pairwise(marks)]
+        calm = [window_s for window_s, sample in zip(taken, seen, strict=True) if not sample.disturbed]
+        return calm if len(calm) >= FEWEST else taken
 
     def clock(self) -> int | None:
         """The SM clock in MHz at this moment, None where NVML cannot tell; takes note of what holds it down."""
-        sample = self.sample()
-        if sample is None:
-            return None
+        return self._look().sm_clock_mhz
+
+    def _look(self) -> nvml.GpuSample:
+        sample = self.sample() or nvml.GpuSample()
         if sample.reasons is not None:
             self._reasons = (self._reasons or set()) | nvml.THROTTLING.intersection(sample.reasons)
-        return sample.sm_clock_mhz
+        return sample
 
     def reasons(self) -> tuple[str, ...] | None:
         """What has held the clock down so far, in words; None where NVML cannot tell."""
@@ -120,7 +137,8 @@ def sustain(watch: CpuWatch | CudaWatch, run: Callable[[], Any], seconds: float)
     calls = _calls(watch, run, seconds / WINDOWS)
     watch.windows(run, calls, seconds / 4)
     windows = watch.windows(run, calls, seconds)
-    return Sustained(min(windows) / calls, statistics.median(windows) / calls, len(windows), sum(windows))
+    best_s, median_s = min(windows) / calls, statistics.median(windows) / calls
+    return Sustained(best_s, median_s, len(windows), sum(windows), watch.power_capped_share)
 
 
 def captured(run: Callable[[], Any], times: int) -> Callable[[], Any]:

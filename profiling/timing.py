@@ -1,8 +1,9 @@
 """How long a function takes, and how sure one can be of it: the protocol of the micro-benchmarks.
 
 Those that are compared take turns, A B B A, so that a drift of the machine does not read as a difference. A sample that
-was taken while the GPU was throttled is discarded and taken again, a bounded number of times. Sampling stops when the
-mean is known well enough. What remains is a median with its bootstrap interval, and a verdict between two of them.
+was taken while heat or a power brake held the GPU's clocks down is discarded and taken again, a bounded number of
+times; one under the power cap is kept and counted, since that is how a large GPU does large products. Sampling stops
+when the mean is known well enough. What remains is a median with its bootstrap interval, and a verdict between two.
 """
 
 import math
@@ -26,7 +27,7 @@ RESAMPLES = 1000
 @dataclass(frozen=True)
 class Plan:
     """When to stop: after `min_samples` as soon as the relative standard error of the mean is below `relative_error`,
-    after `seconds` or `max_samples` in any case, and after `max_discarded` samples that were throttled."""
+    after `seconds` or `max_samples` in any case, and after `max_discarded` samples that were disturbed."""
 
     min_samples: int = 30
     max_samples: int = 1000
@@ -41,11 +42,17 @@ QUICK = Plan(min_samples=5, max_samples=30, relative_error=0.02, seconds=0.2, ma
 
 @dataclass
 class Samples:
-    """Times of one function in microseconds, and what happened to those that are not among them."""
+    """Times of one function in microseconds, and what happened to those that are not among them.
+
+    `capped` says of each kept sample whether it was under the power cap, where that is known. `error` is what the
+    function or its timer raised, which ended the sampling.
+    """
 
     us: list[float] = field(default_factory=list)
+    capped: list[bool] = field(default_factory=list)
     discarded: int = 0
     reasons: set[str] = field(default_factory=set)
+    error: str | None = None
     spent_s: float = 0.0
     last: GpuSample | None = None
 
@@ -56,18 +63,25 @@ class Samples:
             return math.inf
         return statistics.stdev(self.us) / math.sqrt(len(self.us)) / statistics.fmean(self.us)
 
+    @property
+    def power_capped_share(self) -> float | None:
+        """The share of the samples, 0 to 1, under the power cap; None where nobody can tell."""
+        return statistics.fmean(self.capped) if self.capped else None
+
     def converged(self, plan: Plan) -> bool:
         """Whether the plan's precision is reached."""
         return len(self.us) >= plan.min_samples and self.relative_error < plan.relative_error
 
     def done(self, plan: Plan) -> bool:
         """Whether to take no more. A slow function gets its few samples before time is up."""
-        if self.discarded >= plan.max_discarded or len(self.us) >= plan.max_samples:
+        if self.error or self.discarded >= plan.max_discarded or len(self.us) >= plan.max_samples:
             return True
         return self.converged(plan) or (len(self.us) >= FEWEST and self.spent_s >= plan.seconds)
 
     def refusal(self) -> str | None:
         """Why there is no result, or None if there is one."""
+        if self.error:
+            return self.error
         if len(self.us) >= FEWEST:
             return None
         attempts = self.discarded + len(self.us)
@@ -83,7 +97,8 @@ def interleave(
 ) -> dict[str, Samples]:
     """Sample every function of `runs` by `timer`, which returns microseconds, in turns A B C, C B A, A B C, ...
 
-    A function that is done drops out. `gpu` is asked after every sample.
+    A function that is done drops out, and so does one that raises, or whose launch cannot be hidden: it has an `error`.
+    `gpu` is asked after every sample.
     """
     samples = {name: Samples() for name in runs}
     order = list(runs)
@@ -98,14 +113,25 @@ def _take(taken: Samples, run: Callable, timer: Callable, plan: Plan, gpu: Calla
     """One valid sample in this turn, or the end of the retries."""
     while taken.discarded < plan.max_discarded:
         before = now()
-        us = timer(run)
+        try:
+            us = timer(run)
+        except Exception as error:  # whatever a compiler, a library or the timer raises is the finding
+            taken.error = first_line(error)
+            return
         taken.spent_s += now() - before
         taken.last = gpu()
-        if taken.last is None or not taken.last.throttled:
+        if taken.last is None or not taken.last.disturbed:
             taken.us.append(us)
+            if taken.last is not None and taken.last.power_capped is not None:
+                taken.capped.append(taken.last.power_capped)
             return
         taken.discarded += 1
         taken.reasons.update(taken.last.reasons)
+
+
+def first_line(error: Exception) -> str:
+    """The error as a reason: its kind and the first line of what it says, at most 200 characters."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 class Summary(NamedTuple):
@@ -193,15 +219,17 @@ class CudaTimer:
 
     def _sample(self, run: Callable[[], Any], before: Callable[[], Any]) -> float:
         start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
-        while self.spin <= self.LONGEST_SPIN:
+        spin = self.spin
+        while spin <= self.LONGEST_SPIN:
             before()
-            self.torch.cuda._sleep(self.spin)
+            self.torch.cuda._sleep(spin)
             start.record()
             run()
             end.record()
             hidden = not start.query()
             end.synchronize()
             if hidden:
+                self.spin = spin  # which those after it do not have to find again
                 return start.elapsed_time(end) * 1e3
-            self.spin *= 2
+            spin *= 2
         raise RuntimeError("the launch cannot be hidden: the function waits for the device")

@@ -1,8 +1,9 @@
 """Which tile is fastest, measured: what refreshes the committed table of `kernels.tiles`.
 
 For every convolution op and layer shape, with everything fused that the networks fuse, a bounded list of tiles is held
-against float64, looked at briefly, and the best few are timed beside the library's convolution with our batch-norm
-kernels around it. What the timings say is decided by pure functions; the GPU is behind `Backend`.
+against float64; one that is wrong or spills is refused by its name. The others are looked at briefly, and the best few
+are timed beside the library's convolution with our batch-norm kernels around it. What the timings say is decided by
+pure functions; the GPU is behind `Backend`.
 """
 
 import contextlib
@@ -17,14 +18,16 @@ from kernels import tiles
 from kernels.conv_shape import ConvShape, boxes_fit
 from kernels.tiles import Entry, Gpu, Tile
 from profiling.ahead_of_time import LIMITS
-from profiling.bench import Setup, first_line, searching
-from profiling.case import Case, Draw
+from profiling.bench import Setup, lost, searching
+from profiling.case import Case, Draw, tensors
 from profiling.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
 from profiling.gate import Gate
+from profiling.loaded_kernels import launched, local_bytes
 from profiling.precompile import Precompiler, nothing_launched
-from profiling.timing import QUICK, Samples, interleave, summarise
+from profiling.timing import QUICK, Samples, first_line, interleave, summarise
 
 FINALISTS = 3
+LIBRARY = "library"
 KEEP_WITHIN = 0.01
 """A tile that is in the table stays there unless another is faster by more than this."""
 FUSED = {
@@ -37,12 +40,37 @@ FUSED = {
 class Timings(NamedTuple):
     """Median microseconds of one op at one shape: by tile, and of the library; None where it could not be measured.
 
-    A tile that is wrong, does not compile or was throttled is in `refused`, with the reason.
+    A tile that is wrong, spills, does not compile or was disturbed is in `refused`, with the reason, and the library
+    under None. `power_capped` is the share of a tile's samples under the power cap, where there were such. `lost` is
+    whether the device was lost to this process, as by a tile that touched what is not its own.
     """
 
     us: dict[Tile, float]
     library_us: float | None
-    refused: dict[Tile, str]
+    refused: dict[Tile | None, str]
+    power_capped: dict[Tile, float] | None = None
+    lost: bool = False
+
+
+class Refusal(NamedTuple):
+    """A tile that was not timed, or not to the end; without one the library, or all of the op at that shape."""
+
+    op: str
+    shape: ConvShape
+    tile: Tile | None
+    reason: str
+
+    def __str__(self) -> str:
+        what = "not measured" if self.tile is None else f"{in_words(self.tile)} refused"
+        return f"{self.op} {self.shape}: {what}: {self.reason}"
+
+
+class Tuned(NamedTuple):
+    """The entries that were measured, all that was refused, and what is left where the device was lost."""
+
+    entries: list[Entry]
+    refused: list[Refusal]
+    left: list[tuple[str, ConvShape]]
 
 
 class Problem(NamedTuple):
@@ -156,7 +184,7 @@ def changed(entries: Sequence[Entry], measured: Sequence[Entry]) -> list[str]:
         if old is None:
             lines.append(f"new: {entry.op} {entry.shape} {entry.dtype}: {_measured(entry)}")
         elif old.tile != entry.tile or _choice(old) != _choice(entry):
-            what = f"{_choice(old)}, {_tile(old.tile)} -> {_measured(entry)}"
+            what = f"{_choice(old)}, {in_words(old.tile)} -> {_measured(entry)}"
             lines.append(f"changed: {entry.op} {entry.shape} {entry.dtype}: {what}")
     return lines
 
@@ -165,12 +193,14 @@ def _choice(entry: Entry) -> str:
     return "library" if entry.library_us < entry.us else "ours"
 
 
-def _measured(entry: Entry) -> str:
+def _measured(entry: Entry, capped: float | None = None) -> str:
     times = f"ours {entry.us:.1f} us, library {entry.library_us:.1f} us"
-    return f"{_choice(entry)} ({times}), {_tile(entry.tile)}"
+    mark = f", power cap in {capped:.0%} of its samples" if capped else ""
+    return f"{_choice(entry)} ({times}), {in_words(entry.tile)}{mark}"
 
 
-def _tile(tile: Tile) -> str:
+def in_words(tile: Tile) -> str:
+    """As in "128x64x64 4 warps 3 stages descriptors"."""
     split = f" split {tile.SPLIT}" if tile.SPLIT > 1 else ""
     how = "descriptors" if tile.descriptors else "pointers"
     blocks = f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
@@ -184,26 +214,34 @@ def tune(
     triton: str,
     say: Callable[[str], None],
     keep: Callable[[list[Entry]], None] = lambda measured: None,
-) -> list[Entry]:
-    """Measure every (op, shape) of `problems`; the entries that resulted. What was refused is said.
+) -> Tuned:
+    """Measure every (op, shape) of `problems`. What is refused is said at once; a failure does not end the rest.
 
     `keep` gets the entries so far after each of them: there are many, and the last may never come.
     """
-    measured, planned = [], [_problem(op, shape, dtype, backend.gpu) for op, shape in problems]
+    tuned, planned = Tuned([], [], list(problems)), [_problem(op, shape, dtype, backend.gpu) for op, shape in problems]
     backend.prepare(planned)
     for problem in planned:
         op, shape, _, tried, incumbent = problem
-        timings = backend.time(problem.case(), tried, incumbent)
-        for tile, reason in timings.refused.items():
-            say(f"{op} {shape}: {_tile(tile)} refused: {reason}")
+        tuned.left.pop(0)
+        try:
+            timings = backend.time(problem.case(), tried, incumbent)
+        except Exception as error:  # out of memory, a failure of the library's own
+            timings = Timings({}, None, {None: first_line(error)})
+        refused = [Refusal(op, shape, tile, reason) for tile, reason in timings.refused.items()]
+        tuned.refused.extend(refused)
+        for refusal in refused:
+            say(str(refusal))
         entry = select(backend.gpu, op, shape, dtype, triton, timings, incumbent)
         if entry is None:
             say(f"{op} {shape}: nothing measured, the table stays as it is")
-            continue
-        measured.append(entry)
-        keep(measured)
-        say(f"{op} {shape}: {_measured(entry)}")
-    return measured
+        else:
+            tuned.entries.append(entry)
+            keep(tuned.entries)
+            say(f"{op} {shape}: {_measured(entry, (timings.power_capped or {}).get(entry.tile))}")
+        if timings.lost:
+            break
+    return tuned
 
 
 def _problem(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> Problem:
@@ -248,23 +286,26 @@ class CudaBackend:
         for tile in candidates:
             run = _with_tile(case, operands, tile)
             try:
-                reason = gate.refusal(case.comparable(run()))
+                reason = _flaw(run, case, gate)
             except Exception as error:  # out of resources, or a tile that does not compile
                 reason = first_line(error)
             if reason:
                 refused[tile] = reason
             else:
                 runs[tile] = run
+            if reason and lost(setup.device):
+                return Timings({}, None, refused, lost=True)
         timer = setup.timer.for_mode("cold")
         looked_at = _medians(interleave(runs, timer, QUICK, setup.gpu), refused)
         finalists = [*sorted(looked_at, key=looked_at.__getitem__)[:FINALISTS], incumbent]
         final: dict[Any, Callable] = {tile: runs[tile] for tile in dict.fromkeys(finalists) if tile in looked_at}
-        final["library"] = searching(lambda: case.hybrid(*operands), True)
-        final["library"]()
+        final[LIBRARY] = searching(lambda: case.hybrid(*operands), True)
+        with contextlib.suppress(Exception):  # it fails again, and is refused by name, when it is timed
+            final[LIBRARY]()
         taken = interleave(final, timer, setup.plan, setup.gpu)
-        library = taken.pop("library")
-        library_us = None if library.refusal() else summarise(library.us).median
-        return Timings(_medians(taken, refused), library_us, refused)
+        library_us = _medians({None: taken.pop(LIBRARY)}, refused).get(None)
+        capped = {tile: samples.power_capped_share for tile, samples in taken.items() if samples.power_capped_share}
+        return Timings(_medians(taken, refused), library_us, refused, capped, lost(setup.device))
 
 
 def compile_candidates(problem: Problem, dtype: torch.dtype, batch: int, device: str) -> None:
@@ -276,8 +317,21 @@ def compile_candidates(problem: Problem, dtype: torch.dtype, batch: int, device:
             _with_tile(case, operands, tile)()
 
 
+def _flaw(run: Callable[[], Any], case: Case, gate: Gate) -> str | None:
+    """What is wrong with a tile, None if nothing: its result against float64's, or registers that it spills."""
+    with launched() as kernels:
+        result = run()
+    wrong = gate.refusal(case.comparable(result))
+    for x in tensors(result):
+        x.fill_(torch.nan)  # the next tile gets this memory: what it does not write must not look right
+    if wrong:
+        return f"wrong: {wrong}"
+    spilled = max(map(local_bytes, kernels), default=0)
+    return f"it spills {spilled} bytes a thread into local memory" if spilled else None
+
+
 def _medians(taken: dict[Tile, Samples], refused: dict[Tile, str]) -> dict[Tile, float]:
-    """Median microseconds; a tile without enough samples goes to `refused`."""
+    """Median microseconds; a tile without enough samples, or None for the library, goes to `refused`."""
     refused |= {tile: samples.refusal() for tile, samples in taken.items() if samples.refusal()}
     return {tile: summarise(samples.us).median for tile, samples in taken.items() if not samples.refusal()}
 

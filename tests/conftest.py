@@ -1,7 +1,13 @@
-"""Without a GPU the kernels run in Triton's interpreter, with every load and store checked against its tensor."""
+"""Without a GPU the kernels run in Triton's interpreter, with every load and store checked against its tensor.
+
+What a GPU decides is `pytest -m gpu`: the tests that ask for the `device` fixture, and those that need a GPU, which are
+marked in their source and skipped without one.
+"""
 
 import importlib.util
 import os
+import re
+from pathlib import Path
 
 import kernel_checks
 import pytest
@@ -14,10 +20,30 @@ if not HAS_GPU:
     torch.set_num_threads(1)  # the tests' tensors are too small to share
 
 
+LIMIT_S = 60
+"""For a test on a GPU, where a kernel may hang; in the interpreter some take minutes on a busy machine."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m gpu` does not even import a file without such tests: each process of xdist would import them all, and a GPU
+    machine may lack what they need."""
+    if config.getoption("markexpr") != "gpu" or not collection_path.match("test_*.py"):
+        return None
+    asks = re.search(r"mark\.gpu|[(,]\s*device\s*[,):]", collection_path.read_text(encoding="utf-8"))
+    return None if asks else True
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if "device" in getattr(item, "fixturenames", ()) and "device" not in parameters:
+            item.add_marker("gpu")
+        if HAS_GPU and item.get_closest_marker("gpu"):
+            # By a thread, since a signal waits for the driver; it ends the process, and xdist starts another.
+            item.add_marker(pytest.mark.timeout(LIMIT_S, method="thread"))
 
 
 @pytest.fixture(scope="session")

@@ -152,6 +152,61 @@ def test_a_throttled_gpu_gives_no_numbers():
         assert r.discarded == QUICK.max_discarded
 
 
+def test_a_gpu_under_its_power_cap_gives_numbers_that_say_so(monkeypatch):
+    """An H100 does large products there and nowhere else: their ceilings must exist."""
+    capped = GpuSample(1400, 3201, ("power cap",))
+    results = measure(relu_case(), setup_for(ScriptedTimer(), gpu=lambda: capped), providers=(EAGER,))
+    assert all(r.us.value and r.power_capped_share == 1.0 and r.discarded == 0 for r in results)
+
+    draw = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *sizes, **how: draw(4, 4))
+    monkeypatch.setattr(torch, "randint", lambda *bounds, **how: torch.zeros(4, dtype=torch.uint8))
+    found = bench._ceilings(CPU, torch.float16, ScriptedTimer(), lambda: capped, 0.001)
+    assert found.tflops_per_s == pytest.approx(2 * 8192**3 / 100.1e6, rel=0.01)
+    assert (found.power_capped_share, found.reason) == (1.0, None)
+    hot = GpuSample(900, 3201, ("hardware thermal slowdown",))
+    assert "hardware thermal slowdown" in bench._ceilings(CPU, torch.float16, ScriptedTimer(), lambda: hot, 1.0).reason
+
+
+def test_ours_is_checked_before_another_s_right_result_lies_in_its_memory(everything_runs, monkeypatch):
+    built, builder = [], bench._builder
+    monkeypatch.setattr(bench, "_builder", lambda *about: built.append(about[2]) or builder(*about))
+    results = measure(relu_case(), setup_for(ScriptedTimer()), providers=(EAGER_NCHW, EAGER, OURS))
+    assert built == [EAGER, OURS, EAGER_NCHW]
+    assert [r.provider for r in results[:3]] == [EAGER_NCHW, EAGER, OURS]
+
+
+def test_a_provider_that_fails_while_it_is_timed_is_refused_and_the_others_are_timed(everything_runs, monkeypatch):
+    calls = []
+
+    def ours(x):
+        calls.append(x)
+        if len(calls) > 3:
+            raise RuntimeError("the launch cannot be hidden: the function waits for the device")
+        return torch.relu(x)
+
+    results = measure(relu_case(ours), setup_for(ScriptedTimer()), providers=(EAGER, OURS))
+    for r in results:
+        if r.provider == OURS:
+            assert (r.us.value, r.us.source) == (
+                None,
+                "RuntimeError: the launch cannot be hidden: the function waits for the device",
+            )
+        else:
+            assert r.us.value
+
+
+def test_operands_that_do_not_fit_refuse_the_case():
+    def operands(d):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand advice")
+
+    case = dataclasses.replace(relu_case(), operands=operands)
+    results = measure(case, setup_for(ScriptedTimer()), providers=(EAGER, HYBRID, OURS))
+    assert [(r.provider, r.mode) for r in results] == [(p, m) for m in ("cold", "hot") for p in (EAGER, OURS)]
+    for r in results:
+        assert (r.us.value, r.us.source) == (None, "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB")
+
+
 def test_clocks_are_kept_with_the_result():
     cool = GpuSample(1980, 3201, ("idle",))
     (r, _) = measure(relu_case(), setup_for(ScriptedTimer(), gpu=lambda: cool), providers=(EAGER,))

@@ -1,7 +1,9 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,11 @@ from typer.testing import CliRunner
 from kernels import jit, tiles
 from kernels.tiles import Gpu
 from profiling import bench, bench_command, cases, kernel_facts, precompile, tuning
+from profiling import environment as environments
 from profiling.__main__ import app
 from profiling.ahead_of_time import Facts
-from profiling.case import with_moments
+from profiling.case import Draw, with_moments
+from profiling.environment import environment
 from profiling.errors import CommandError
 from profiling.records import read_jsonl
 from profiling.tuning import Timings
@@ -79,8 +83,11 @@ BAD = {
     "compare_with_nothing": (("--compare", "no-such-file"), "no such file"),
     "nothing_to_tune": (("bn_stats", "--tune"), "no tiles to tune"),
     "tune_and_compare": (("--tune", "--json"), "leave --json out"),
-    "check_and_out": (("--check", "--out", "b.jsonl"), "--check times nothing; leave --out out"),
+    "check_and_compare": (("--check", "--json"), "--check times nothing; leave --json out"),
     "check_quickly": (("--check", "--quick"), "leave --quick out"),
+    "jobs_without_check": (("--jobs", "2"), "without --check there is nothing to spread or to limit; leave --jobs out"),
+    "no_jobs": (("--check", "--jobs", "0"), "--jobs is 0, expected a positive number"),
+    "short_of_nothing": (("bn_finalize", "--short"), "--short has none of these; it is augment 3x32x32, "),
     "resume_nothing": (("--resume",), "--resume goes on with what --out holds"),
     "unknown_option": (("--tunes",), "No such option"),
 }
@@ -134,35 +141,44 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path, monkeypatch):
         full()
 
 
-def test_kernels_are_checked_without_being_timed():
-    done = invoke("bn_finalize", "--shape", "256x4x4", "--shape", "512x4x4", "--check")
+@pytest.mark.parametrize("jobs", [(), ("--jobs", "1")], ids=["in_processes", "in_this_one"])
+def test_kernels_are_checked_without_being_timed(tmp_path, jobs):
+    out = tmp_path / "checks.jsonl"
+    done = invoke(
+        "bn_finalize", "--shape", "256x4x4", "--shape", "512x4x4", "--check", "--images", 2, "--out", out, *jobs
+    )
     assert done.exit_code == 0, done.output
-    assert [line.split()[-1] for line in done.stdout.splitlines()[:2]] == ["right", "right"]
-    assert "2 cases of 2 images on" in done.stdout
-    assert " 0 of them wrong" in done.stdout
+    assert [line.split()[-3:] for line in done.stdout.splitlines()[:2]] == [["2", "images", "right"]] * 2
+    assert "2 of 2 checks of 2 cases on" in done.stdout
+    assert done.stdout.endswith(": 2 right, 0 wrong, 0 failed, 0 unknown\n")
+    rows = read_jsonl(out)
+    assert [(r["case"], r["op"], r["batch"], r["status"], r["error"]) for r in rows] == [
+        (f"bn_finalize {shape}", "bn_finalize", 2, "right", None) for shape in ("256x4x4", "512x4x4")
+    ]
 
 
 @pytest.mark.parametrize(
     ("ours", "says"),
     [
-        (lambda x: (1.01 * x, x.new_empty((3, 0, 64))), "output 0 is off by"),
-        (lambda x: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda x: (1.01 * x, x.new_empty((3, 0, 64))), "wrong: output 0 is off by"),
+        (lambda x: 1 / 0, "failed: ZeroDivisionError: division by zero"),
     ],
     ids=["wrong", "raises"],
 )
 def test_a_wrong_kernel_is_named_and_those_after_it_are_checked(monkeypatch, ours, says):
     case = next(c for c in cases.cases() if c.op == "bn_finalize")
     broken = dataclasses.replace(
-        case, op="conv_fprop", operands=lambda d: (d.activation(64, 4),), library=lambda x: (x,), ours=ours,
-        comparable=with_moments,
+        case, op="conv_fprop", shape="64x32x32-64x3x3-s1", operands=lambda d: (d.activation(64, 4),),
+        library=lambda x: (x,), ours=ours, comparable=with_moments,
     )  # fmt: skip
     monkeypatch.setattr(cases, "cases", lambda: (broken, case))
-    done = invoke("--check")
+    done = invoke("--check", "--jobs", 1, "--images", 2)
     assert done.exit_code == 1
     first, second, last = done.stdout.splitlines()
     assert says in first
+    assert re.search(r"  \(\d+x\d+x\d+ \d warps .*\)$", first), "the tile that it ran with"
     assert second.endswith("right")
-    assert last.endswith(", 1 of them wrong")
+    assert ": 1 right, " in last
 
 
 def test_kernels_that_cannot_run_are_not_checked(monkeypatch):
@@ -188,7 +204,7 @@ def test_an_interrupted_tuning_keeps_what_it_measured_and_goes_on_from_there(mon
                 raise KeyboardInterrupt
             self.left -= 1
             asked.append(case.name)
-            return Timings({incumbent: 1.0}, 2.0, {})
+            return Timings({incumbent: 1.0}, 2.0, {tried[1]: "wrong: output 0 is off"})
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -202,6 +218,109 @@ def test_an_interrupted_tuning_keeps_what_it_measured_and_goes_on_from_there(mon
         assert invoke("conv_wgrad", "--tune").exit_code == 130
         assert len(table) == measured
     assert len(set(asked)) == 4
+
+
+def command_run(commands):
+    """A `subprocess.run` that notes the commands of the program's own and lets git through."""
+    run = subprocess.run
+
+    def noting(command, **how):
+        if command[0] != sys.executable:
+            return run(command, **how)
+        commands.append(command)
+        return types.SimpleNamespace(returncode=1)
+
+    return noting
+
+
+def test_a_tuning_goes_on_in_another_process_when_a_tile_took_the_device_down(monkeypatch):
+    asked, commands = [], []
+
+    class Backend:
+        gpu = Gpu("NVIDIA H200", (9, 0))
+
+        def __init__(self, setup, ahead):
+            pass
+
+        def prepare(self, problems):
+            asked.extend(problem.case().shape for problem in problems)
+
+        def time(self, case, tried, incumbent):
+            return Timings({}, None, {incumbent: "AcceleratorError: an illegal memory access"}, lost=True)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(jit, "unavailable", lambda device: None)
+    monkeypatch.setattr(bench, "setup", lambda dtype, quick: None)
+    monkeypatch.setattr(tuning, "CudaBackend", Backend)
+    monkeypatch.setattr(precompile.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(bench_command.subprocess, "run", command_run(commands))
+    done = invoke("conv_wgrad", "--tune", "--quick")
+    assert done.exit_code == 1, "as the other process"
+    assert "1 tiles refused, 0 of them wrong" in done.stdout
+    (command,) = commands
+    shapes = [f"--shape={shape}" for shape in asked[1:]]
+    assert command[1:] == ["-m", "profiling", "bench", "conv_wgrad", *shapes, "--dtype", "float16", "--tune", "--quick"]
+
+
+def test_a_bench_goes_on_in_another_process_when_a_kernel_took_the_device_down(monkeypatch, tmp_path, no_gpu):
+    """Each case's rows are kept before; the case that did it is not run again."""
+    measured, commands, out = [], [], tmp_path / "bench.jsonl"
+    monkeypatch.setattr(bench, "lost", lambda device: True)
+    measure = bench.measure
+    monkeypatch.setattr(bench, "measure", lambda case, *more: measured.append(case.shape) or measure(case, *more))
+    monkeypatch.setattr(bench_command.subprocess, "run", command_run(commands))
+    assert invoke("bn_finalize", "--quick", "--out", out).exit_code == 1, "as the other process"
+    (first,) = measured
+    (command,) = commands
+    shapes = [case.shape for case in cases.cases() if case.op == "bn_finalize"]
+    assert first == shapes.pop(0)
+    options = ["--dtype", "float16", "--quick", f"--out={out}", "--resume"]
+    assert command[3:] == ["bench", "bn_finalize", *(f"--shape={shape}" for shape in shapes), *options]
+    assert {row["shape"] for row in read_jsonl(out) if row["kind"] == "timing"} == {first}
+
+
+def test_on_a_gpu_nothing_is_compiled_for_the_facts_and_they_follow_their_case(monkeypatch, tmp_path):
+    """And a case whose facts cannot be had keeps its timings."""
+    out, cpu = tmp_path / "bench.jsonl", torch.device("cpu")
+    where = bench.Setup(torch.device("cuda"), torch.float16, 512, bench.QUICK, bench.CpuTimer())
+    about = environment(cpu, ROOT)
+
+    def loaded(case, setup):
+        if case.shape != "256x4x4":
+            raise RuntimeError("no disassembler")
+        about = (case.name, case.op, "", case.shape, "float16", "bn_finalize_kernel", "NVIDIA H200", 90)
+        return [kernel_facts.KernelFacts(*about, "measured", "read", 40)]
+
+    def measure(case, setup, providers):
+        samples = bench.Samples(us=[1.0, 2.0, 3.0])
+        cost = case.cost(*case.operands(Draw(2, cpu)))
+        return [bench._result(case, where, cost, bench.OURS, "hot", samples, {}, {bench.OURS: 0.1})]
+
+    monkeypatch.setattr(bench, "setup", lambda dtype, quick: where)
+    monkeypatch.setattr(bench, "lost", lambda device: False)
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(kernel_facts, "loaded_facts", loaded)
+    monkeypatch.setattr(kernel_facts, "kernel_facts", lambda *arguments: pytest.fail("compiled"))
+    monkeypatch.setattr(environments, "environment", lambda device, root: about)
+    done = invoke("bn_finalize", "--shape", "256x4x4", "--shape", "512x4x4", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert [(row["kind"], row["shape"]) for row in read_jsonl(out)] == [
+        ("timing", "256x4x4"),
+        ("facts", "256x4x4"),
+        ("timing", "512x4x4"),
+    ]
+    assert "warning: bn_finalize 512x4x4: no facts of its kernels: RuntimeError: no disassembler" in done.stderr
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_the_short_list_is_a_look_at_a_dozen_cases(monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "measure", lambda case, setup, providers: asked.append((case.name, providers)) or [])
+    assert invoke("--short").exit_code == 0
+    assert {name for name, _ in asked} == set(cases.SHORT)
+    assert len(asked) == 12
+    assert all(bench.MAX_AUTOTUNE not in providers and bench.COMPILED in providers for _, providers in asked)
 
 
 @pytest.mark.usefixtures("no_gpu")

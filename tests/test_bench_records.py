@@ -141,6 +141,8 @@ def test_a_line_has_the_figures_or_the_reason_never_a_zero():
     assert first[:5] == [OURS, "100.0", "~1.5", "~3,456.7", "memory"]
     assert " ".join(first[5:]) == "1.50 [1.40, 1.60] FAST vs torch.compile"
     assert " ".join(second) == "ours unavailable: no CUDA GPU"
+    (capped,) = bench_records.lines([dataclasses.replace(ours, power_capped_share=0.8)])
+    assert capped.endswith("FAST vs torch.compile, power cap in 80% of the samples")
 
 
 def test_the_first_lines_name_the_machine():
@@ -148,6 +150,10 @@ def test_the_first_lines_name_the_machine():
     text = "\n".join(bench_records.heading(ENVIRONMENT, setup))
     for fact in ("NVIDIA H200", "1980 MHz", "driver 570.1", "torch 2.13.0", "triton 3.6.0", "git abc", "4,300 GB/s"):
         assert fact in text, fact
+    capped = dataclasses.replace(setup, ceilings=Ceilings(650.0, 3000.0, power_capped_share=0.97))
+    assert "650 TFLOP/s (measured, power cap in 97% of the samples)" in bench_records.heading(ENVIRONMENT, capped)[1]
+    hot = dataclasses.replace(setup, ceilings=Ceilings(reason="throttled"))
+    assert bench_records.heading(ENVIRONMENT, hot)[1].endswith("ceilings: unavailable (throttled)")
     cpu = bench_records.heading(ON_CPU | {"git_dirty": True}, setup)
     assert cpu[0].startswith("no CUDA GPU; a processor")
     assert cpu[0].endswith("git abc (dirty)")

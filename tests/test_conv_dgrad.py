@@ -298,10 +298,10 @@ def layer_builds(arch: int, device) -> list:
     return builds
 
 
-def test_machine_code_of_every_layer(monkeypatch, device):
+def test_machine_code_of_every_layer(monkeypatch):
     builds = []
     for arch in MATRIX_INSTRUCTION:
         monkeypatch.setattr(tiles, "gpu_of", lambda device, arch=arch: tiles.Gpu("", (arch // 10, 0)))
-        builds += layer_builds(arch, device)
+        builds += layer_builds(arch, torch.device("cpu"))
     for build, facts in zip(builds, compile_all(builds), strict=True):
         assert_machine_code(build, facts)

@@ -9,7 +9,7 @@ import torch
 from test_ceilings import FOUND, ceiling
 from typer.testing import CliRunner
 
-from profiling import ceilings
+from profiling import ceilings, device_command
 from profiling.__main__ import app
 from profiling.ceilings import Ceilings
 from profiling.device_command import document, rows
@@ -71,6 +71,13 @@ def test_of_each_pass_the_fastest_convolution_is_shown():
     (shown,) = (row for row in found if "fprop" in row.label)
     assert shown.label == "fastest fprop 128x16x16-128x3x3-s1"
     assert shown.measured.value == 2e12
+
+
+def test_a_ceiling_says_how_much_of_it_was_under_the_power_cap():
+    capped = dataclasses.replace(FOUND, gemm=[dataclasses.replace(ceiling(650e12), power_capped_share=0.975)])
+    first, *_, last = rows(capped, specification(FOUND.device), "")
+    assert device_command._cells(first)[-2:] == ("66%", "98%")
+    assert device_command._cells(last)[-1] == ""
 
 
 def test_an_unknown_gpu_has_no_promise_and_its_measured_ceiling_stands():

@@ -38,6 +38,13 @@ def test_heat_and_power_throttle(mask):
     assert nvml.GpuSample(1, 1, nvml.in_words(mask)).throttled
 
 
+@pytest.mark.parametrize(("mask", "disturbed"), [(0x4, False), (0x8, True), (0x20, True), (0x40, True), (0x80, True)])
+def test_all_of_them_disturb_a_timing_but_the_power_cap(mask, disturbed):
+    sample = nvml.GpuSample(1, 1, nvml.in_words(mask))
+    assert (sample.disturbed, sample.power_capped) == (disturbed, not disturbed)
+    assert nvml.GpuSample().power_capped is None
+
+
 @pytest.mark.parametrize("mask", [0x0, 0x1, 0x2, 0x100], ids=["none", "idle", "application_clocks", "display_clocks"])
 def test_a_chosen_clock_is_no_throttling(mask):
     assert not nvml.GpuSample(1, 1, nvml.in_words(mask)).throttled

@@ -1,6 +1,10 @@
 """Machine code without a GPU: what is recorded, what is compiled, and what follows from the figures."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,13 +22,14 @@ from profiling.conv_cases import conv_fprop_case
 from profiling.kernel_facts import DEFAULT_GPUS, kernel_facts
 from profiling.tuning import forced
 
+ROOT = Path(__file__).parent.parent
 SHAPE = ConvShape(64, 64, 32, 32)
 
 
 @pytest.fixture
-def convolution(device):
+def convolution():
     x, w = (
-        torch.empty(extents, dtype=torch.float16, device=device, memory_format=torch.channels_last)
+        torch.empty(extents, dtype=torch.float16, memory_format=torch.channels_last)
         for extents in ((512, 64, 32, 32), (64, 64, 3, 3))
     )
     return lambda: conv_fprop(x, w)
@@ -47,8 +52,8 @@ def test_a_launch_is_recorded_as_it_would_be_on_that_gpu(convolution, gpu):
     assert tiles.gpu_of is gpu_of
 
 
-def test_the_same_code_is_compiled_once(device):
-    x = torch.empty(2, 64, 4, 4, dtype=torch.float16, device=device, memory_format=torch.channels_last)
+def test_the_same_code_is_compiled_once():
+    x = torch.empty(2, 64, 4, 4, dtype=torch.float16, memory_format=torch.channels_last)
     with launches() as builds:
         bn_stats(x)
         bn_stats(x)
@@ -58,8 +63,8 @@ def test_the_same_code_is_compiled_once(device):
     assert len(unique([*builds, again.on(80)])) == 2
 
 
-def test_compiling_gives_facts_and_a_failure_its_reason(device):
-    x = torch.empty(2, 64, 4, 4, dtype=torch.float16, device=device, memory_format=torch.channels_last)
+def test_compiling_gives_facts_and_a_failure_its_reason():
+    x = torch.empty(2, 64, 4, 4, dtype=torch.float16, memory_format=torch.channels_last)
     with launches() as (builds):
         bn_stats(x)
     broken = dataclasses.replace(builds[0], constexprs=builds[0].constexprs | {"BLOCK_M": 3})
@@ -116,17 +121,25 @@ def test_instructions_per_matrix_step_are_of_the_innermost_loop_with_one():
     assert Facts("", 80, loops=loops).macs_per_matrix_step() is None
 
 
-def test_a_matrix_instruction_has_the_extents_that_the_warps_have_and_not_the_block(device):
+def test_a_matrix_instruction_has_the_extents_that_the_warps_have_and_not_the_block():
     """Eight warps are two groups, which share 128 rows or, where the block has but 64, its columns."""
-    x, dy = (
-        torch.empty(2, k, 8, 8, dtype=torch.float16, device=device, memory_format=torch.channels_last)
-        for k in (64, 128)
-    )
+    x, dy = (torch.empty(2, k, 8, 8, dtype=torch.float16, memory_format=torch.channels_last) for k in (64, 128))
     tile = tiles.Tile(64, 128, 64, 8, 3, False)
     with launches(Gpu("sm_90", (9, 0))) as builds, forced(tile):
         conv_wgrad(x, dy, 3)
     (facts,) = compile_all(builds[:1])
     assert facts.macs_per_matrix_step() == 64 * 64 * 16
+
+
+def test_what_was_compiled_ahead_of_time_is_what_a_launch_looks_for():
+    """Under the same key of Triton's cache, also where 16 does not divide an argument; else it is compiled twice."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "tests/runtime_keys.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    found = [line.split() for line in done.stdout.splitlines()]
+    names = {name for name, _ in found}
+    assert {"sgd_kernel", "augment_kernel", "conv_fprop_kernel", "bn_stats_kernel"} <= names, done.stderr
+    assert {name for name, same in found if same != "True"} == set()
 
 
 def test_shared_memory_limits_of_a_block():
@@ -161,9 +174,9 @@ def test_facts_of_cases_name_case_kernel_and_gpu():
             assert (f.status, f.source, f.registers, f.blocks_per_sm) == ("unavailable", "no", None, None)
 
 
-def test_a_torn_file_in_tritons_cache_is_compiled_again(tmp_path, monkeypatch, device):
-    x = torch.empty(2, 64, 4, 4, dtype=torch.float16, device=device, memory_format=torch.channels_last)
-    scale = torch.ones(64, device=device)
+def test_a_torn_file_in_tritons_cache_is_compiled_again(tmp_path, monkeypatch):
+    x = torch.empty(2, 64, 4, 4, dtype=torch.float16, memory_format=torch.channels_last)
+    scale = torch.ones(64)
     with launches(DEFAULT_GPUS[1]) as builds:
         bn_apply(x, scale, scale)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from profiling import sustained
+from profiling.nvml import GpuSample
 from profiling.sustained import FEWEST, WINDOWS, CpuWatch, CudaWatch, sustain
 
 
@@ -92,6 +93,21 @@ def test_the_hot_clock_and_what_holds_it_down(monkeypatch):
     gpu.watch.windows(gpu.run, 10, 0.1)
     assert gpu.watch.hot_clock == 1500
     assert gpu.watch.reasons() == ("power cap",)
+    assert gpu.watch.power_capped_share == 1.0
+
+
+def test_windows_under_the_power_cap_count_and_those_of_a_hot_gpu_do_not(monkeypatch):
+    gpu = Simulated(monkeypatch, launch_s=1e-7, kernel_s=1e-3)
+    calm, hot = GpuSample(reasons=("power cap",)), GpuSample(reasons=("power cap", "hardware thermal slowdown"))
+    states = itertools.chain([calm, hot, GpuSample(reasons=())], itertools.repeat(calm))
+    monkeypatch.setattr(gpu.watch, "sample", lambda: next(states))
+    before = gpu.kernels
+    windows = gpu.watch.windows(gpu.run, 10, 0.1)
+    assert 10 * (len(windows) + 1) == gpu.kernels - before, "one window was left out"
+    assert gpu.watch.power_capped_share == pytest.approx(len(windows) / (len(windows) + 1))
+    assert gpu.watch.reasons() == ("hardware thermal slowdown", "power cap")
+    monkeypatch.setattr(gpu.watch, "sample", lambda: hot)
+    assert len(gpu.watch.windows(gpu.run, 10, 0.1)) >= FEWEST, "what there is, where there is nothing else"
 
 
 def test_without_nvml_the_clock_is_not_known(monkeypatch):
@@ -119,7 +135,8 @@ def cpu(monkeypatch, share):
 def test_a_cpu_s_windows(monkeypatch):
     run, watch = cpu(monkeypatch, 1.0), CpuWatch()
     took = sustain(watch, run, 0.08)
-    assert took == pytest.approx((1e-3, 1e-3, WINDOWS, 0.08))
+    assert took[:4] == pytest.approx((1e-3, 1e-3, WINDOWS, 0.08))
+    assert took.power_capped_share is None, "a CPU has none"
     assert watch.reasons() == ()
 
 

@@ -1,5 +1,6 @@
 """The protocol of the micro-benchmarks, with a timer and a GPU that follow a script."""
 
+import dataclasses
 import itertools
 import random
 import types
@@ -11,6 +12,7 @@ from profiling.nvml import GpuSample
 from profiling.timing import FEWEST, CpuTimer, CudaTimer, Plan, Samples, interleave, summarise, verdict
 
 COOL, HOT = GpuSample(1980, 3201, ()), GpuSample(1200, 3201, ("software thermal slowdown",))
+CAPPED, BRAKED = GpuSample(1500, 3201, ("power cap",)), GpuSample(300, 3201, ("power cap", "power brake"))
 PLAN = Plan(min_samples=4, max_samples=50, relative_error=0.01, seconds=1e9, max_discarded=6)
 
 
@@ -66,6 +68,28 @@ def test_a_gpu_that_says_nothing_discards_nothing():
     taken = interleave(*scripted({"a": [1.0]}, []), PLAN, lambda: GpuSample(None, None, None))
     assert taken["a"].discarded == 0
     assert not taken["a"].last.throttled
+    assert taken["a"].power_capped_share is None
+
+
+def test_samples_under_the_power_cap_are_kept_and_counted():
+    """A large GPU does its large products there and nowhere else; a brake beside it still discards."""
+    states = itertools.chain([COOL, CAPPED, BRAKED, CAPPED], itertools.repeat(CAPPED))
+    taken = interleave(*scripted({"a": [1.0, 1.0, 99.0, 1.0]}, []), PLAN, lambda: next(states))
+    assert taken["a"].us == [1.0] * 4
+    assert (taken["a"].discarded, taken["a"].power_capped_share) == (1, 0.75)
+    assert taken["a"].refusal() is None
+
+
+def test_a_function_that_fails_drops_out_and_the_others_go_on():
+    def timer(run):
+        return run()
+
+    times = [1.0, 1.0, 1.0]
+    runs = {"breaks": lambda: times.pop(), "steady": lambda: 5.0}
+    taken = interleave(runs, timer, dataclasses.replace(PLAN, min_samples=8))
+    assert taken["breaks"].refusal() == "IndexError: pop from empty list"
+    assert len(taken["steady"].us) == 8
+    assert taken["steady"].refusal() is None
 
 
 def test_an_idle_gpu_is_not_a_throttled_one():
@@ -180,3 +204,5 @@ def test_a_function_that_waits_for_the_device_is_no_sample(gpu_timer, monkeypatc
     monkeypatch.setattr(FakeEvent, "late", 1000)
     with pytest.raises(RuntimeError, match="cannot be hidden"):
         timer.for_mode("cold")(lambda: None)
+    monkeypatch.setattr(FakeEvent, "late", 0)
+    assert timer.for_mode("cold")(lambda: None) == 250.0, "those after it are not held responsible"

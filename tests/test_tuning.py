@@ -1,6 +1,7 @@
 """Which tiles are tried, which is chosen and what the table becomes; the GPU is a script."""
 
 import contextlib
+import types
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from profiling.ahead_of_time import launches
 from profiling.bench import Setup
 from profiling.case import Draw
 from profiling.cases import LAYERS
+from profiling.nvml import GpuSample
 from profiling.timing import QUICK
 from profiling.tuning import CudaBackend, Timings, candidates, changed, forced, refreshed, select, tune
 
 H200, A100, FP16 = Gpu("NVIDIA H200", (9, 0)), Gpu("NVIDIA A100", (8, 0)), torch.float16
+CPU = torch.device("cpu")
 SHAPE = ConvShape(64, 128, 32, 32, stride=2)
 SMALL, LARGE, WIDE = Tile(64, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 4)
 
@@ -126,7 +129,7 @@ class ScriptedBackend:
 
 def test_tuning_measures_the_fused_case_of_every_problem():
     backend, said = ScriptedBackend(library_us=90.0), []
-    measured = tune(backend, [(op, SHAPE) for op in OPS], FP16, "3.6.0", said.append)
+    measured, refused, left = tune(backend, [(op, SHAPE) for op in OPS], FP16, "3.6.0", said.append)
     assert backend.cases == [
         f"conv_fprop[prologue,statistics] {SHAPE}",
         f"conv_dgrad[mask,sums] {SHAPE}",
@@ -135,13 +138,51 @@ def test_tuning_measures_the_fused_case_of_every_problem():
     assert backend.prepared == backend.cases
     assert [(e.op, e.us, e.library_us) for e in measured] == [(op, 100.0, 90.0) for op in OPS]
     assert sum("refused: wrong: output 0 is off" in line for line in said) == 3
+    assert [(r.op, r.shape, r.reason) for r in refused] == [(op, SHAPE, "wrong: output 0 is off") for op in OPS]
+    assert str(refused[0]) in said
+    assert left == []
     assert sum("library (ours 100.0 us, library 90.0 us)" in line for line in said) == 3
 
 
 def test_a_problem_without_a_measurement_leaves_the_table():
     said = []
-    assert tune(ScriptedBackend(library_us=None), [("conv_fprop", SHAPE)], FP16, "3.6.0", said.append) == []
+    tuned = tune(ScriptedBackend(library_us=None), [("conv_fprop", SHAPE)], FP16, "3.6.0", said.append)
+    assert tuned.entries == []
     assert said[-1].endswith("nothing measured, the table stays as it is")
+
+
+class FailingBackend(ScriptedBackend):
+    """What happens to each op, in order: an exception, or what to say of it."""
+
+    def __init__(self, *fates):
+        super().__init__(90.0)
+        self.fates = iter(fates)
+
+    def time(self, case, tried, incumbent):
+        fate = next(self.fates)
+        if isinstance(fate, Exception):
+            raise fate
+        return fate or super().time(case, tried, incumbent)
+
+
+def test_a_problem_that_fails_does_not_end_the_tuning():
+    said, kept = [], []
+    backend = FailingBackend(torch.OutOfMemoryError("no room\nadvice"), None, RuntimeError("cuDNN says no"))
+    tuned = tune(
+        backend, [(op, SHAPE) for op in OPS], FP16, "3.6.0", said.append, lambda entries: kept.append(len(entries))
+    )
+    assert [entry.op for entry in tuned.entries] == [OPS[1]]
+    assert f"{OPS[0]} {SHAPE}: not measured: OutOfMemoryError: no room" in said
+    assert f"{OPS[2]} {SHAPE}: not measured: RuntimeError: cuDNN says no" in said
+    assert kept == [1]
+
+
+def test_a_tile_that_takes_the_device_down_is_named_and_the_rest_is_left_for_another_process():
+    said = []
+    fault = Timings({}, None, {LARGE: "AcceleratorError: an illegal memory access"}, lost=True)
+    tuned = tune(FailingBackend(None, fault), [(op, SHAPE) for op in OPS], FP16, "3.6.0", said.append)
+    assert tuned.left == [(OPS[2], SHAPE)]
+    assert f"{OPS[1]} {SHAPE}: 128x128x64 8 warps 3 stages pointers refused: {fault.refused[LARGE]}" in said
 
 
 def test_a_forced_tile_is_forced_and_let_go():
@@ -166,28 +207,77 @@ class SteadyTimer:
         return 5.0
 
 
-def test_the_backend_refuses_wrong_tiles_and_times_the_others(monkeypatch, device):
-    """The whole of it with the interpreter for a GPU: two tiles that are right, one that raises, one that is wrong."""
-    shape = ConvShape(16, 16, 4, 4)
-    right, also, raising, wrong = (Tile(32 * 2**i, 16, 16, 4, 1) for i in range(4))
+def planted_case(monkeypatch, faults: dict[Tile, object], results: list | None = None):
+    """A small case whose kernel has a fault at the tiles of `faults`: it raises, is wrong by a factor, or spills.
+
+    `results` keeps every y.
+    """
+    results = [] if results is None else results
     make, variant = tuning.FUSED["conv_fprop"]
-    case = make(shape, variant)
-    ours = case.ours
+    case = make(ConvShape(16, 16, 4, 4), variant)
+    ours, kernels = case.ours, []
 
     def planted(*operands):
-        tile = tiles.tile("conv_fprop", shape, FP16, H200)
-        if tile == raising:
-            raise RuntimeError("out of resource")
+        fault = faults.get(tiles.tile("conv_fprop", SHAPE, FP16, H200))
+        if isinstance(fault, Exception):
+            raise fault
+        kernels.append(types.SimpleNamespace(n_spills=fault if isinstance(fault, int) else 0))
         y, partials = ours(*operands)
-        return (y * 1.1 if tile == wrong else y), partials
+        results.append(y * fault if isinstance(fault, float) else y)
+        return results[-1], partials
+
+    @contextlib.contextmanager
+    def launched():
+        kernels.clear()
+        yield kernels
 
     object.__setattr__(case, "ours", planted)
-    backend = CudaBackend(Setup(device, FP16, 2, QUICK, SteadyTimer()))
-    timings = backend.time(case, [right, also, raising, wrong], right)
+    monkeypatch.setattr(tuning, "launched", launched)
+    return case
+
+
+def test_the_backend_refuses_wrong_and_spilling_tiles_and_times_the_others(monkeypatch, device):
+    """The whole of it with the interpreter for a GPU: two tiles that are right, and one with each fault."""
+    right, also, raising, wrong, spilling = (Tile(32 * 2**i, 16, 16, 4, 1) for i in range(5))
+    faults = {raising: RuntimeError("out of resource"), wrong: 1.1, spilling: 118}
+    timed, results = [], []
+    case = planted_case(monkeypatch, faults, results)
+
+    class Timer(SteadyTimer):
+        def sample(self, run):
+            timed.append(run)
+            return super().sample(run)
+
+    backend = CudaBackend(Setup(device, FP16, 2, QUICK, Timer(), gpu=lambda: GpuSample(reasons=("power cap",))))
+    timings = backend.time(case, [right, also, raising, wrong, spilling], right)
     assert set(timings.us) == {right, also}
+    assert timings.power_capped == {right: 1.0, also: 1.0}
     assert timings.library_us == 5.0
     assert timings.refused[raising] == "RuntimeError: out of resource"
-    assert "is off by" in timings.refused[wrong]
+    assert timings.refused[wrong].startswith("wrong: output 0 is off by")
+    assert timings.refused[spilling] == "it spills 472 bytes a thread into local memory"
+    assert len(set(timed)) == 3, "two tiles and the library"
+    assert all(y.isnan().all() for y in results[:4]), "the next tile cannot inherit a right result"
+    assert not results[4].isnan().any(), "what is timed is left alone"
+    assert not timings.lost
+
+
+def test_a_library_that_fails_is_named_beside_the_tiles_that_are_refused(monkeypatch, device):
+    right, raising = Tile(32, 16, 16, 4, 1), Tile(64, 16, 16, 4, 1)
+    case = planted_case(monkeypatch, {raising: RuntimeError("out of resource")})
+    object.__setattr__(case, "hybrid", lambda *operands: 1 / 0)
+    timings = CudaBackend(Setup(device, FP16, 2, QUICK, SteadyTimer())).time(case, [right, raising], right)
+    assert (set(timings.us), timings.library_us) == ({right}, None)
+    assert timings.refused[None] == "ZeroDivisionError: division by zero"
+    assert timings.refused[raising] == "RuntimeError: out of resource"
+
+
+def test_after_a_tile_that_took_the_device_down_no_other_is_blamed(monkeypatch):
+    right, faulty, after = (Tile(32 * 2**i, 16, 16, 4, 1) for i in range(3))
+    case = planted_case(monkeypatch, {faulty: RuntimeError("CUDA error: an illegal memory access was encountered")})
+    monkeypatch.setattr(tuning, "lost", lambda device: True)
+    timings = CudaBackend(Setup(CPU, FP16, 2, QUICK, SteadyTimer())).time(case, [right, faulty, after], right)
+    assert (timings.us, set(timings.refused), timings.lost) == ({}, {faulty}, True)
 
 
 class Ahead:
@@ -204,12 +294,12 @@ class Ahead:
         self.log.append(("waited", key))
 
 
-def test_candidates_are_compiled_ahead_one_by_one_in_the_order_of_timing(monkeypatch, device):
+def test_candidates_are_compiled_ahead_one_by_one_in_the_order_of_timing(monkeypatch):
     ahead = Ahead()
-    backend = CudaBackend(Setup(device, FP16, 2, QUICK, SteadyTimer()), ahead)
+    backend = CudaBackend(Setup(CPU, FP16, 2, QUICK, SteadyTimer()), ahead)
     problems = [tuning._problem(op, SHAPE, FP16, H200) for op in ("conv_fprop", "conv_wgrad")]
     backend.prepare(problems)
-    submitted = [(p.case().name, (tile,), (FP16, 2, str(device))) for p in problems for tile in p.candidates]
+    submitted = [(p.case().name, (tile,), (FP16, 2, "cpu")) for p in problems for tile in p.candidates]
     assert ahead.log == submitted
     with contextlib.suppress(ZeroDivisionError):
         monkeypatch.setattr(tuning, "Gate", lambda *arguments: 1 / 0)

@@ -14,10 +14,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kernels import tiles
 from profiling import bench
 from profiling.cases import cases
-from profiling.kernel_facts import kernel_facts
+from profiling.kernel_facts import loaded_facts
 
 ON_GPU = torch.cuda.is_available()
 PROVIDERS = bench.PROVIDERS if ON_GPU else (bench.EAGER_NCHW, bench.EAGER)
@@ -53,9 +52,9 @@ def results(name: str) -> dict[str, bench.Result]:
 
 
 @functools.lru_cache(maxsize=1)
-def compiled(name: str) -> list[dict]:
-    facts = kernel_facts([CASES[name]], [tiles.gpu_of(setup().device)], setup().dtype)
-    return [{"kernel": f.kernel, "registers": f.registers, "spill_bytes": f.spill_bytes} for f in facts]
+def loaded(name: str) -> list[dict]:
+    facts = loaded_facts(CASES[name], setup())
+    return [{"kernel": f.kernel, "registers": f.registers, "local_bytes": f.local_bytes} for f in facts]
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
@@ -79,9 +78,10 @@ def test_kernel(benchmark, name, provider):
         "sm_clock_mhz": result.sm_clock_mhz,
         "event_reasons": result.reasons,
         "discarded": result.discarded,
+        "power_capped_share": result.power_capped_share,
         "verdict": result.verdict,
     }
     if provider == bench.OURS:
-        benchmark.extra_info["kernels"] = compiled(name)
+        benchmark.extra_info["kernels"] = loaded(name)
     replay.load([us / 1e6 for us in result.samples_us])
     benchmark.pedantic(lambda: None, rounds=len(result.samples_us), iterations=1)

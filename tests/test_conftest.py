@@ -1,0 +1,64 @@
+"""Which tests a GPU decides, and how long they may take there."""
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import conftest
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_gpu_decides_the_tests_that_ask_for_the_device_and_those_marked_for_it():
+    """And not one whose parameter has the same name, or that names the device without asking for it."""
+    files = [f"tests/test_{name}.py" for name in ("metered_cost", "sustained", "tuning", "timing")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "-m", "gpu", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert [line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line] == [
+        "tests/test_sustained.py::test_a_captured_call_is_replayed",
+        "tests/test_tuning.py::test_the_backend_refuses_wrong_and_spilling_tiles_and_times_the_others",
+    ], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "ignored"),
+    [
+        ("import plotly\n\ndef test_x(tmp_path): ...", True),
+        ("def test_x(tmp_path, device): ...", None),
+        ("@pytest.mark.gpu\ndef test_x(): ...", None),
+    ],
+    ids=["neither", "asks", "marked"],
+)
+def test_a_file_without_such_a_test_is_not_even_imported(tmp_path, text, ignored):
+    """A GPU machine may lack what it needs, and a file that cannot be imported ends the whole collection."""
+    path = tmp_path / "test_x.py"
+    path.write_text(text)
+    config = types.SimpleNamespace(getoption={"markexpr": "gpu"}.get)
+    assert conftest.pytest_ignore_collect(path, config) is ignored
+    everything = types.SimpleNamespace(getoption={"markexpr": ""}.get)
+    assert conftest.pytest_ignore_collect(path, everything) is None
+
+
+class Item:
+    """As much of a test as the hook looks at."""
+
+    def __init__(self, *fixtures: str):
+        self.fixturenames, self.markers = fixtures, {}
+
+    def get_closest_marker(self, name):
+        return self.markers.get(name)
+
+    def add_marker(self, marker):
+        mark = getattr(pytest.mark, marker) if isinstance(marker, str) else marker
+        self.markers[mark.name] = mark
+
+
+@pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "no_gpu"])
+def test_on_a_gpu_a_test_that_it_decides_is_bounded(monkeypatch, gpu):
+    monkeypatch.setattr(conftest, "HAS_GPU", gpu)
+    asking, other = Item("device", "tmp_path"), Item("tmp_path")
+    conftest.pytest_collection_modifyitems([asking, other])
+    assert set(asking.markers) == ({"gpu", "timeout"} if gpu else {"gpu"})
+    assert not other.markers
