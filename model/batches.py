@@ -5,12 +5,11 @@
 every_epoch, per_image    each image, every epoch, in loader workers: draw, pad, crop, flip, normalise, transpose
 once, per_image           pad, normalise, transpose the whole set once; then draw, crop and flip image by image
 once, per_epoch           the same, with all of an epoch's choices drawn at once
-on_device                 uint8 images live on the device; one gather makes a batch (`kernels.augment`)
+on_device                 uint8 images live on the device; `augment` of the run's ops makes a batch of them
 
 All of them give the same batches, bit for bit: choices and order are functions of (seed, epoch, image index).
 """
 
-import functools
 import os
 import signal
 from collections.abc import Iterator
@@ -22,24 +21,15 @@ from torch import Tensor
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kernels.augment import augment, augment_reference
-from kernels.jit import unavailable
 from model.choices import Augmentation, draw_choices, draw_order
 from model.config import Config
 from model.data import MEAN, STD
+from model.network import implementation
 
 
-@functools.cache
 def normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
     """(mean, rstd), fp32 [3], in units of 0 to 255, for `kernels.augment`."""
     return torch.tensor(MEAN, device=device), 1 / torch.tensor(STD, device=device)
-
-
-def gather(images: Tensor, index: Tensor, choices: Tensor, pad: int, cutout: int, dtype: torch.dtype) -> Tensor:
-    """A batch, [b, 3, 32, 32] channels_last: one kernel on a GPU, its bit-equal reference elsewhere. See `augment`."""
-    on_gpu = images.is_cuda and len(index) > 0 and unavailable(images.device) is None
-    op = augment if on_gpu else augment_reference
-    return op(images, index, choices, *normalisation(images.device), pad, cutout, dtype)
 
 
 class Part(NamedTuple):
@@ -84,6 +74,7 @@ class Batches:
         self.on_device = config.preprocess == "on_device"
         if self.on_device:
             self.images = images.to(device)
+            self.augment, self.normalisation = implementation(config).augment, normalisation(device)
             self.order = torch.zeros(self.steps_per_epoch + 1, config.batch_size, dtype=torch.int64, device=device)
             self.choices = torch.zeros(self.count, 5, dtype=torch.int32, device=device)
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
@@ -138,7 +129,8 @@ class Batches:
             row = self.order.index_select(0, self.position)[0]
             index = row[part_or_x.start : part_or_x.start + part_or_x.size]
             self.position += 1
-            x = gather(self.images, index, self.choices, self.config.crop_pad, self.config.cutout, self.dtype)
+            pad, cutout = self.config.crop_pad, self.config.cutout
+            x = self.augment(self.images, index, self.choices, *self.normalisation, pad, cutout, self.dtype)
             return x, self.labels[index]
 
     def state(self) -> list[Tensor]:
