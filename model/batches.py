@@ -12,8 +12,10 @@ All of them give the same batches, bit for bit: choices and order are functions 
 
 import os
 import signal
-from collections.abc import Iterator
-from typing import NamedTuple
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from model.choices import Augmentation, draw_choices, draw_order
 from model.config import Config
 from model.data import MEAN, STD
+from model.memory import free_shared_bytes
 from model.network import implementation
+
+PREFETCHED = 2
+"""Batches that each worker makes in advance: DataLoader's default."""
 
 
 def normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -43,7 +49,8 @@ class Batches:
     """An epoch of (x, labels) at a time: x [b, 3, 32, 32] channels_last in `dtype`, labels int64 [b], both on `device`.
 
     A global batch of `config.batch_size` images is split over `world` ranks; the last batch of an epoch is short, and a
-    rank's part of it may be empty.
+    rank's part of it may be empty. There are no more workers than processors, and than find room for their batches in
+    shared memory, of which `warn` tells.
 
     Of images on the device, the epoch's order and choices lie there too, in tensors that never move, and so does the
     number of the next batch. `epoch` then yields nothing but which part of a batch is this rank's: one or two different
@@ -64,6 +71,7 @@ class Batches:
         dtype: torch.dtype,
         rank: int = 0,
         world: int = 1,
+        warn: Callable[[str], Any] = warnings.warn,
     ):
         self.config, self.device, self.dtype = config, device, dtype
         self.rank, self.world = rank, world
@@ -81,11 +89,17 @@ class Batches:
             return
         Samples = EveryEpoch if config.preprocess == "every_epoch" else Once
         workers = min(config.workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+        if workers:
+            dtype_made = torch.float32 if Samples is EveryEpoch else dtype
+            workers = _affordable(workers, self._part(0).size * 3 * 32 * 32 * dtype_made.itemsize, world, warn)
         self.sampler = _EpochSampler()
         self.loader = DataLoader(
             Samples(images, config, self.augmentation, dtype),
             batch_sampler=self.sampler,
             num_workers=workers,
+            prefetch_factor=PREFETCHED if workers else None,
+            # A fork has the images without a copy; elsewhere than on Linux it is not safe.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
@@ -179,7 +193,7 @@ class EveryEpoch(_Samples):
 
     def __init__(self, images: Tensor, config: Config, augmentation: Augmentation, dtype: torch.dtype):
         super().__init__(images, config, augmentation, dtype)
-        self.images = images.share_memory_()
+        self.images = images
         self.mean, self.rstd = normalisation(torch.device("cpu"))
 
     def __getitem__(self, key: int) -> Tensor:
@@ -206,7 +220,6 @@ class Once(_Samples):
         for few, out in zip(images.split(1000), self.padded.split(1000), strict=True):
             x = ((few.float() - mean) * rstd).permute(0, 3, 1, 2)
             out.copy_(F.pad(x, (pad, pad, pad, pad), mode="reflect"))
-        self.padded.share_memory_()
 
     def __getitem__(self, key: int) -> Tensor:
         image, (dy, dx, flip, cut_y, cut_x) = self.choose(key)
@@ -218,6 +231,23 @@ class Once(_Samples):
             x = x.clone()
             x[:, cut_y : cut_y + cut, cut_x : cut_x + cut] = 0
         return x
+
+
+def _affordable(workers: int, batch_bytes: int, ranks: int, warn: Callable[[str], Any]) -> int:
+    """How many workers find room in /dev/shm for what they make in advance, beside those of all ranks."""
+    free = free_shared_bytes()
+    if free is None:
+        return workers
+    batches = free // max(ranks * batch_bytes, 1) - 1  # less the one that is being trained on
+    fitting = min(max(batches // PREFETCHED, 0), workers)
+    if fitting < workers:
+        needed = ranks * batch_bytes * (PREFETCHED * workers + 1)
+        warn(
+            f"/dev/shm has {free / 2**20:,.1f} MB free and {workers} workers need {needed / 2**20:,.1f} MB there for "
+            f"their batches: {f'{fitting} of them work' if fitting else 'this process makes them itself'}. Enlarge it "
+            "(docker run --shm-size=1g), or --set preprocess=on_device --set workers=0"
+        )
+    return fitting
 
 
 def _collate(samples: list[Tensor]) -> Tensor:

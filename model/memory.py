@@ -1,4 +1,4 @@
-"""Memory of the process: how to keep what is freed, and how much was needed at most."""
+"""Memory of the process: how to keep what is freed, how much was needed at most, and how much can be shared."""
 
 import ctypes
 import os
@@ -46,6 +46,18 @@ def peak_bytes(device: torch.device) -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_shared_bytes() -> int | None:
+    """What is free of /dev/shm, by which processes hand each other tensors; who needs more dies of SIGBUS.
+
+    None where there is no such place. Containers have 64 MB there if nobody asks for more.
+    """
+    try:
+        found = os.statvfs("/dev/shm")
+    except (AttributeError, OSError):
+        return None
+    return found.f_bavail * found.f_frsize
 
 
 def out_of_memory(error: BaseException, device: torch.device, batch_size: int) -> OutOfMemoryError | None:
