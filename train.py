@@ -576,7 +576,7 @@ def open_session(
     from model import data
     from model.distributed import join
     from model.memory import keep_freed_memory
-    from model.trainer import choose_device
+    from model.trainer import choose_device, search_convolutions
 
     keep_freed_memory()
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -587,6 +587,7 @@ def open_session(
 
         def progress(done: int, total: int) -> None:
             if not meters:
+    search_convolutions(chosen)
                 meters.append(stack.enter_context(terminal.progress(total, done, "bytes")))
             meters[0].advance(done - meters[0].done, "downloading CIFAR-10 (--synthetic does without)")
 

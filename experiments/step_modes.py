@@ -24,7 +24,7 @@ from model.config import Config, preset
 from model.data import Dataset, load
 from model.distributed import Ranks
 from model.errors import RunError
-from model.trainer import Trainer, choose_device, choose_dtype, with_available_ops
+from model.trainer import Trainer, choose_device, choose_dtype, search_convolutions, with_available_ops
 from profiling.console import Terminal
 from profiling.environment import environment
 from profiling.records import write_json
@@ -139,6 +139,7 @@ def report(arguments: argparse.Namespace, terminal: Terminal) -> tuple[list[dict
     """Measure, and print a table; returns its rows and the machine's description."""
     config = preset(arguments.preset or "laptop").with_settings(arguments.set)
     device = choose_device(config.device)
+    search_convolutions(device)
     if arguments.preset is None and device.type == "cuda":
         config = preset("fused").with_settings(arguments.set)
     config, reason = with_available_ops(config, device)

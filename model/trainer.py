@@ -137,6 +137,15 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return device
 
 
+def search_convolutions(device: torch.device) -> None:
+    """Let cuDNN time its algorithms at the first convolution of each shape, as tuning does, and not go by a guess.
+
+    The fastest differs from run to run, and so do the last bits; whoever needs them equal turns it off again.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+
+
 def choose_dtype(name: str, device: torch.device, ops: str = "reference") -> torch.dtype:
     """The activations' dtype. `auto`: fp16 on a GPU; on a CPU bf16 if it multiplies bf16 in hardware, else fp32.
 

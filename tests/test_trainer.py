@@ -11,7 +11,7 @@ from model.batches import Batches, normalisation
 from model.data import MEAN, STD
 from model.distributed import Ranks
 from model.errors import DeviceError, NonFiniteError
-from model.trainer import Trainer, build_network, choose_device, choose_dtype, step_mode
+from model.trainer import Trainer, build_network, choose_device, choose_dtype, search_convolutions, step_mode
 
 CPU = torch.device("cpu")
 
@@ -152,6 +152,14 @@ def test_an_eager_step_that_fails_in_warm_up_fails(monkeypatch):
     monkeypatch.setattr(trainer.network, "forward", lambda x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.warm_up()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_convolutions_are_searched_for_on_a_gpu(monkeypatch, device):
+    """As where the tile table is measured: the library's and ours are then compared as they will run."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    search_convolutions(torch.device(device))
+    assert torch.backends.cudnn.benchmark == (device == "cuda")
 
 
 def test_captured_is_the_default_on_a_gpu_only():
