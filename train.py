@@ -395,13 +395,16 @@ def repeat(
 ) -> dict[str, Any]:
     """Train `runs` times with consecutive seeds, in out/run-000, ...; returns what out/summary.json holds.
 
-    With `resume`, complete runs are kept and an unfinished one goes on. Raises what `run` raises, and TargetMissedError
-    if the mean is below `target`.
+    That is written after each run, so that one that is killed leaves the figures of those before it. With `resume`,
+    complete runs are kept and an unfinished one goes on. Without a `target` the runs that reach TARGET are counted, on
+    the official images only, for which it was set. Raises what `run` raises, and TargetMissedError if the mean is below
+    `target`.
     """
     from profiling.records import read_json, write_json
     from profiling.statistics import aggregate, claim_in_words
 
-    summaries = []
+    counted = TARGET if target is None and session.dataset.identity == "official" else target
+    summaries, summary = [], {}
     for i in range(runs):
         each, folder = dataclasses.replace(config, seed=config.seed + i), out / f"run-{i:03d}"
         session.terminal.say(f"run {i + 1} of {runs}, seed {each.seed}", "bold")
@@ -409,14 +412,12 @@ def repeat(
         if checkpoint:
             _require_fit(session, checkpoint, each)
         done = read_json(folder / "summary.json") if checkpoint and (folder / "summary.json").exists() else {}
-        if done.get("status") == "complete":
-            summaries.append(done)
-            continue
-        summaries.append(run(session, each, folder, checkpoint, insist=insist))
-    wall_s = (time.monotonic_ns() - STARTED_NS) / 1e9
-    summary = aggregate(summaries, TARGET if target is None else target, required=target is not None, wall_s=wall_s)
-    if session.ranks.is_first:
-        write_json(out / "summary.json", summary)
+        complete = done.get("status") == "complete"
+        summaries.append(done if complete else run(session, each, folder, checkpoint, insist=insist))
+        wall_s = (time.monotonic_ns() - STARTED_NS) / 1e9
+        summary = aggregate(summaries, runs, counted, required=target is not None, wall_s=wall_s)
+        if session.ranks.is_first:
+            write_json(out / "summary.json", summary)
     session.terminal.say(claim_in_words(summary), "bold")
     if summary["exit_code"]:
         raise TargetMissedError(
