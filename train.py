@@ -90,7 +90,7 @@ def run(
     Raises Interrupted with the work saved, NonFiniteError, OutOfMemoryError, CheckpointError if the last checkpoint
     could not be written, TargetMissedError below the accuracy `target`; summary.json then says so too.
     """
-    from model.memory import out_of_memory, peak_bytes
+    from model.memory import out_of_memory, peak
     from model.trainer import build_network, choose_dtype, step_mode, triton_conv_share, with_available_ops
     from profiling.clock import Clock
     from profiling.environment import device_name, environment
@@ -156,13 +156,16 @@ def run(
     except BaseException as raised:  # whatever it is, the summary says so before it goes on
         error = out_of_memory(raised, device, config.batch_size) or raised
         status = _STATUS.get(type(error), "failed")
-    steps, images = (trainer.step.number, trainer.images_seen()) if trainer else (0, 0)
+    steps, images, recorded = 0, 0, 0
+    if trainer:
+        steps, images, recorded = trainer.step.number, trainer.images_seen(), trainer.recorded_bytes()
     if error:
         clock.synchronize = lambda: None  # a device that has failed raises again whoever waits for it
     clock.stop()
     if collection:
         collection.finish(clock)
-    summary = log.finish(status, getattr(error, "exit_code", 1) if error else 0, steps, images, peak_bytes(device))
+    code = getattr(error, "exit_code", 1) if error else 0
+    summary = log.finish(status, code, steps, images, *peak(device, recorded))
     if error:
         error.summary = summary
         raise error
@@ -173,12 +176,14 @@ def _prepare(
     session: Session, config: Config, dtype: "torch.dtype", checkpoint: "Checkpoint | None", log: "RunLog"
 ) -> "Trainer":
     from model.batches import Batches
+    from model.memory import forget_peak
     from model.trainer import Trainer
 
     dataset, ranks = session.dataset, session.ranks
     log.clock.switch("preprocessing")
+    warn = session.terminal.warn if ranks.is_first else lambda text: None
     batches = Batches(
-        dataset.train_images, dataset.train_labels, config, session.device, dtype, ranks.rank, ranks.world
+        dataset.train_images, dataset.train_labels, config, session.device, dtype, ranks.rank, ranks.world, warn
     )
     log.clock.switch("set-up")
     trainer = Trainer(batches, dataset, ranks)
@@ -189,9 +194,10 @@ def _prepare(
     if session.device.type == "cuda" or trainer.step_requested != "eager":
         log.clock.switch("warm-up")
         reason = trainer.warm_up(session.terminal.say)
-        if reason and ranks.is_first:
-            session.terminal.warn(f"the training step runs eagerly, not {trainer.step_requested}: {reason}")
+        if reason:
+            warn(f"the training step runs eagerly, not {trainer.step_requested}: {reason}")
         log.clock.switch("set-up")
+    forget_peak(session.device)
     log.facts["step"] = trainer.step_mode
     ranks.wait()
     return trainer
@@ -581,6 +587,7 @@ def open_session(
 
     keep_freed_memory()
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    search_convolutions(chosen)
     if download and data_dir is None:
         data_dir = Path("data")
     with contextlib.ExitStack() as stack:
@@ -588,7 +595,6 @@ def open_session(
 
         def progress(done: int, total: int) -> None:
             if not meters:
-    search_convolutions(chosen)
                 meters.append(stack.enter_context(terminal.progress(total, done, "bytes")))
             meters[0].advance(done - meters[0].done, "downloading CIFAR-10 (--synthetic does without)")
 

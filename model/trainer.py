@@ -235,6 +235,11 @@ class Trainer:
         loss, correct = self.ranks.sum(torch.stack([self.step.loss_sum.double(), self.step.correct.double()])).tolist()
         return loss / self.batches.count, correct / self.batches.count
 
+    def recorded_bytes(self) -> int:
+        """Memory of a step's or an evaluation's recording, whichever needs more; 0 where nothing is recorded."""
+        recorder = self.step.program.recorder
+        return recorder.held_bytes if recorder else 0
+
     def images_seen(self) -> int:
         """Training images so far, over all epochs and ranks."""
         epochs, steps = divmod(self.step.number, self.epoch_steps)
