@@ -155,14 +155,14 @@ def serve(connection: "Connection", assignment: Assignment) -> None:
         signal.signal(signum, signal.SIG_IGN)
     import torch
 
-    from model import trainer  # noqa: F401  (an import is no part of a set-up)
     from model.memory import keep_freed_memory, out_of_memory
+    from model.trainer import search_convolutions
 
     keep_freed_memory()
     if assignment.threads:
         torch.set_num_threads(assignment.threads)
     device, stand = torch.device(assignment.device), None
-    torch.backends.cudnn.benchmark = device.type == "cuda"  # as train.py has it
+    search_convolutions(device)
     connection.send(("done", {}))
     while True:
         with suppress(EOFError, OSError):  # the ladder is over, or its process is no more

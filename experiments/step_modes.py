@@ -25,7 +25,7 @@ from model.data import Dataset, load
 from model.distributed import Ranks
 from model.errors import RunError
 from model.memory import out_of_memory
-from model.trainer import Trainer, choose_device, choose_dtype, with_available_ops
+from model.trainer import Trainer, choose_device, choose_dtype, search_convolutions, with_available_ops
 from profiling.console import Terminal
 from profiling.environment import environment
 from profiling.records import write_json
@@ -141,7 +141,7 @@ def report(arguments: argparse.Namespace, terminal: Terminal) -> list[dict[str, 
     """Measure, and print a table; returns its rows. After each batch size step_modes.json has all until then."""
     config = preset(arguments.preset or "laptop").with_settings(arguments.set)
     device = choose_device(config.device)
-    torch.backends.cudnn.benchmark = device.type == "cuda"  # as train.py has it
+    search_convolutions(device)
     if arguments.preset is None and device.type == "cuda":
         config = preset("fused").with_settings(arguments.set)
     config, reason = with_available_ops(config, device)
