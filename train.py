@@ -90,7 +90,7 @@ def run(
     Raises Interrupted with the work saved, NonFiniteError, OutOfMemoryError, CheckpointError if the last checkpoint
     could not be written, TargetMissedError below the accuracy `target`; summary.json then says so too.
     """
-    from model.memory import out_of_memory, peak_bytes
+    from model.memory import out_of_memory, peak
     from model.trainer import build_network, choose_dtype, step_mode, triton_conv_share, with_available_ops
     from profiling.clock import Clock
     from profiling.environment import device_name, environment
@@ -156,13 +156,16 @@ def run(
     except BaseException as raised:  # whatever it is, the summary says so before it goes on
         error = out_of_memory(raised, device, config.batch_size) or raised
         status = _STATUS.get(type(error), "failed")
-    steps, images = (trainer.step.number, trainer.images_seen()) if trainer else (0, 0)
+    steps, images, recorded = 0, 0, 0
+    if trainer:
+        steps, images, recorded = trainer.step.number, trainer.images_seen(), trainer.recorded_bytes()
     if error:
         clock.synchronize = lambda: None  # a device that has failed raises again whoever waits for it
     clock.stop()
     if collection:
         collection.finish(clock)
-    summary = log.finish(status, getattr(error, "exit_code", 1) if error else 0, steps, images, peak_bytes(device))
+    code = getattr(error, "exit_code", 1) if error else 0
+    summary = log.finish(status, code, steps, images, *peak(device, recorded))
     if error:
         error.summary = summary
         raise error
@@ -173,12 +176,14 @@ def _prepare(
     session: Session, config: Config, dtype: "torch.dtype", checkpoint: "Checkpoint | None", log: "RunLog"
 ) -> "Trainer":
     from model.batches import Batches
+    from model.memory import forget_peak
     from model.trainer import Trainer
 
     dataset, ranks = session.dataset, session.ranks
     log.clock.switch("preprocessing")
+    warn = session.terminal.warn if ranks.is_first else lambda text: None
     batches = Batches(
-        dataset.train_images, dataset.train_labels, config, session.device, dtype, ranks.rank, ranks.world
+        dataset.train_images, dataset.train_labels, config, session.device, dtype, ranks.rank, ranks.world, warn
     )
     log.clock.switch("set-up")
     trainer = Trainer(batches, dataset, ranks)
@@ -189,9 +194,10 @@ def _prepare(
     if session.device.type == "cuda" or trainer.step_requested != "eager":
         log.clock.switch("warm-up")
         reason = trainer.warm_up(session.terminal.say)
-        if reason and ranks.is_first:
-            session.terminal.warn(f"the training step runs eagerly, not {trainer.step_requested}: {reason}")
+        if reason:
+            warn(f"the training step runs eagerly, not {trainer.step_requested}: {reason}")
         log.clock.switch("set-up")
+    forget_peak(session.device)
     log.facts["step"] = trainer.step_mode
     ranks.wait()
     return trainer
@@ -395,13 +401,16 @@ def repeat(
 ) -> dict[str, Any]:
     """Train `runs` times with consecutive seeds, in out/run-000, ...; returns what out/summary.json holds.
 
-    With `resume`, complete runs are kept and an unfinished one goes on. Raises what `run` raises, and TargetMissedError
-    if the mean is below `target`.
+    That is written after each run, so that one that is killed leaves the figures of those before it. With `resume`,
+    complete runs are kept and an unfinished one goes on. Without a `target` the runs that reach TARGET are counted, on
+    the official images only, for which it was set. Raises what `run` raises, and TargetMissedError if the mean is below
+    `target`.
     """
     from profiling.records import read_json, write_json
     from profiling.statistics import aggregate, claim_in_words
 
-    summaries = []
+    counted = TARGET if target is None and session.dataset.identity == "official" else target
+    summaries, summary = [], {}
     for i in range(runs):
         each, folder = dataclasses.replace(config, seed=config.seed + i), out / f"run-{i:03d}"
         session.terminal.say(f"run {i + 1} of {runs}, seed {each.seed}", "bold")
@@ -409,14 +418,12 @@ def repeat(
         if checkpoint:
             _require_fit(session, checkpoint, each)
         done = read_json(folder / "summary.json") if checkpoint and (folder / "summary.json").exists() else {}
-        if done.get("status") == "complete":
-            summaries.append(done)
-            continue
-        summaries.append(run(session, each, folder, checkpoint, insist=insist))
-    wall_s = (time.monotonic_ns() - STARTED_NS) / 1e9
-    summary = aggregate(summaries, TARGET if target is None else target, required=target is not None, wall_s=wall_s)
-    if session.ranks.is_first:
-        write_json(out / "summary.json", summary)
+        complete = done.get("status") == "complete"
+        summaries.append(done if complete else run(session, each, folder, checkpoint, insist=insist))
+        wall_s = (time.monotonic_ns() - STARTED_NS) / 1e9
+        summary = aggregate(summaries, runs, counted, required=target is not None, wall_s=wall_s)
+        if session.ranks.is_first:
+            write_json(out / "summary.json", summary)
     session.terminal.say(claim_in_words(summary), "bold")
     if summary["exit_code"]:
         raise TargetMissedError(
@@ -576,10 +583,11 @@ def open_session(
     from model import data
     from model.distributed import join
     from model.memory import keep_freed_memory
-    from model.trainer import choose_device
+    from model.trainer import choose_device, search_convolutions
 
     keep_freed_memory()
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    search_convolutions(chosen)
     if download and data_dir is None:
         data_dir = Path("data")
     with contextlib.ExitStack() as stack:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.expected import H200
 from experiments.study import Request
 from model.config import preset as presets
 from model.errors import RunError
 from profiling.records import read_json, read_jsonl
+from profiling.specifications import MACHINES, machine
 
 ROOT = Path(__file__).resolve().parent.parent
 TILES = ROOT / "kernels" / "tiles.json"
@@ -105,7 +105,7 @@ def plan(out: Path, request: Request, small: bool, gpu: str | None) -> list[Step
 
     def held(name: str, **more: Any) -> Step:
         command = module("experiments", "predictions", "--against", str(out))
-        another = None if gpu == H200.name else f"the predictions are for one {H200.name}"
+        another = None if machine(gpu) else f"the predictions are for {' and '.join(one.name for one in MACHINES)}"
         return Step(name, command, 10, last_line(name), reason=no_gpu or another, repeats=True, **more)
 
     def sanitized(tool: str) -> Step:

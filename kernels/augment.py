@@ -5,7 +5,7 @@
     out[b,:,h,w] = 0                                              inside the square of `cutout` pixels at (cut_y, cut_x)
 
 images      uint8 [N, H, W, 3], the whole dataset
-index       int64 [B], which images, each in 0..N-1
+index       int64 [B], which images, each in 0..N-1; B may be 0
 choices     int32 [N, 5], one row (dy, dx, flip, cut_y, cut_x) per image of the dataset; dy, dx in 0..2*pad
 mean, rstd  fp32 [3], in units of 0..255
 out         `dtype` [B, 3, H, W], channels_last
@@ -123,11 +123,13 @@ def augment(
     """`augment_reference` as one kernel, bit-equal to it.
 
     The values of `index` and `choices` stay on the device: an image whose index, dy or dx is out of range comes out as
-    NaN. Raises ValueError or TypeError for shapes, dtypes, devices and layouts other than the module's, for an empty
-    batch, and unless 0 <= pad < min(H, W) and 0 <= cutout <= min(H, W).
+    NaN. Raises ValueError or TypeError for shapes, dtypes, devices and layouts other than the module's, and unless
+    0 <= pad < min(H, W) and 0 <= cutout <= min(H, W).
     """
     _check(images, index, choices, mean, rstd, pad, cutout, dtype)
     (n, height, width, _), out = images.shape, _empty_batch(images, index, dtype)
+    if index.numel() == 0:
+        return out
     grid = (index.numel(), triton.cdiv(height * width * 3, BLOCK))
     augment_kernel[grid](
         images, index, choices, mean, rstd, out, n, H=height, W=width, PAD=pad, CUTOUT=cutout, BLOCK=BLOCK, num_warps=4
@@ -158,8 +160,8 @@ def _check(images, index, choices, mean, rstd, pad, cutout, dtype) -> None:
         raise TypeError(f"dtype is {dtype}, expected one of {', '.join(map(str, ACTIVATION_DTYPES))}")
     if images.dim() != 4 or images.shape[3] != 3 or images.numel() == 0:
         raise ValueError(f"images has shape {list(images.shape)}, expected a non-empty [N, H, W, 3]")
-    if index.dim() != 1 or index.numel() == 0:
-        raise ValueError(f"index has shape {list(index.shape)}, expected [B] with at least one image")
+    if index.dim() != 1:
+        raise ValueError(f"index has shape {list(index.shape)}, expected [B]")
     if tuple(choices.shape) != (images.shape[0], 5):
         raise ValueError(
             f"choices has shape {list(choices.shape)}, expected [{images.shape[0]}, 5]: a row for each image"

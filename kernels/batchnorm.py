@@ -1,6 +1,6 @@
 """The networks' building blocks: library convolutions, and batch norm by the kernels of this package.
 
-Three functions with the signatures and the meaning of `kernels.reference`; see there for shapes and dtypes. The
+The functions of `kernels.reference`, with its signatures and its meaning; see there for shapes and dtypes. The
 statistics that travel from block to block are the partials of `kernels.bn_stats`, or None where the next block is to
 take them itself. A conv-BN-ReLU layer makes 14 passes over its activations, forward and backward (counted in
 `kernels.bn_backward`); a residual addition leaves its sum's statistics, which saves the next batch norm a pass.
@@ -9,10 +9,14 @@ take them itself. A conv-BN-ReLU layer makes 14 passes over its activations, for
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.augment import augment
 from kernels.bn_relu import bn_relu
 from kernels.bn_stats import bn_stats_add
 from kernels.reference import BatchNorm, Statistics, conv
 from kernels.running_statistics import partials_for, update_running
+from kernels.sgd import sgd
+
+__all__ = ["augment", "conv_bn_relu", "preact_block", "sgd", "stem"]
 
 
 def stem(x: Tensor, w: Tensor, bn: BatchNorm | None = None) -> tuple[Tensor, Statistics]:

@@ -1,6 +1,6 @@
 """The networks' building blocks from the ops of this package, glued by autograd.
 
-Three functions with the signatures and the meaning of `kernels.reference`; see there for shapes and dtypes. This is the
+The functions of `kernels.reference`, with its signatures and its meaning; see there for shapes and dtypes. This is the
 step between `kernels.batchnorm` and `kernels.fused`: every convolution but the first is ours, with batch norm's work on
 both sides of it. In the pre-activation block a batch norm is a handful of PyTorch operations on [C] vectors, through
 which autograd finds the gradient of the statistics by itself; `kernels.fused` writes that gradient out by hand.
@@ -11,11 +11,15 @@ The statistics that travel from block to block are partials (see `kernels.bn_sta
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.augment import augment
 from kernels.bn_relu import bn_relu
 from kernels.bn_stats import bn_finalize_reference, bn_stats_reference
 from kernels.conv_fprop import conv_fprop
 from kernels.reference import BatchNorm, Statistics, conv
 from kernels.running_statistics import partials_for, update_running
+from kernels.sgd import sgd
+
+__all__ = ["augment", "conv_bn_relu", "preact_block", "sgd", "stem"]
 
 
 def stem(x: Tensor, w: Tensor, bn: BatchNorm | None = None) -> tuple[Tensor, Statistics]:

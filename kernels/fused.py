@@ -1,6 +1,6 @@
 """The networks' building blocks, fused: convolutions with batch norm in their prologues and epilogues.
 
-Three functions with the signatures and the meaning of `kernels.reference`; see there for shapes and dtypes, and
+The functions of `kernels.reference`, with its signatures and its meaning; see there for shapes and dtypes, and
 `kernels.fused_preact` and `kernels.fused_conv_bn_relu` for what is fused. This module is an implementation of them that
 leaves a convolution to the library where the tile table has measured it as the faster; `implementation` makes one that
 does not.
@@ -15,13 +15,15 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from kernels import fused_conv_bn_relu, fused_preact
+from kernels.augment import augment
 from kernels.batchnorm import stem
 from kernels.reference import BatchNorm, Statistics
 from kernels.running_statistics import check_has_statistics, partials_for, running_partials, update_running
+from kernels.sgd import sgd
 
 CONVOLUTIONS = ("table", "triton")
 
-__all__ = ["conv_bn_relu", "implementation", "preact_block", "stem"]
+__all__ = ["augment", "conv_bn_relu", "implementation", "preact_block", "sgd", "stem"]
 
 
 def implementation(conv: str = "table") -> SimpleNamespace:
@@ -36,6 +38,8 @@ def implementation(conv: str = "table") -> SimpleNamespace:
         stem=stem,
         preact_block=functools.partial(preact_block, forced=forced),
         conv_bn_relu=functools.partial(conv_bn_relu, forced=forced),
+        augment=augment,
+        sgd=sgd,
     )
 
 

@@ -1,19 +1,25 @@
-"""The networks' building blocks in PyTorch: library convolutions and library batch norm.
+"""The networks' building blocks in PyTorch: library convolutions and library batch norm, and nothing of ours.
 
 x, y     activations [N, C, H, W], channels_last in memory, fp16, bf16 or fp32
 w        fp32 master weights [K, C, R, S], cast to the activations' dtype on use, so that gradients arrive in fp32; or
          copies of them in that dtype
 gamma, beta, running_mean, running_var    fp32 [C]
 
-Every implementation of these blocks has the same three functions. A block maps (x, its statistics) to (y, its
-statistics): an implementation whose convolutions compute the statistics of what they write hands them to the next
-block, and what they are is its own affair. Here they are None, because the library's batch norm reads x itself.
+Every implementation of these blocks has the same three functions, and with them `augment` and `sgd`, which here are the
+formulas of `kernels.augment` and `kernels.sgd` in PyTorch. A block maps (x, its statistics) to (y, its statistics): an
+implementation whose convolutions compute the statistics of what they write hands them to the next block, and what they
+are is its own affair. Here they are None, because the library's batch norm reads x itself.
 """
 
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.augment import augment_reference as augment
+from kernels.sgd import sgd_reference as sgd
+
+__all__ = ["BatchNorm", "Statistics", "augment", "bn_relu", "conv", "conv_bn_relu", "preact_block", "sgd", "stem"]
 
 Statistics = Any
 

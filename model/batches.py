@@ -5,16 +5,17 @@
 every_epoch, per_image    each image, every epoch, in loader workers: draw, pad, crop, flip, normalise, transpose
 once, per_image           pad, normalise, transpose the whole set once; then draw, crop and flip image by image
 once, per_epoch           the same, with all of an epoch's choices drawn at once
-on_device                 uint8 images live on the device; one gather makes a batch (`kernels.augment`)
+on_device                 uint8 images live on the device; `augment` of the run's ops makes a batch of them
 
 All of them give the same batches, bit for bit: choices and order are functions of (seed, epoch, image index).
 """
 
-import functools
 import os
 import signal
-from collections.abc import Iterator
-from typing import NamedTuple
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,24 +23,19 @@ from torch import Tensor
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kernels.augment import augment, augment_reference
-from kernels.jit import unavailable
 from model.choices import Augmentation, draw_choices, draw_order
 from model.config import Config
 from model.data import MEAN, STD
+from model.memory import free_shared_bytes
+from model.network import implementation
+
+PREFETCHED = 2
+"""Batches that each worker makes in advance: DataLoader's default."""
 
 
-@functools.cache
 def normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
     """(mean, rstd), fp32 [3], in units of 0 to 255, for `kernels.augment`."""
     return torch.tensor(MEAN, device=device), 1 / torch.tensor(STD, device=device)
-
-
-def gather(images: Tensor, index: Tensor, choices: Tensor, pad: int, cutout: int, dtype: torch.dtype) -> Tensor:
-    """A batch, [b, 3, 32, 32] channels_last: one kernel on a GPU, its bit-equal reference elsewhere. See `augment`."""
-    on_gpu = images.is_cuda and len(index) > 0 and unavailable(images.device) is None
-    op = augment if on_gpu else augment_reference
-    return op(images, index, choices, *normalisation(images.device), pad, cutout, dtype)
 
 
 class Part(NamedTuple):
@@ -53,7 +49,8 @@ class Batches:
     """An epoch of (x, labels) at a time: x [b, 3, 32, 32] channels_last in `dtype`, labels int64 [b], both on `device`.
 
     A global batch of `config.batch_size` images is split over `world` ranks; the last batch of an epoch is short, and a
-    rank's part of it may be empty.
+    rank's part of it may be empty. There are no more workers than processors, and than find room for their batches in
+    shared memory, of which `warn` tells.
 
     Of images on the device, the epoch's order and choices lie there too, in tensors that never move, and so does the
     number of the next batch. `epoch` then yields nothing but which part of a batch is this rank's: one or two different
@@ -74,6 +71,7 @@ class Batches:
         dtype: torch.dtype,
         rank: int = 0,
         world: int = 1,
+        warn: Callable[[str], Any] = warnings.warn,
     ):
         self.config, self.device, self.dtype = config, device, dtype
         self.rank, self.world = rank, world
@@ -84,17 +82,24 @@ class Batches:
         self.on_device = config.preprocess == "on_device"
         if self.on_device:
             self.images = images.to(device)
+            self.augment, self.normalisation = implementation(config).augment, normalisation(device)
             self.order = torch.zeros(self.steps_per_epoch + 1, config.batch_size, dtype=torch.int64, device=device)
             self.choices = torch.zeros(self.count, 5, dtype=torch.int32, device=device)
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
             return
         Samples = EveryEpoch if config.preprocess == "every_epoch" else Once
         workers = min(config.workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+        if workers:
+            dtype_made = torch.float32 if Samples is EveryEpoch else dtype
+            workers = _affordable(workers, self._part(0).size * 3 * 32 * 32 * dtype_made.itemsize, world, warn)
         self.sampler = _EpochSampler()
         self.loader = DataLoader(
             Samples(images, config, self.augmentation, dtype),
             batch_sampler=self.sampler,
             num_workers=workers,
+            prefetch_factor=PREFETCHED if workers else None,
+            # A fork has the images without a copy; elsewhere than on Linux it is not safe.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
@@ -138,7 +143,8 @@ class Batches:
             row = self.order.index_select(0, self.position)[0]
             index = row[part_or_x.start : part_or_x.start + part_or_x.size]
             self.position += 1
-            x = gather(self.images, index, self.choices, self.config.crop_pad, self.config.cutout, self.dtype)
+            pad, cutout = self.config.crop_pad, self.config.cutout
+            x = self.augment(self.images, index, self.choices, *self.normalisation, pad, cutout, self.dtype)
             return x, self.labels[index]
 
     def state(self) -> list[Tensor]:
@@ -187,7 +193,7 @@ class EveryEpoch(_Samples):
 
     def __init__(self, images: Tensor, config: Config, augmentation: Augmentation, dtype: torch.dtype):
         super().__init__(images, config, augmentation, dtype)
-        self.images = images.share_memory_()
+        self.images = images
         self.mean, self.rstd = normalisation(torch.device("cpu"))
 
     def __getitem__(self, key: int) -> Tensor:
@@ -214,7 +220,6 @@ class Once(_Samples):
         for few, out in zip(images.split(1000), self.padded.split(1000), strict=True):
             x = ((few.float() - mean) * rstd).permute(0, 3, 1, 2)
             out.copy_(F.pad(x, (pad, pad, pad, pad), mode="reflect"))
-        self.padded.share_memory_()
 
     def __getitem__(self, key: int) -> Tensor:
         image, (dy, dx, flip, cut_y, cut_x) = self.choose(key)
@@ -226,6 +231,23 @@ class Once(_Samples):
             x = x.clone()
             x[:, cut_y : cut_y + cut, cut_x : cut_x + cut] = 0
         return x
+
+
+def _affordable(workers: int, batch_bytes: int, ranks: int, warn: Callable[[str], Any]) -> int:
+    """How many workers find room in /dev/shm for what they make in advance, beside those of all ranks."""
+    free = free_shared_bytes()
+    if free is None:
+        return workers
+    batches = free // max(ranks * batch_bytes, 1) - 1  # less the one that is being trained on
+    fitting = min(max(batches // PREFETCHED, 0), workers)
+    if fitting < workers:
+        needed = ranks * batch_bytes * (PREFETCHED * workers + 1)
+        warn(
+            f"/dev/shm has {free / 2**20:,.1f} MB free and {workers} workers need {needed / 2**20:,.1f} MB there for "
+            f"their batches: {f'{fitting} of them work' if fitting else 'this process makes them itself'}. Enlarge it "
+            "(docker run --shm-size=1g), or --set preprocess=on_device --set workers=0"
+        )
+    return fitting
 
 
 def _collate(samples: list[Tensor]) -> Tensor:

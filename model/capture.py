@@ -17,7 +17,12 @@ REHEARSALS = 3
 
 
 class Recorder(Protocol):
-    """What turns a function into its replay."""
+    """What turns a function into its replay.
+
+    held_bytes  the most that a recording allocated of its own, and needs again whenever it is replayed
+    """
+
+    held_bytes: int
 
     def rehearse(self, run: Callable[[], None]) -> None:
         """Run it as often as is needed before it can be recorded."""
@@ -33,6 +38,7 @@ class CudaGraphs:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
+        self.held_bytes = 0
 
     def rehearse(self, run: Callable[[], None]) -> None:
         """On the stream that will be recorded, whose workspaces are then there."""
@@ -50,6 +56,8 @@ class CudaGraphs:
         its events.
         """
         graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
         # The outer context puts the stream back even where the end of a failed recording raises. Collecting garbage
         # can unload a kernel or free a graph, which would end the recording too.
         with _without_garbage_collection(), torch.cuda.stream(self.stream):
@@ -59,6 +67,7 @@ class CudaGraphs:
             except BaseException:
                 self._end_allocation()
                 raise
+        self.held_bytes = max(self.held_bytes, torch.cuda.max_memory_allocated(self.device) - before)
         return graph.replay
 
     def _end_allocation(self) -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.batches import gather
+from model.batches import normalisation
 from model.capture import Program
 from model.data import CLASSES
 
@@ -33,13 +33,18 @@ class Evaluation(NamedTuple):
 class Evaluator:
     """`images` uint8 [N, 32, 32, 3] with `labels` int64 [N], both on the device, through `network` in `dtype`.
 
+    `augment`, an implementation's, only gathers and normalises them.
+
     sums      float64 [1 + 2 * classes]: the summed loss, images of each class, and how many of those are right
     position  int64 [1], the first image of the next batch
     """
 
-    def __init__(self, network: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype):
-        self.network, self.images, self.labels, self.dtype = network, images, labels, dtype
+    def __init__(
+        self, network: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype, augment: Callable[..., Tensor]
+    ):
+        self.network, self.images, self.labels, self.dtype, self.augment = network, images, labels, dtype, augment
         device = images.device
+        self.normalisation = normalisation(device)
         self.sums = torch.zeros(1 + 2 * len(CLASSES), dtype=torch.float64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.unchanged = torch.zeros(len(images), 5, dtype=torch.int32, device=device)
@@ -69,7 +74,7 @@ class Evaluator:
     @torch.inference_mode()
     def _batch(self, size: int) -> None:
         index = self.position + self.offsets[:size]
-        x = gather(self.images, index, self.unchanged, 0, 0, self.dtype)
+        x = self.augment(self.images, index, self.unchanged, *self.normalisation, 0, 0, self.dtype)
         labels = self.labels[index]
         logits = self.network(x).float()
         of_class = labels[:, None] == self.classes

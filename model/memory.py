@@ -1,8 +1,9 @@
-"""Memory of the process: how to keep what is freed, and how much was needed at most."""
+"""Memory of the process: how to keep what is freed, how much was needed at most, and how much can be shared."""
 
 import ctypes
 import os
 import sys
+from typing import NamedTuple
 
 import torch
 
@@ -36,16 +37,46 @@ def have_at_hand(nbytes: int) -> None:
         return
 
 
-def peak_bytes(device: torch.device) -> int | None:
-    """The most memory held at once: on a GPU by torch's allocator, on a CPU by the process; None where unknown."""
+class Peak(NamedTuple):
+    """The most bytes held at once, None where unknown.
+
+    allocated  on a GPU in tensors; on a CPU by the whole process since it began, for it keeps what it has freed
+    reserved   on a GPU by torch's allocator, which keeps more than it has given out; None on a CPU
+    """
+
+    allocated: int | None
+    reserved: int | None
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak` on a GPU be of what follows: not of a search for algorithms, of rehearsals or of an earlier run."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device, recorded: int = 0) -> Peak:
+    """Since `forget_peak`; `recorded` bytes of it are allocated in recordings, where torch does not see them again."""
+    if device.type == "cuda":
+        return Peak(torch.cuda.max_memory_allocated(device) + recorded, torch.cuda.max_memory_reserved(device))
     try:
         import resource
     except ImportError:  # Windows
-        return None
+        return Peak(None, None)
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return Peak(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, None)
+
+
+def free_shared_bytes() -> int | None:
+    """What is free of /dev/shm, by which processes hand each other tensors; who needs more dies of SIGBUS.
+
+    None where there is no such place. Containers have 64 MB there if nobody asks for more.
+    """
+    try:
+        found = os.statvfs("/dev/shm")
+    except (AttributeError, OSError):
+        return None
+    return found.f_bavail * found.f_frsize
 
 
 def out_of_memory(error: BaseException, device: torch.device, batch_size: int) -> OutOfMemoryError | None:

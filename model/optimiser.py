@@ -1,10 +1,11 @@
 """The optimiser of all parameters as one tensor: one launch updates them, one transfer sums them over ranks."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from kernels.jit import unavailable
-from kernels.sgd import sgd, sgd_reference
+from kernels.sgd import sgd_reference
 
 ALIGNMENT = 32  # elements, so that every parameter begins on a cache line of 128 bytes
 
@@ -13,7 +14,7 @@ class SGD:
     """Nesterov SGD on `network`, whose parameters and gradients become views of two buffers; names and layouts stay.
 
     `rates` are the learning rates after each number of steps (see `kernels.sgd`), on the parameters' device, where the
-    numbers of steps are counted too: a step needs nothing from the host.
+    numbers of steps are counted too: a step needs nothing from the host. `sgd` is an implementation's.
 
     With a 16-bit `dtype` every weight of a convolution or a matrix product has a copy in it, which the update writes in
     the same pass: `copies`, by the parameter's name, for `torch.func.functional_call`. They are leaves whose gradients
@@ -31,8 +32,9 @@ class SGD:
         momentum: float,
         decay: float,
         dtype: torch.dtype = torch.float32,
+        sgd: Callable[..., None] = sgd_reference,
     ):
-        self.rates, self.momentum, self.decay = rates, momentum, decay
+        self.rates, self.momentum, self.decay, self.sgd = rates, momentum, decay, sgd
         self.parameters = list(network.parameters())
         device = self.parameters[0].device
         offsets, size = [], 0
@@ -58,12 +60,11 @@ class SGD:
         self.number = torch.zeros(1, dtype=torch.int64, device=device)
         self.bad_step = torch.full((1,), -1, dtype=torch.int64, device=device)
         self.refresh()
-        self._sgd = sgd if device.type == "cuda" and unavailable(device) is None else sgd_reference
 
     def step(self) -> None:
         """Count a step, and move the weights by `gradient` unless it, or one before it, is not finite."""
         self.number += 1
-        self._sgd(
+        self.sgd(
             self.weights,
             self.gradient,
             self.velocity,

@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from model.capture import Program
 from model.config import Config
+from model.network import implementation
 from model.optimiser import SGD
 from model.schedule import learning_rate, rate_table
 
@@ -57,7 +58,8 @@ class TrainingStep:
         self.loss_sum = torch.zeros((), device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         rates = rate_table(config, steps_per_epoch).to(device)
-        self.optimiser = SGD(network, rates, config.momentum, config.weight_decay * config.batch_size, dtype)
+        decay = config.weight_decay * config.batch_size
+        self.optimiser = SGD(network, rates, config.momentum, decay, dtype, implementation(config).sgd)
         self.copies = self.optimiser.copies
         self.bad_step = self.optimiser.bad_step
         self.program = Program(self._step, self.state, rehearsal=self._step_alone)

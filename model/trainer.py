@@ -1,6 +1,5 @@
 """All that a run learns with, as one object: network, step, batches, evaluation; to and from a checkpoint."""
 
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -8,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
-from kernels.augment import augment
 from model import capture, verdict
 from model.batches import Batches
 from model.checkpoint import load_tensors_into
@@ -19,17 +18,8 @@ from model.data import Dataset
 from model.distributed import Ranks
 from model.errors import DeviceError, NonFiniteError
 from model.evaluation import Evaluation, Evaluator
-from model.network import ResNet, ResNet9
+from model.network import ResNet, ResNet9, implementation
 from model.step import TrainingStep
-
-
-def implementation(config: Config) -> Any:
-    """What has the three functions of `kernels.reference`, as `config.ops` and `config.conv` name it."""
-    if config.ops == "triton":
-        from kernels import fused
-
-        return fused.implementation(config.conv)
-    return importlib.import_module(f"kernels.{config.ops}")
 
 
 def with_available_ops(
@@ -73,23 +63,37 @@ def build_network(config: Config) -> nn.Module:
 
 def modelled_step(
     config: Config, dtype: torch.dtype, device: str = "meta"
-) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """(a step of `config` up to its loss, the network's parameters), for `profiling.work`; it computes nothing of use.
+) -> tuple[Callable[[], Tensor], Callable[[], None]]:
+    """(a step of `config` up to its loss, its update), for `profiling.work`; they compute nothing of use.
 
-    On another device than meta the kernels' ops run, so that their launches can be recorded.
+    Augmentation is part of it where the images are on the device. On another device than meta the kernels' ops run, so
+    that their launches can be recorded.
     """
+    ops = implementation(config)
     network = build_network(config).to(device).to(memory_format=torch.channels_last).train()
     size = config.batch_size
     labels, index = (torch.zeros(size, dtype=torch.int64, device=device) for _ in range(2))
     images = torch.empty(size, 32, 32, 3, dtype=torch.uint8, device=device)
     choices = torch.zeros(size, 5, dtype=torch.int32, device=device)
     mean, rstd = torch.empty(2, 3, device=device)
+    parameters = sum(p.numel() for p in network.parameters())
+    w, dw, v = (torch.zeros(parameters, device=device) for _ in range(3))
+    copy = None if dtype == torch.float32 else torch.empty(parameters, dtype=dtype, device=device)
+    rates = torch.zeros(1, device=device)
 
     def forward() -> Tensor:
-        x = augment(images, index, choices, mean, rstd, config.crop_pad, config.cutout, dtype)
+        if config.preprocess == "on_device":
+            with record_function("augmentation"):  # as `Batches.load` has it
+                x = ops.augment(images, index, choices, mean, rstd, config.crop_pad, config.cutout, dtype)
+        else:
+            x = torch.empty(size, 3, 32, 32, dtype=dtype, device=device, memory_format=torch.channels_last)
         return F.cross_entropy(network(x).float(), labels, reduction="sum", label_smoothing=config.label_smoothing)
 
-    return forward, list(network.parameters())
+    def update() -> None:
+        velocity = v if config.momentum else None
+        ops.sgd(w, dw, velocity, copy, rates, index[:1], labels[:1], config.momentum, config.weight_decay)
+
+    return forward, update
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -112,6 +116,15 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             f"device={device} was asked for, but there are {torch.cuda.device_count()} GPUs, from cuda:0 on"
         )
     return device
+
+
+def search_convolutions(device: torch.device) -> None:
+    """Let cuDNN time its algorithms at the first convolution of each shape, as tuning does, and not go by a guess.
+
+    The fastest differs from run to run, and so do the last bits; whoever needs them equal turns it off again.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
 
 
 def choose_dtype(name: str, device: torch.device, ops: str = "reference") -> torch.dtype:
@@ -162,6 +175,7 @@ class Trainer:
             dataset.test_images[shard].to(self.device),
             dataset.test_labels[shard].to(self.device),
             self.dtype,
+            implementation(self.config).augment,
         )
         self.epoch_steps = batches.steps_per_epoch
         self.step_requested = step_mode(self.config, self.device)
@@ -201,6 +215,11 @@ class Trainer:
         """(mean loss, accuracy) over this epoch's training images, as they were seen. Waits for the device."""
         loss, correct = self.ranks.sum(torch.stack([self.step.loss_sum.double(), self.step.correct.double()])).tolist()
         return loss / self.batches.count, correct / self.batches.count
+
+    def recorded_bytes(self) -> int:
+        """Memory of a step's or an evaluation's recording, whichever needs more; 0 where nothing is recorded."""
+        recorder = self.step.program.recorder
+        return recorder.held_bytes if recorder else 0
 
     def images_seen(self) -> int:
         """Training images so far, over all epochs and ranks."""

@@ -15,12 +15,13 @@ PACKAGES = ("torch", "triton", "numpy", "nvidia-ml-py", "safetensors")
 
 def environment(device: torch.device, root: Path) -> dict[str, Any]:
     """Describe this machine for `device`, and the checkout at `root`."""
-    sha, dirty = commit(root)
+    sha, dirty, cudnn = *commit(root), torch.backends.cudnn
+    on_gpu = device.type == "cuda"
     return {
         "version": 1,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": str(device),
-        "gpu": _gpu(device) if device.type == "cuda" else None,
+        "gpu": _gpu(device) if on_gpu else None,
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -30,7 +31,11 @@ def environment(device: torch.device, root: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
+        "cudnn": cudnn.version() if on_gpu else None,
+        "cudnn_benchmark": cudnn.benchmark if on_gpu else None,
+        "cudnn_deterministic": cudnn.deterministic if on_gpu else None,
+        "tf32_convolutions": cudnn.allow_tf32 if on_gpu else None,
+        "tf32_matrix_products": torch.backends.cuda.matmul.allow_tf32 if on_gpu else None,
         "git_sha": sha,
         "git_dirty": dirty,
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 from profiling import account
 from profiling.advice import assumption, headline, sentences
+from profiling.errors import ReportError
 from profiling.evidence import Analysis, Run, analyse, read
 from profiling.figures import Figure, measured, modelled, quoted, unavailable
 from profiling.floors import CUTS, FUSED_PASSES, FUSED_SAYS, floor_ns, fused_kernels, kernels
@@ -59,16 +60,20 @@ def build(folder: Path) -> dict[str, Any]:
     return report
 
 
-def write(folder: Path) -> dict[str, Any]:
+def write(folder: Path) -> tuple[dict[str, Any], str | None]:
     """Build the report and put it into `folder`, each file whole or not at all. Raises ReportError and OSError.
 
-    The page comes last: where it cannot be drawn, the others are there.
+    Returns the report, and why there is no page of it where that could not be drawn.
     """
     report = build(folder)
     write_json(folder / "report.json", report)
     write_text(folder / "report.md", render_markdown(report))
-    write_text(folder / "report.html", render_html(report))
-    return report
+    try:
+        page = render_html(report)
+    except ReportError as error:
+        return report, str(error)
+    write_text(folder / "report.html", page)
+    return report, None
 
 
 def residual_share(report: dict[str, Any]) -> float | None:

@@ -12,28 +12,31 @@ if TYPE_CHECKING:
 
 
 def run(folder: Path, strict: bool, terminal: "Terminal") -> int:
-    """Write the report into `folder` and say what it says; the exit code.
+    """Write the report into `folder` and say what it says; the exit code. A page that cannot be drawn is a warning.
 
     Raises ReportError where the run cannot be read or the report not written, InconsistentError if `strict`.
     """
     try:
-        report = write(folder)
+        report, missing = write(folder)
     except OSError as error:
         raise ReportError(f"the report cannot be written to {folder}: {error}; an older one is intact") from None
-    say(report, folder, terminal)
+    say(report, folder / ("report.md" if missing else "report.html"), terminal)
+    if missing:
+        older = "; the report.html there is an older one" if (folder / "report.html").exists() else ""
+        terminal.warn(f"{missing}: python -m profiling report {folder}, here or where a copy of it is{older}")
     if strict:
         _require_consistent(report)
     return 0
 
 
-def say(report: dict[str, Any], folder: Path, terminal: "Terminal") -> None:
-    """The report in sentences, and where it is."""
+def say(report: dict[str, Any], file: Path, terminal: "Terminal") -> None:
+    """The report in sentences, and the file that it is in."""
     terminal.say(report["headline"], "bold")
     for line in (*report["sentences"], report["assumption"]):
         terminal.say(line)
     for line in report["lacks"]:
         terminal.warn(line)
-    terminal.say(f"report: {folder / 'report.html'}")
+    terminal.say(f"report: {file}")
 
 
 def _require_consistent(report: dict[str, Any]) -> None:

@@ -38,6 +38,8 @@ def closing_lines(summary: dict[str, Any]) -> list[str]:
     s = summary
     what = "synthetic images, not CIFAR-10" if s["data_identity"] == "synthetic" else f"{s['data_identity']} data"
     memory = "unknown" if s["peak_memory_bytes"] is None else f"{s['peak_memory_bytes'] / 2**20:,.0f} MB"
+    if s["peak_reserved_bytes"] is not None:
+        memory += f" in tensors, {s['peak_reserved_bytes'] / 2**20:,.0f} MB reserved"
     return [
         f"test accuracy {s['test_accuracy']:.2%} after {s['epochs']} epochs ({what}, n = 1)",
         f"training {s['train_s']:.2f} s (with preprocessing, as DAWNBench counts) + evaluation {s['eval_s']:.2f} s "
@@ -126,7 +128,15 @@ class RunLog:
         self._write((self.out / "dawnbench.tsv").write_text, "\n".join(["epoch\thours\ttop1Accuracy", *rows, ""]))
         return row
 
-    def finish(self, status: str, code: int, steps: int, images: int, peak_memory_bytes: int | None) -> dict[str, Any]:
+    def finish(
+        self,
+        status: str,
+        code: int,
+        steps: int,
+        images: int,
+        peak_memory_bytes: int | None,
+        peak_reserved_bytes: int | None = None,
+    ) -> dict[str, Any]:
         """Write and return summary.json: flat, and None for whatever is not known."""
         last = self.history[-1] if self.history else {}
         train_s, eval_s = self.train_s(), self.seconds("evaluation")
@@ -153,6 +163,7 @@ class RunLog:
             "mfu": flops / train_s / peak if known and peak else None,
             "v100_normalised": flops / train_s / V100_FLOPS_PER_S if known else None,
             "peak_memory_bytes": peak_memory_bytes,
+            "peak_reserved_bytes": peak_reserved_bytes,
         }
         self._write(write_json, self.out / "summary.json", summary)
         return summary

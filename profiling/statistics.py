@@ -2,21 +2,21 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 
 class Claim(NamedTuple):
-    """`sd` and `interval` are None for a single value, which has neither."""
+    """`sd` and `interval` are None for a single value, which has neither; `share_at_target` is without a target."""
 
     n: int
     mean: float
     sd: float | None
     interval: tuple[float, float] | None
-    share_at_target: float
+    share_at_target: float | None
 
 
-def claim(values: Sequence[float], target: float) -> Claim:
+def claim(values: Sequence[float], target: float | None) -> Claim:
     """Summarise at least one value in 0..1; raises ValueError for none.
 
     The interval is Student's, two-sided, for the mean, as far as it is of possible means.
@@ -24,7 +24,7 @@ def claim(values: Sequence[float], target: float) -> Claim:
     if not values:
         raise ValueError("no values to summarise; expected at least one")
     n, mean = len(values), statistics.fmean(values)
-    share = sum(v >= target for v in values) / n
+    share = None if target is None else sum(v >= target for v in values) / n
     if n == 1:
         return Claim(n, mean, None, None, share)
     sd = statistics.stdev(values)
@@ -32,22 +32,28 @@ def claim(values: Sequence[float], target: float) -> Claim:
     return Claim(n, mean, sd, (max(mean - half, 0.0), min(mean + half, 1.0)), share)
 
 
-def aggregate(summaries: Sequence[dict[str, Any]], target: float, required: bool, wall_s: float) -> dict[str, Any]:
-    """One summary.json for several runs: times are means, the accuracy comes with its spread.
+def aggregate(
+    summaries: Sequence[dict[str, Any]], requested: int, target: float | None, required: bool, wall_s: float
+) -> dict[str, Any]:
+    """One summary.json for several runs: times are means, memory is the largest, the accuracy comes with its spread.
 
-    Where the target is `required` and the mean is below it, `exit_code` is 7.
+    With fewer than `requested` the status is "unfinished" and there is no `exit_code` yet. Where the target is
+    `required` and the mean is below it, `exit_code` is 7.
     """
     first = summaries[0]
     accuracy = claim([s["test_accuracy"] for s in summaries], target)
-    missed = required and accuracy.mean < target
+    status, code = ("target missed", 7) if required and accuracy.mean < target else ("complete", 0)
+    if accuracy.n < requested:
+        status, code = "unfinished", None
     same = ("preset", "data_identity", "data_source", "device", "world_size", "dtype", "ops", "ops_requested", "epochs")
     averaged = ("train_s", "eval_s", "train_plus_eval_s", "warmup_s", "images_per_s")
     return {
-        "status": "target missed" if missed else "complete",
-        "exit_code": 7 if missed else 0,
+        "status": status,
+        "exit_code": code,
         **{key: first[key] for key in same},
         "seeds": [s["seed"] for s in summaries],
         "runs": accuracy.n,
+        "runs_requested": requested,
         "target_accuracy": target,
         "share_at_target": accuracy.share_at_target,
         "test_accuracy": accuracy.mean,
@@ -56,8 +62,13 @@ def aggregate(summaries: Sequence[dict[str, Any]], target: float, required: bool
         "test_accuracy_high": accuracy.interval and accuracy.interval[1],
         **{key: statistics.fmean(s[key] for s in summaries) for key in averaged},
         "wall_s": wall_s,
+        **{key: _largest(s.get(key) for s in summaries) for key in ("peak_memory_bytes", "peak_reserved_bytes")},
         "git_sha": first["git_sha"],
     }
+
+
+def _largest(values: Iterable[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def claim_in_words(summary: dict[str, Any]) -> str:
@@ -67,10 +78,10 @@ def claim_in_words(summary: dict[str, Any]) -> str:
     if s["test_accuracy_sd"] is not None:
         spread = f", standard deviation {s['test_accuracy_sd']:.2%}, 95 % interval of the mean "
         spread += f"{s['test_accuracy_low']:.2%} to {s['test_accuracy_high']:.2%}"
-    return (
-        f"n = {s['runs']}: mean test accuracy {s['test_accuracy']:.2%}{spread}; "
-        f"{s['share_at_target']:.0%} of the runs at or above {s['target_accuracy']:.0%} ({s['data_identity']} data)"
-    )
+    reached = ""
+    if s["target_accuracy"] is not None:
+        reached = f"; {s['share_at_target']:.0%} of the runs at or above {s['target_accuracy']:.0%}"
+    return f"n = {s['runs']}: mean test accuracy {s['test_accuracy']:.2%}{spread}{reached} ({s['data_identity']} data)"
 
 
 def t_quantile(dof: int, confidence: float = 0.95) -> float:

@@ -2,12 +2,13 @@
 
 Nothing is computed and nothing depends on the machine. A multiply-add is two FLOPs; convolutions and matrix products
 count as `FlopCounterMode` counts them, this package's kernels by their own `*_cost`. Bytes are of operands and results,
-each once: an op that reads a tensor twice costs more than that, and `profiling.floors` knows how much.
+each once: an op that reads a tensor twice costs more than that, and `profiling.floors` knows how much. PyTorch's fused
+optimiser is one pass: weights, gradients and momentum read, weights and momentum written.
 """
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from kernels import bn_relu, fused  # noqa: F401  (so that BODIES is complete)
 from kernels.cost import nbytes
 from kernels.metered_cost import BODIES, COSTS
+from profiling.categories import AUGMENTATION
 
 VERSION = 1
 
@@ -51,6 +53,7 @@ FAMILIES = {
     "_to_copy": "cast",
     "copy_": "cast",
     "_fused_sgd_": "optimiser",
+    "sgd": "optimiser",
 }
 """Ops of PyTorch that do the same work under different names: as counted here, and as a trace shows them."""
 
@@ -70,7 +73,7 @@ class Work:
     """One op of a step.
 
     op         as a trace names it, "aten::convolution"
-    family     ops that do the same work share it
+    family     ops that do the same work share it; all ops that make a batch are "augment"
     layer      the convolution as `ConvShape` prints it, else the extents of the op's largest operand, "512x64x32x32"
     dims       extents of its tensor operands
     backward   whether it runs after the loss
@@ -88,8 +91,7 @@ class Work:
     @property
     def key(self) -> Dims:
         """What it has in common with its kernels in a trace."""
-        family = "conv backward" if self.op.endswith("convolution_backward") else self.family
-        return Dims(family, frozenset(self.dims[:3]))
+        return Dims(family(self.op), frozenset(self.dims[:3]))
 
 
 def family(op: str) -> str:
@@ -100,22 +102,22 @@ def family(op: str) -> str:
 
 def work_of(
     forward: Callable[[], Tensor],
-    parameters: Iterable[Tensor] = (),
+    update: Callable[[], None] = lambda: None,
     on_op: Callable[[list[Work]], None] = lambda rows: None,
 ) -> list[Work]:
-    """The ops of a step in the order in which they run: `forward()` to the loss, its backward, the update.
+    """The ops of a step in the order in which they run: `forward()` to the loss, its backward, `update()`.
 
-    `forward` works on tensors of the meta device. The update is SGD's with momentum, in one pass: parameters,
-    gradients and momentum read, parameters and momentum written. `on_op` gets the rows of each op, but for the update,
-    just after it has run.
+    Both work on tensors of the meta device. What `forward` does under `record_function(AUGMENTATION)` makes the batch.
+    `on_op` gets the rows of each op, but for the update's, just after it has run.
     """
     meter = _Meter(on_op)
     with meter:
         loss = forward()
         meter.backward = True
         loss.backward()
-    updated = 5 * nbytes(*parameters)
-    return [*meter.rows, Work("aten::_fused_sgd_", "optimiser", "parameters", (), True, 0, updated)]
+        meter.on_op = lambda rows: None
+        update()
+    return meter.rows
 
 
 class _Meter(TorchDispatchMode):
@@ -123,6 +125,7 @@ class _Meter(TorchDispatchMode):
         super().__init__()
         self.on_op = on_op
         self.rows: list[Work] = []
+        self.annotations: list[str] = []
         self.backward = False
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -130,8 +133,18 @@ class _Meter(TorchDispatchMode):
         if op in BODIES:  # an op that calls ops: those are the kernels
             with self:
                 return BODIES[op](*args, **kwargs)
+        name = op._schema.name
+        if name == "profiler::_record_function_enter_new":
+            self.annotations.append(args[0])
+        elif name == "profiler::_record_function_exit":
+            self.annotations.pop()
+        elif name == "aten::_fused_sgd_":  # it has no kernel for the meta device
+            self.rows.append(_fused_sgd(*args[:3]))
+            return None
         out = op(*args, **kwargs)
         rows = self._rows(op, args, kwargs, out)
+        if AUGMENTATION in self.annotations:
+            rows = [replace(row, family="augment") for row in rows]
         self.rows.extend(rows)
         self.on_op(rows)
         return out
@@ -173,6 +186,11 @@ class _Meter(TorchDispatchMode):
             for gradient, is_wanted in (("dgrad", wanted[0]), ("wgrad", wanted[1]))
             if is_wanted
         ]
+
+
+def _fused_sgd(weights: list[Tensor], gradients: list[Tensor], momenta: list[Tensor]) -> Work:
+    moved = nbytes(*weights, *gradients, *momenta, *weights, *momenta)
+    return Work("aten::_fused_sgd_", "optimiser", "parameters", (), True, 0, moved)
 
 
 def _layer(x, w, y) -> str:

@@ -131,6 +131,7 @@ class EmulatedGraphs:
     def __init__(self, buffers: Callable[[], list[Tensor]] | None = None):
         self.buffers = buffers
         self.replays = 0
+        self.held_bytes = 0
 
     def rehearse(self, run: Callable[[], None]) -> None:
         run()

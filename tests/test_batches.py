@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from runs import loaded, tiny_config, tiny_dataset
@@ -6,6 +8,7 @@ from model.batches import Batches, Part, normalisation
 from model.choices import draw_order
 
 CPU = torch.device("cpu")
+BATCH_BYTES = 20 * 3 * 32 * 32 * 4
 PIPELINES = [
     ("every_epoch", "per_image", 2),
     ("once", "per_image", 2),
@@ -35,6 +38,37 @@ def test_every_pipeline_gives_the_same_batches_bit_for_bit(preprocess, draw, wor
             assert x.dtype == x2.dtype == dtype
             assert x.is_contiguous(memory_format=torch.channels_last)
             assert x2.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("free", "world", "workers", "says"),
+    [
+        (None, 1, 2, ""),
+        (5 * BATCH_BYTES, 1, 2, ""),
+        (5 * BATCH_BYTES - 1, 1, 1, "1 of them work"),
+        (5 * BATCH_BYTES, 2, 0, "this process makes them itself"),
+        (0, 1, 0, "this process makes them itself"),
+    ],
+)
+def test_there_are_no_more_workers_than_shared_memory_has_room_for(monkeypatch, free, world, workers, says):
+    """More of them would die of SIGBUS in the midst of an epoch."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8))
+    monkeypatch.setattr("model.batches.free_shared_bytes", lambda: free)
+    said, data = [], tiny_dataset(80)
+    config = tiny_config(preprocess="once", workers=2, batch_size=20 * world)
+    batches = Batches(data.train_images, data.train_labels, config, CPU, torch.float32, 0, world, said.append)
+    assert batches.loader.num_workers == workers
+    assert len(said) == bool(says)
+    assert all(says in line and "/dev/shm has" in line and "--shm-size" in line for line in said)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another way to start processes")
+@pytest.mark.parametrize("preprocess", ["once", "every_epoch"])
+def test_workers_have_the_images_without_a_copy_in_shared_memory(preprocess):
+    batches = make(preprocess=preprocess, workers=1)
+    loaded(batches, 0)
+    samples = batches.loader.dataset
+    assert not (samples.padded if preprocess == "once" else samples.images).is_shared()
 
 
 def test_an_epoch_has_every_image_once_and_a_short_last_batch():

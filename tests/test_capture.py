@@ -1,6 +1,8 @@
 """A step that is recorded and replayed is the step, and one that cannot be is found out."""
 
+import contextlib
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from runs import tiny_config, tiny_dataset
 
 from model import capture
 from model.batches import Batches
-from model.capture import Program
+from model.capture import CudaGraphs, Program
 from model.choices import draw_choices
 from model.distributed import Ranks
 from model.network import ResNet9
@@ -257,6 +259,27 @@ def test_a_read_that_is_added_is_counted(monkeypatch, added):
     with HostReads() as reads:
         list(trainer.train(0))
     assert reads.count == trainer.epoch_steps
+
+
+def test_a_recording_holds_what_it_allocated_of_its_own(monkeypatch):
+    """The largest of them, since they share their memory; what was there before it is not its own."""
+    bytes_now, peak = [100], [900]
+    fakes = {
+        "Stream": lambda device: None,
+        "graph_pool_handle": lambda: None,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": lambda *args, **kwargs: contextlib.nullcontext(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "memory_allocated": lambda device: bytes_now[0],
+        "max_memory_allocated": lambda device: peak[0],
+        "reset_peak_memory_stats": lambda device: peak.__setitem__(0, bytes_now[0]),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    graphs = CudaGraphs(GPU)
+    for own in (40, 60, 10):
+        graphs.record(lambda own=own: peak.__setitem__(0, bytes_now[0] + own))
+    assert graphs.held_bytes == 60
 
 
 # With a GPU

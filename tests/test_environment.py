@@ -19,6 +19,15 @@ def test_it_names_what_a_reader_needs(tmp_path):
     assert device_name(CPU)
 
 
+def test_how_the_library_chooses_its_convolutions(tmp_path, monkeypatch):
+    """Two runs are not the same where one searched and the other did not."""
+    monkeypatch.setattr("profiling.environment._gpu", lambda device: {})
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    found = environment(torch.device("cuda"), tmp_path)
+    assert (found["cudnn_benchmark"], found["cudnn_deterministic"]) == (True, False)
+    assert environment(CPU, tmp_path)["cudnn_benchmark"] is None
+
+
 def test_outside_a_checkout_there_is_no_commit(tmp_path):
     assert commit(tmp_path / "absent") == (None, None)
 

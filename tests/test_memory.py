@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.errors import OutOfMemoryError
-from model.memory import out_of_memory, peak_bytes
+from model.memory import forget_peak, free_shared_bytes, out_of_memory, peak
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -53,7 +53,33 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 def test_the_peak_is_at_least_what_was_held():
     held = torch.ones(50 * 2**20 // 4)
-    assert peak_bytes(CPU) > held.nbytes
+    forget_peak(CPU)
+    assert peak(CPU).allocated > held.nbytes
+    assert peak(CPU).reserved is None
+
+
+def test_the_peak_of_a_gpu_is_its_tensors_and_recordings_and_what_is_reserved(monkeypatch):
+    """A replay allocates nothing, but needs what its recording did."""
+    known = {"max_memory_allocated": 100, "max_memory_reserved": 500}
+    for name, value in known.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert peak(torch.device("cuda"), recorded=30) == (130, 500)
+    called = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *device, name=name: called.append(name))
+    forget_peak(torch.device("cuda"))
+    assert called == ["empty_cache", "reset_peak_memory_stats"], "what is not in use is not reserved for the training"
+
+
+def test_what_is_free_to_be_shared(monkeypatch):
+    found = free_shared_bytes()
+    assert found is None or found >= 0
+
+    def absent(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("os.statvfs", absent)
+    assert free_shared_bytes() is None
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,7 @@ def test_the_suite_uses_the_cores_that_there_are(tmp_path, monkeypatch, cores, p
 
 def test_on_another_gpu_nothing_was_predicted(tmp_path):
     steps = {step.name: step for step in reproduce_plan.plan(tmp_path, Request(), False, "NVIDIA A100-SXM4-40GB")}
-    assert steps["predictions"].reason == "the predictions are for one NVIDIA H200"
+    assert steps["predictions"].reason == "the predictions are for NVIDIA H100 80GB HBM3 and NVIDIA H200"
     assert not steps["bench"].reason
 
 

@@ -51,7 +51,7 @@ def summary(accuracy: float, seed: int) -> dict:
 
 
 def test_an_aggregate_and_its_sentence():
-    result = aggregate([summary(0.93, 4), summary(0.95, 5)], target=0.94, required=True, wall_s=9.0)
+    result = aggregate([summary(0.93, 4), summary(0.95, 5)], 2, target=0.94, required=True, wall_s=9.0)
     assert (result["runs"], result["seeds"], result["share_at_target"]) == (2, [4, 5], 0.5)
     assert result["train_s"] == 6.5
     assert (result["status"], result["exit_code"]) == ("complete", 0)
@@ -62,5 +62,27 @@ def test_an_aggregate_and_its_sentence():
 
 
 def test_a_missed_target_counts_only_when_required():
-    assert aggregate([summary(0.9, 0)], 0.94, required=True, wall_s=1.0)["exit_code"] == 7
-    assert aggregate([summary(0.9, 0)], 0.94, required=False, wall_s=1.0)["exit_code"] == 0
+    assert aggregate([summary(0.9, 0)], 1, 0.94, required=True, wall_s=1.0)["exit_code"] == 7
+    assert aggregate([summary(0.9, 0)], 1, 0.94, required=False, wall_s=1.0)["exit_code"] == 0
+
+
+def test_fewer_runs_than_were_asked_for_are_unfinished():
+    result = aggregate([summary(0.93, 4)], 2, target=0.94, required=True, wall_s=9.0)
+    assert (result["status"], result["exit_code"], result["runs"], result["runs_requested"]) == (
+        "unfinished",
+        None,
+        1,
+        2,
+    )
+
+
+def test_without_a_target_none_is_counted():
+    result = aggregate([summary(0.9, 0)], 1, None, required=False, wall_s=1.0)
+    assert result["share_at_target"] is result["target_accuracy"] is None
+    assert claim_in_words(result) == "n = 1: mean test accuracy 90.00% (x data)"
+
+
+def test_memory_is_the_largest_of_the_runs():
+    runs = [summary(0.9, 0) | {"peak_memory_bytes": n, "peak_reserved_bytes": None} for n in (5, 7, None)]
+    result = aggregate(runs, 3, None, required=False, wall_s=1.0)
+    assert (result["peak_memory_bytes"], result["peak_reserved_bytes"]) == (7, None)

@@ -32,7 +32,7 @@ STEPS = 12
 SUMMARY_KEYS = {
     "status", "preset", "data_identity", "device", "ops", "ops_requested", "epochs", "steps", "seed", "test_accuracy",
     "train_s", "eval_s", "train_plus_eval_s", "warmup_s", "wall_s", "images_per_s", "flops", "mfu", "v100_normalised",
-    "peak_memory_bytes", "git_sha", "step", "step_requested",
+    "peak_memory_bytes", "peak_reserved_bytes", "git_sha", "step", "step_requested",
 }  # fmt: skip
 
 
@@ -308,6 +308,44 @@ def test_several_runs_and_their_claim(whole, tmp_path):
     with pytest.raises(TargetMissedError):
         train.repeat(tiny_session(), tiny_config(), tmp_path / "b", 1, target=0.99, resume=False)
     assert read_json(tmp_path / "b" / "summary.json")["exit_code"] == 7
+
+
+def test_several_runs_leave_their_figures_when_one_is_killed(tmp_path, monkeypatch):
+    """Each run's as soon as it has them."""
+    original, session = train.run, tiny_session()
+
+    def killed(session, config, *arguments, **options):
+        if config.seed == 2:
+            raise SystemExit(137)
+        return original(session, config, *arguments, **options)
+
+    monkeypatch.setattr(train, "run", killed)
+    with pytest.raises(SystemExit):
+        train.repeat(session, tiny_config(), tmp_path, 3, target=None, resume=False)
+    left = read_json(tmp_path / "summary.json")
+    assert (left["status"], left["runs"], left["runs_requested"], left["seeds"]) == ("unfinished", 2, 3, [0, 1])
+
+
+@pytest.mark.parametrize(("identity", "counted"), [("official", 0.94), ("copy", None), ("synthetic", None)])
+def test_94_percent_is_of_the_official_images(tmp_path, identity, counted):
+    session = tiny_session(dataclasses.replace(tiny_dataset(), identity=identity))
+    summary = train.repeat(session, tiny_config(), tmp_path / "a", 1, target=None, resume=False)
+    assert summary["target_accuracy"] == counted
+    assert train.repeat(session, tiny_config(), tmp_path / "b", 1, 0.01, resume=False)["target_accuracy"] == 0.01
+
+
+@pytest.mark.usefixtures("cpu_modes")
+def test_the_peak_of_memory_is_forgotten_after_each_warm_up(tmp_path, monkeypatch):
+    """It is the training's: what a search for algorithms or an earlier run took is not part of it."""
+    order, warm_up, steps = [], Trainer.warm_up, TrainingStep.__call__
+    monkeypatch.setattr(Trainer, "warm_up", lambda self, say: order.append("warm-up") or warm_up(self, say))
+    monkeypatch.setattr("model.memory.forget_peak", lambda device: order.append("forget"))
+    monkeypatch.setattr("model.memory.peak", lambda device, recorded: order.append("peak") or (7, 9))
+    monkeypatch.setattr(TrainingStep, "__call__", lambda self, *batch: order.append("step") or steps(self, *batch))
+    train.repeat(tiny_session(), tiny_config(step="captured"), tmp_path, 2, target=None, resume=False)
+    assert order == ["warm-up", "forget", *["step"] * STEPS, "peak"] * 2
+    summary = read_json(tmp_path / "run-001" / "summary.json")
+    assert (summary["peak_memory_bytes"], summary["peak_reserved_bytes"]) == (7, 9)
 
 
 def test_several_runs_go_on_where_they_stopped(tmp_path):

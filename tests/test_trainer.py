@@ -5,20 +5,76 @@ import torch
 import torch.nn.functional as F
 from emulation import EmulatedGraphs
 from runs import tiny_config, tiny_dataset
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import capture
-from model.batches import Batches
+from model.batches import Batches, normalisation
 from model.data import MEAN, STD
 from model.distributed import Ranks
 from model.errors import DeviceError, NonFiniteError
-from model.trainer import Trainer, build_network, choose_device, choose_dtype, step_mode
+from model.trainer import Trainer, build_network, choose_device, choose_dtype, search_convolutions, step_mode
 
 CPU = torch.device("cpu")
 
 
-def make(dataset=None, dtype=torch.float32, **changes) -> Trainer:
+def make(dataset=None, dtype=torch.float32, device=CPU, **changes) -> Trainer:
     data = dataset or tiny_dataset()
-    return Trainer(Batches(data.train_images, data.train_labels, tiny_config(**changes), CPU, dtype), data, Ranks())
+    return Trainer(Batches(data.train_images, data.train_labels, tiny_config(**changes), device, dtype), data, Ranks())
+
+
+class OurOps(TorchDispatchMode):
+    """The names of this project's ops that run within."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "cifar":
+            self.names.add(op._opname)
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ops", ["reference", "batchnorm", "composed", "triton"])
+def test_ops_choose_what_makes_a_batch_and_what_updates_the_weights_too(device, ops):
+    """`reference` is PyTorch alone, on a GPU as well: what the others are held against must have nothing of ours."""
+    trainer = make(tiny_dataset(8, 4), device=device, ops=ops, widths=(16, 16, 16, 16), batch_size=4)
+    with OurOps() as training:
+        next(iter(trainer.train(0)))
+    with OurOps() as evaluation:
+        trainer.evaluate()
+    if ops == "reference":
+        assert not training.names | evaluation.names
+    else:
+        assert training.names >= {"augment", "sgd"}
+        assert "augment" in evaluation.names
+
+
+@pytest.mark.parametrize("ops", ["reference", "triton"])
+def test_a_rank_without_images_of_the_last_batch_makes_an_empty_one(ops):
+    data = tiny_dataset(70, 10)
+    batches = Batches(
+        data.train_images, data.train_labels, tiny_config(ops=ops, widths=(16,) * 4), CPU, torch.float32, 11, 12
+    )
+    *_, last = batches.epoch(0)
+    x, labels = batches.load(*last)
+    assert x.shape == (0, 3, 32, 32)
+    assert len(labels) == 0
+
+
+def test_what_training_reads_is_not_made_in_inference_mode(monkeypatch):
+    """A tensor that is cannot be trained with, not even by the next run of the process."""
+    seen = []
+
+    def watched(device):
+        seen.append(torch.is_inference_mode_enabled())
+        return normalisation(device)
+
+    for module in ("batches", "evaluation"):
+        monkeypatch.setattr(f"model.{module}.normalisation", watched)
+    make(preprocess="once").evaluate()
+    assert seen
+    assert not any(seen)
 
 
 def test_initial_weights_are_a_function_of_the_seed_alone():
@@ -115,6 +171,14 @@ def test_an_eager_step_that_fails_in_warm_up_fails(monkeypatch):
     monkeypatch.setattr(trainer.network, "forward", lambda x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         trainer.warm_up()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_convolutions_are_searched_for_on_a_gpu(monkeypatch, device):
+    """As where the tile table is measured: the library's and ours are then compared as they will run."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    search_convolutions(torch.device(device))
+    assert torch.backends.cudnn.benchmark == (device == "cuda")
 
 
 def test_captured_is_the_default_on_a_gpu_only():
