@@ -210,7 +210,11 @@ def _steps(steps: Sequence[Row], out: Path) -> Iterator[str]:
                 seconds = "" if step["seconds"] is None else f" after {step['seconds']:.0f} s"
                 yield f"== {status}{seconds}: {step['name']}: {step['why'][:220]}"
     for reason in dict.fromkeys(step["why"] for step in of[UNAVAILABLE]):
-        yield f"== unavailable, {reason}: {', '.join(s['name'] for s in of[UNAVAILABLE] if s['why'] == reason)}"
-    left = [step["name"] for status in (FAILED, LATE, LEFT) for step in of[status]]
-    named = ", ".join(left[:12]) + (f" and {len(left) - 12} more" if left[12:] else "")
-    yield f"left: {named}; the same command with --out {out} goes on" if left else "everything is done"
+        yield f"== unavailable, {reason}: {_named([s for s in of[UNAVAILABLE] if s['why'] == reason])}"
+    left = [step for status in (FAILED, LATE, LEFT) for step in of[status]]
+    yield f"left: {_named(left)}; the same command with --out {out} goes on" if left else "everything is done"
+
+
+def _named(steps: Sequence[Row], most: int = 12) -> str:
+    more = f" and {len(steps) - most} more" if steps[most:] else ""
+    return ", ".join(step["name"] for step in steps[:most]) + more

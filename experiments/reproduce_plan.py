@@ -175,9 +175,9 @@ class _Plan:
         **options: Any,
     ) -> Step:
         """A training, in the folder of its name; without `epochs` to the end of its preset."""
-        reason = self.no_gpu if settings.get("ops") else None
+        reason = self.unable(settings)
         if self.small:
-            preset, epochs = "laptop", min(epochs or 2, 2)
+            preset, epochs = "laptop", epochs or 1
             settings = {key: value for key, value in settings.items() if key != "preprocess"}
             settings = settings if self.gpu else {**SMALL, **settings}
         settings = settings | dict(setting.split("=", 1) for setting in self.request.settings)
@@ -221,7 +221,14 @@ class _Plan:
     def kernels(self, mode: str) -> Step:
         """The longest kernels of a mode's step."""
         command = _module("experiments.longest_kernels", str(self.out / mode))
-        return Step(f"kernels-{mode}", "smoke", command, 40, needs=f"{mode}/summary.json", given=self.data)
+        needs, reason = f"{mode}/summary.json", self.unable(MODES[mode][1])
+        return Step(f"kernels-{mode}", "smoke", command, 40, needs=needs, given=self.data, reason=reason)
+
+    def unable(self, settings: dict[str, str]) -> str | None:
+        """Why a run with these settings cannot be had here."""
+        if settings.get("step") == "compiled" and not self.gpu:
+            return "torch.compile takes minutes on a CPU"
+        return self.no_gpu if settings.get("ops") else None
 
     def ceilings(self) -> Step:
         seconds = "0.05" if self.small else "0.4"
