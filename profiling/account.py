@@ -95,13 +95,16 @@ class Busy:
     """What a profiled pass saw, for all images of the run: nanoseconds by category, and of the device's gaps.
 
     `gaps` is (waiting for the host to launch, waiting in a synchronisation, between queued kernels), None where the
-    trace cannot tell. `on_gpu` is whether the categories are of a device beside the host.
+    trace cannot tell, so that busy times are not certain either, and zeros where only the gaps are not the run's.
+    `on_gpu` is whether the categories are of a device beside the host. `note` stands under each term that is made of
+    kernel times.
     """
 
     by_category: dict[str, float]
     gaps: tuple[float, float, float] | None
     on_gpu: bool
     source: str = "torch.profiler, a pass of its own"
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -173,10 +176,12 @@ def _of_categories(e: Evidence, needed_ns: int) -> list[Term]:
     convolutions = round(by_category.pop("convolution", 0))
     text = f"convolution and matrix kernels ({convolutions / 1e9:.4g} s; {e.busy.source})"
     if needed_ns:
-        found = [Term("conv_inefficiency", convolutions - needed_ns, "measured", f"{text}, less the terms above")]
+        text = f"{text}, less the terms above"
+        found = [Term("conv_inefficiency", convolutions - needed_ns, "measured", text, e.busy.note)]
     else:
-        found = [Term("convolution", convolutions, "measured", text)]
-    return found + [Term(key, round(ns), "measured", e.busy.source) for key, ns in by_category.items() if round(ns)]
+        found = [Term("convolution", convolutions, "measured", text, e.busy.note)]
+    others = [(key, round(ns)) for key, ns in by_category.items() if round(ns)]
+    return found + [Term(key, ns, "measured", e.busy.source, e.busy.note) for key, ns in others]
 
 
 def _idle(e: Evidence) -> Term:
@@ -190,8 +195,10 @@ def _idle(e: Evidence) -> Term:
     if total > 0:
         first, second = (round(idle * gap / total) for gap in gaps[:2])
         parts = tuple(zip(names, (first, second, idle - first - second), strict=True))
-    text = "unprofiled steps less the kernels' busy time; its parts in proportion to the profiled pass's gaps"
-    return Term("idle", idle, "measured", text, parts=parts)
+    text = f"unprofiled steps less the kernels' busy time ({e.busy.source})"
+    if parts:
+        text += "; its parts in proportion to the profiled pass's gaps"
+    return Term("idle", idle, "measured", text, e.busy.note and f"less kernel times {e.busy.note}", parts)
 
 
 def article_terms(rows: Sequence[Work], batch: int, peak: float, bandwidth: float, flops_per_image: int) -> list[Term]:

@@ -102,6 +102,9 @@ def sentences(report: dict[str, Any]) -> list[str]:
             f"At this device's ceilings training could not take less than {_s(eager[0]['ns'])} with eager kernels, "
             f"{_s(fused[0]['ns'])} with this project's fused ones."
         )
+    profiled = report["profiled"]
+    if profiled["said"] and report["kernels"] and not profiled["fell_back"]:
+        said.append(f"{profiled['said']}; the kernel times are those of the others.")
     residual = next((t for t in report["terms"] if t["key"] == "residual"), None)
     if residual and residual["ns"] >= 0:
         said.append(f"{_s(residual['ns'])} ({_share(residual['ns'], total)}) of training remain unexplained.")
@@ -112,4 +115,10 @@ def assumption(report: dict[str, Any]) -> str:
     """What the account takes for granted."""
     ratio = report["figures"]["perturbation"]["value"]
     seen = "" if ratio is None else f" A profiled step took {ratio:.3g} times as long as one that was not."
+    eager = report["profiled"]["eager_step"]
+    if eager is not None:
+        seen += (
+            f" Step {eager} of the trace was run eagerly, to learn which operation launches which kernel: there the "
+            "device waits for the host, and such gaps, which training's replayed steps do not have, are not counted."
+        )
     return f"Assumed: operations take as long in the run as in the profiled pass.{seen}"

@@ -133,8 +133,9 @@ def idle(trace: Trace) -> Idle | None:
     """The gaps between the kernels of the active steps, by what they waited for; None for an incomplete trace.
 
     Only what lies between two kernels that were launched in steps is a gap: nothing is known of the time before the
-    first and after the last. In a gap that begins while the host waits for the device, the host had nothing queued
-    because it was waiting; a wait that begins later, on a device that is idle already, is not what kept it.
+    first and after the last, nor of steps that are missing in between. In a gap that begins while the host waits for
+    the device, the host had nothing queued because it was waiting; a wait that begins later, on a device that is idle
+    already, is not what kept it.
     """
     if trace.lacks or not trace.steps:
         return None
@@ -142,10 +143,12 @@ def idle(trace: Trace) -> Idle | None:
     wait_starts = [start for start, _ in waits]
     latest_ends = list(itertools.accumulate((end for _, end in waits), max))
     host = sync = launch_gap = 0
-    busy_until, after_step = None, False
+    busy_until, number = None, None
     for kernel in sorted(trace.kernels, key=lambda k: (k.start_ns, k.launch_ns is None, k.launch_ns)):
-        in_step = trace.step_of(kernel) is not None
-        if busy_until is not None and kernel.start_ns > busy_until and after_step and in_step:
+        index = trace.step_of(kernel)
+        of = None if index is None else trace.steps[index].number
+        adjacent = number is not None and of is not None and abs(of - number) <= 1
+        if busy_until is not None and kernel.start_ns > busy_until and adjacent:
             gap = kernel.start_ns - busy_until
             # Of the waits that began before the gap, the one that lasted longest.
             before = bisect_left(wait_starts, busy_until)
@@ -156,5 +159,5 @@ def idle(trace: Trace) -> Idle | None:
             else:
                 host += gap
         if busy_until is None or kernel.end_ns > busy_until:
-            busy_until, after_step = kernel.end_ns, in_step
+            busy_until, number = kernel.end_ns, of
     return Idle(host, sync, launch_gap)

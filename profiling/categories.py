@@ -31,8 +31,6 @@ pooling, additions, ReLU and the like.
 
 AUGMENTATION = "augmentation"
 """The annotation (`record_function`) around the making of a batch."""
-INCOMPLETE_REPLAY = "incomplete replay"
-"""Stands for the operations of a kernel whose place in its graph is not known."""
 
 
 def categorise(kernel: Kernel) -> str:
@@ -134,8 +132,6 @@ _COMPILED_KERNELS = _patterns(
 
 @functools.lru_cache(maxsize=1 << 14)
 def _category(name: str, ops: tuple[str, ...]) -> str:
-    if INCOMPLETE_REPLAY in ops:
-        return "unknown"
     simple = [_simplified(op) for op in ops]
     for op in simple:
         for category, pattern in _CONTEXTS:

@@ -23,8 +23,14 @@ if TYPE_CHECKING:
     import torch
 
 VERSION = 1
-WAIT_STEPS, WARM_UP_STEPS, ACTIVE_STEPS = 3, 3, 20
-"""Of the profiled pass: left alone, profiled and thrown away, and recorded."""
+WAIT_STEPS, WARM_UP_STEPS, ACTIVE_STEPS = 3, 10, 20
+"""Of the profiled pass: left alone, profiled and thrown away, and recorded. CUPTI loses kernels where a session begins
+(pytorch/pytorch#192021), hence so many to throw away."""
+CPU_WARM_UP_STEPS = 3
+"""Without CUPTI; there a step may take seconds."""
+EAGER_STEP = 2
+"""Index among the recorded steps of the one that runs eagerly: all others are compared with it, so it is not the first.
+Among the replays the clocks are theirs."""
 
 PATIENCE_S = 1800
 """How long a pass may take."""
@@ -93,8 +99,8 @@ def record_trace(
 ) -> None:
     """Take the session: `steps` trains, a step at a time, and yields the images of each.
 
-    Where steps are replayed, one more is recorded before them within `eagerly()`: which operation launched a kernel can
-    only be learned from that.
+    Where steps are replayed, one more is recorded among them within `eagerly()`: which operation launched a kernel can
+    only be learned from that, and what a replay should hold (`profiling.cross_check`).
     Writes trace.json.gz and profile.json to `folder`; `about` is the environment. Raises OSError where it cannot.
     """
     import torch
@@ -109,18 +115,18 @@ def record_trace(
         os.replace(temporary, path)
 
     clock, images = StepClock(device), []
-    before, learned = WAIT_STEPS + WARM_UP_STEPS, 1 if eagerly else 0
-    first = before + learned
-    plan = schedule(wait=WAIT_STEPS, warmup=WARM_UP_STEPS, active=learned + active, repeat=1)
+    warm_up = WARM_UP_STEPS if device.type == "cuda" else CPU_WARM_UP_STEPS
+    before, recorded = WAIT_STEPS + warm_up, active + (1 if eagerly else 0)
+    plan = schedule(wait=WAIT_STEPS, warmup=warm_up, active=recorded, repeat=1)
     if eagerly:
-        steps = _with_one_eager(steps, before, eagerly)
+        steps = _with_one_eager(steps, before + EAGER_STEP, eagerly)
     try:
         with profile(activities=activities, schedule=plan, on_trace_ready=save, record_shapes=True) as session:
             for number, count in enumerate(clock.each(steps), start=1):
                 images.append(count)
                 if number == before and device.type == "cuda":
                     torch.cuda.synchronize(device)  # no kernel of an earlier step within the recorded ones
-                if number == first + active:
+                if number == before + recorded:
                     clock.end_epoch()  # before the session ends, which takes longer than a step
                     break
                 session.step()
@@ -131,10 +137,9 @@ def record_trace(
         folder / "profile.json",
         {
             "version": VERSION,
-            "eager_steps": learned,
-            "active_steps": len(images[first:]),
-            "images": sum(images[first:]),
-            "step_ns": clock.durations_ns()[first:],
+            "eager_step": EAGER_STEP if eagerly else None,
+            "step_images": images[before:],
+            "step_ns": clock.durations_ns()[before:],
             "error": None,
             "environment": about,
         },
@@ -154,6 +159,6 @@ def _with_one_eager(
 
 def record_failure(folder: Path, error: str) -> None:
     """Leave word that the profiled pass failed; a disk that is full takes none."""
-    nothing = {"version": VERSION, "eager_steps": 0, "active_steps": 0, "images": 0, "step_ns": [], "environment": None}
+    nothing = {"version": VERSION, "eager_step": None, "step_images": [], "step_ns": [], "environment": None}
     with contextlib.suppress(OSError):
         write_json(folder / "profile.json", nothing | {"error": error})

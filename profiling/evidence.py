@@ -6,7 +6,6 @@ run.
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
@@ -14,12 +13,12 @@ from typing import Any, NamedTuple
 
 from profiling import account, ncu, telemetry
 from profiling.account import Busy, Evidence, Term
-from profiling.attribution import idle, per_step
+from profiling.attribution import Idle, idle, per_step
 from profiling.ceilings import Ceilings
 from profiling.collection import RECORDS
+from profiling.cross_check import Judged, judge
 from profiling.errors import ReportError
 from profiling.records import read_json, read_jsonl
-from profiling.replay import Learned, attribute_replays, learn
 from profiling.roofline import Timed
 from profiling.specifications import Specification, specification
 from profiling.trace import Trace
@@ -83,17 +82,15 @@ def read(folder: Path) -> Run:
         raise ReportError(f"{folder}/summary.json is not that of a single run; name one of its run-NNN folders")
     profile = optional(
         "record of the profiled pass",
-        lambda: checked("profile", "eager_steps", "active_steps", "images", "step_ns", "error"),
+        lambda: checked("profile", "eager_step", "step_images", "step_ns", "error"),
         {},
     )
     if profile.get("error"):
         lacks.append(f"The profiled pass failed: {profile['error']}.")
     trace = optional("trace of kernels", lambda: read_trace(records / "trace.json.gz"))
     environment = optional("description of the machine", lambda: read_json(folder / "environment.json"), {})
-    if trace is not None:
-        lacks += trace.lacks
-        if not trace.on_gpu and environment.get("gpu"):
-            lacks.append("The trace of a run on a GPU holds none of its kernels.")
+    if trace is not None and not trace.on_gpu and environment.get("gpu"):
+        lacks.append("The trace of a run on a GPU holds none of its kernels.")
     counted = (records / "ncu.csv").exists()
     heard = telemetry.read(records / "telemetry.jsonl")
     return Run(
@@ -142,6 +139,7 @@ class Analysis(NamedTuple):
     perturbation: float | None
     unknown_share: float | None
     specification: Specification | None
+    judged: Judged | None
     rows: dict[str, list[Work]]
     lacks: list[str]
 
@@ -165,25 +163,36 @@ def analyse(run: Run) -> Analysis:
         for k in ("ops", "reference", "fused", "article")
         if run.work and run.work.get(k)
     }
-    seen, gaps, images_seen = None, None, run.profile.get("images")
-    if run.trace is not None and images_seen:
-        trace, learned = _without_eager_steps(run.trace, run.profile["eager_steps"])
-        trained, incomplete = attribute_replays(trace, learned)
-        trace = replace(trace, kernels=trained, lacks=[*trace.lacks, *incomplete])
-        lacks += incomplete
-        seen, gaps = per_step(trace), idle(trace)
+    unprofiled = [end - start for epoch in run.steps or [] for start, end in pairwise(epoch)]
+    timed_ns = median(unprofiled) if unprofiled else None
+    judged, seen, gaps = None, None, None
+    if run.trace is not None and run.profile.get("step_images"):
+        judged = judge(run.trace, run.profile, timed_ns)
+        lacks += judged.lacks
+    elif run.trace is not None:
+        lacks += run.trace.lacks
+    if judged is not None and judged.trace is not None:
+        seen, gaps = per_step(judged.trace), idle(judged.trace)
         if seen is None:
             lacks.append("The trace has no training steps.")
+        elif judged.fell_back and gaps is not None:
+            gaps = Idle(0, 0, 0)  # those of a step run eagerly are not the run's
     busy, timed, active, unknown = None, [], 0.0, None
-    if seen is not None:
-        active, scale, total = images_seen / batch, images / images_seen, seen.total
+    if seen is not None and judged.images:
+        active, scale, total = judged.images / batch, images / judged.images, seen.total
         timed = [Timed(k.name, k.op, k.category, k.dims, t.calls, t.ns) for k, t in total.by_kernel.items()]
         by_category = {name: ns * scale for name, ns in total.by_category.items()}
-        busy = Busy(by_category, tuple(ns * scale for ns in gaps) if gaps else None, run.trace.on_gpu)
+        busy = Busy(
+            by_category=by_category,
+            gaps=tuple(ns * scale for ns in gaps) if gaps is not None else None,
+            on_gpu=run.trace.on_gpu,
+            source=judged.source,
+            note="of one step run eagerly" if judged.fell_back else None,
+        )
         unknown = total.by_category["unknown"] / total.busy_ns if total.busy_ns else None
         if unknown is not None and unknown > account.UNKNOWN_LIMIT:
             lacks.append(f"{unknown:.1%} of the busy time is in kernels of no known category.")
-    perturbation = _perturbation(run)
+    perturbation = _perturbation(run.profile, timed_ns)
     if perturbation is not None and not on_gpu and not 1 - DISTURBED < perturbation < 1 + DISTURBED:
         lacks.append(
             f"A profiled step took {perturbation:.3g} times as long as a timed one: something else used this machine "
@@ -203,13 +212,7 @@ def analyse(run: Run) -> Analysis:
         busy=busy,
         peak_source=spec.source if spec else "",
     )
-    return Analysis(evidence, account.terms(evidence), timed, active, perturbation, unknown, spec, rows, lacks)
-
-
-def _without_eager_steps(trace: Trace, count: int) -> tuple[Trace, list[Learned]]:
-    """(the trace's replayed steps, the kernels of the `count` eager ones before them)."""
-    learned = [kernel for kernel in trace.kernels if (step := trace.step_of(kernel)) is not None and step < count]
-    return replace(trace, steps=trace.steps[count:]), learn(learned)
+    return Analysis(evidence, account.terms(evidence), timed, active, perturbation, unknown, spec, judged, rows, lacks)
 
 
 def _phase_ns(run: Run, name: str) -> int:
@@ -218,8 +221,7 @@ def _phase_ns(run: Run, name: str) -> int:
     return sum(p["end_ns"] - p["start_ns"] for p in run.phases["phases"] if p["name"] == name)
 
 
-def _perturbation(run: Run) -> float | None:
-    """A profiled step over one that is not; medians."""
-    unprofiled = [end - start for epoch in run.steps or [] for start, end in pairwise(epoch)]
-    profiled = run.profile.get("step_ns")
-    return median(profiled) / median(unprofiled) if unprofiled and profiled else None
+def _perturbation(profile: dict[str, Any], timed_ns: float | None) -> float | None:
+    """A profiled step over one that is not; medians, without the step that was run eagerly."""
+    profiled = [ns for i, ns in enumerate(profile.get("step_ns", [])) if i != profile["eager_step"]]
+    return median(profiled) / timed_ns if profiled and timed_ns else None

@@ -16,7 +16,7 @@ from profiling.flops import V100_FLOPS_PER_S
 from profiling.markdown import render_markdown
 from profiling.page import render_html
 from profiling.records import write_json, write_text
-from profiling.roofline import Roofs, kernel_rows, layer_rows
+from profiling.roofline import Roofs, Row, kernel_rows, layer_rows
 from profiling.specifications import specification
 from profiling.timeline import timeline
 
@@ -45,9 +45,10 @@ def build(folder: Path) -> dict[str, Any]:
         "terms": terms,
         "article": _article(a, run),
         "levers": _levers(a, run),
+        "profiled": _profiled(a),
         "floors": _floors(a),
         "kernels": _kernels(a, run, roofs),
-        "layers": [r.to_json() for r in layer_rows(a.timed, work, a.active_steps, roofs)] if a.timed else [],
+        "layers": [_sourced(r, a) for r in layer_rows(a.timed, work, a.active_steps, roofs)] if a.timed else [],
         "roofs": _roofs(a, run),
         "timeline": timeline(run.phases, run.telemetry),
         "epochs": run.epochs,
@@ -206,9 +207,28 @@ def _kernels(a: Analysis, run: Run, roofs: Roofs) -> list[dict[str, Any]]:
     rows = kernel_rows(a.timed, a.rows.get("ops", []), a.active_steps, roofs) if a.timed else []
     counted = [run.counters.get(row.name) for row in rows]
     return [
-        row.to_json() | {"dram_bytes": c.dram_bytes if c else None, "tensor_active": c.tensor_active if c else None}
+        _sourced(row, a) | {"dram_bytes": c.dram_bytes if c else None, "tensor_active": c.tensor_active if c else None}
         for row, c in zip(rows, counted, strict=True)
     ]
+
+
+def _sourced(row: Row, a: Analysis) -> dict[str, Any]:
+    """With the steps that its times are of."""
+    return row.to_json() | {"source": row.source.replace("torch.profiler", a.evidence.busy.source)}
+
+
+def _profiled(a: Analysis) -> dict[str, Any]:
+    """Which steps of the profiled pass the account is made of."""
+    if a.judged is None:
+        return {"steps": None, "refused": [], "said": "", "eager_step": None, "fell_back": False}
+    judged = a.judged
+    return {
+        "steps": judged.steps,
+        "refused": [one._asdict() for one in judged.refused],
+        "said": judged.said,
+        "eager_step": judged.eager_step,
+        "fell_back": judged.fell_back,
+    }
 
 
 def _levers(a: Analysis, run: Run) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ import sys
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +45,7 @@ class Kernel(NamedTuple):
     dims         extents of the inputs of the innermost op that has any, as JSON text; "" if none has
     launch_ns    when the launch began, None if the trace does not have it
     graph        the graph launch it came from, None if it was launched alone
+    node         of that graph, by the number that CUPTI gives it ("graph node id"); None where the trace has none
     """
 
     name: str
@@ -58,6 +59,7 @@ class Kernel(NamedTuple):
     dims: str = ""
     launch_ns: int | None = None
     graph: int | None = None
+    node: int | None = None
 
 
 class Step(NamedTuple):
@@ -77,6 +79,7 @@ class Trace:
     device_name  of the device that ran the kernels, None if the trace does not say
     on_gpu       whether a device beside the host was at work, even if none of its kernels were recorded
     lacks        a sentence for everything that is missing: busy times may be too small then, and gaps too large
+    lost         starts of the launches within the steps whose kernels are missing; `missing` is their sentence
     """
 
     kernels: list[Kernel]
@@ -85,13 +88,21 @@ class Trace:
     device_name: str | None
     on_gpu: bool
     lacks: list[str]
+    lost: list[int] = field(default_factory=list)
 
     def step_of(self, kernel: Kernel) -> int | None:
         """Index of the step in which `kernel` was launched, None if in none."""
-        if kernel.launch_ns is None:
-            return None
-        index = bisect_right(self.steps, kernel.launch_ns, key=lambda step: step.start_ns) - 1
-        return index if index >= 0 and kernel.launch_ns < self.steps[index].end_ns else None
+        return None if kernel.launch_ns is None else self.step_at(kernel.launch_ns)
+
+    def step_at(self, time_ns: int) -> int | None:
+        """Index of the step that the host was in, None if in none."""
+        index = bisect_right(self.steps, time_ns, key=lambda step: step.start_ns) - 1
+        return index if index >= 0 and time_ns < self.steps[index].end_ns else None
+
+
+def missing(launches: int) -> str:
+    """What a trace lacks that has no kernels of so many launches."""
+    return f"trace incomplete: the kernels of {launches} launches are missing"
 
 
 def read(path: Path) -> Trace:
@@ -107,9 +118,10 @@ def read(path: Path) -> Trace:
     kernels.sort(key=lambda kernel: (kernel.start_ns, kernel.end_ns))
     times = [launch.start_ns for launch in kept.launches.values()] if on_gpu else [k.start_ns for k in kernels]
     steps = _without_stub(sorted(kept.steps, key=lambda step: step.start_ns), times)
-    lacks = events.lacks + kept.lacks(kernels, steps)
+    lost = kept.launches_without_kernels(steps) if kernels else []
+    lacks = events.lacks + kept.lacks(kernels, steps) + ([missing(len(lost))] if lost else [])
     name = _device_name(events.properties.get("deviceProperties"), kernels)
-    return Trace(kernels, steps, sorted(kept.syncs), name, on_gpu, lacks)
+    return Trace(kernels, steps, sorted(kept.syncs), name, on_gpu, lacks, lost)
 
 
 def _without_stub(steps: list[Step], times: list[int]) -> list[Step]:
@@ -143,6 +155,7 @@ class _DeviceWork(NamedTuple):
     kind: str
     correlation: int
     external: int
+    node: int | None
 
 
 class _Kept:
@@ -171,8 +184,10 @@ class _Kept:
             args = event["args"]
             where = _integer(args.get("stream", event.get("tid"))), _integer(args.get("device", event.get("pid")))
             ids = _integer(args.get("correlation", -1)), _integer(args.get("External id", -1))
+            node = args.get("graph node id")  # as libkineto names it; 0 for what was launched alone
+            node = node if isinstance(node, int) and node > 0 else None
             kind = _DEVICE_WORK[category]
-            self.device_work.append(_DeviceWork(_name(event), *_interval(event), *where, kind, *ids))
+            self.device_work.append(_DeviceWork(_name(event), *_interval(event), *where, kind, *ids, node))
         elif category in ("cpu_op", "user_annotation"):
             name = _name(event)
             if step := _STEP.fullmatch(name):
@@ -216,17 +231,17 @@ class _Kept:
             starts.sort()
             found = self.calls.scopes(thread, [start for start, _ in starts])
             scopes.update(zip((correlation for _, correlation in starts), found, strict=True))
-        for *work, correlation, _ in self.device_work:
+        for *work, correlation, _, node in self.device_work:
             launch = self.launches.get(correlation)
             if launch is None:
                 # Only a graph has several kernels to one launch, so it is known as one even if its launch is lost.
                 graph = correlation if correlation > 0 and sharing[correlation] > 1 else None
-                yield Kernel(*work, correlation, graph=graph)
+                yield Kernel(*work, correlation, graph=graph, node=node)
                 continue
             if "DtoH" in work[0] and "Pageable" in work[0]:  # the call returns when the copy is done
                 self.syncs.append((launch.start_ns, launch.end_ns, work[0]))
             graph = correlation if launch.kind == "graph" else None
-            yield Kernel(*work, correlation, *scopes[correlation], launch.start_ns, graph)
+            yield Kernel(*work, correlation, *scopes[correlation], launch.start_ns, graph, node)
 
     def cpu_pieces(self) -> Iterator[Kernel]:
         """What ran where there is no device."""
@@ -243,23 +258,22 @@ class _Kept:
         if not kernels:
             many = len(self.launches)
             lacks.append(f"trace incomplete: {many} launches, but no kernels" if many else "the trace holds no work")
-        elif lost := self._launches_without_kernels(steps):
-            lacks.append(f"trace incomplete: the kernels of {lost} launches are missing")
         if lost := self._kernels_without_launches():
             lacks.append(f"trace incomplete: the launches of {lost} kernels are missing")
         return lacks
 
-    def _launches_without_kernels(self, steps: list[Step]) -> int:
-        """How many, within the steps. What is launched during a capture does not run, and is no loss."""
+    def launches_without_kernels(self, steps: list[Step]) -> list[int]:
+        """When they began, within the steps. What is launched during a capture does not run, and is no loss."""
         ran = {work.correlation for work in self.device_work}
         first, last = (steps[0].start_ns, steps[-1].end_ns) if steps else (-_LATEST_NS, _LATEST_NS)
         captures = sorted(self.captures)
         times = [time for time, _ in captures]
-        lost = 0
+        lost = []
         for correlation, launch in self.launches.items():
             if launch.kind != "copy" and correlation not in ran and first <= launch.start_ns < last:
                 before = bisect_left(times, launch.start_ns)
-                lost += not (before and captures[before - 1][1])
+                if not (before and captures[before - 1][1]):
+                    lost.append(launch.start_ns)
         return lost
 
     def _kernels_without_launches(self) -> int:

@@ -254,6 +254,14 @@ def test_gap_beside_a_kernel_of_no_step_is_of_no_step(path):
     assert gaps_of(path, *kernels, step=(1_000, 500)) == Idle(0, 0, 0)
 
 
+def test_a_step_that_is_missing_is_no_gap(path):
+    made = HandMadeTrace()
+    for number in (4, 5, 7):
+        made.step(number, number * 1_000, 1_000)
+        made.kernel("k", number * 1_000 + 10, number * 1_000 + 100, 200)
+    assert idle(read(made.write(path))) == Idle(800, 0, 0)  # between 4 and 5, and not from 5 to 7
+
+
 def test_kernel_of_no_step_is_no_gap(path):
     kernels = [(1_050, 1_100, 100), (900, 1_200, 300), (1_060, 1_500, 100)]
     assert gaps_of(path, *kernels, step=(1_000, 500)) == Idle(0, 0, 0)

@@ -6,7 +6,7 @@ import pytest
 from traces import record_training
 
 from profiling.attribution import per_step, sweep
-from profiling.categories import AUGMENTATION, CATEGORIES, INCOMPLETE_REPLAY, categorise
+from profiling.categories import AUGMENTATION, CATEGORIES, categorise
 from profiling.trace import Kernel, read
 
 ROOT = Path(__file__).parent.parent
@@ -190,7 +190,6 @@ TRANSPOSE = "void cudnn::ops::nchwToNhwcKernel<__half>"
         ("mystery", ["a convolution of mine"], "unknown"),
         ("mystery", ["aten::resolve_conj"], "unknown"),
         ("mystery", ["aten::convert_element_type_of_mine"], "unknown"),
-        ("sm90_xmma_fprop", [INCOMPLETE_REPLAY], "unknown"),
     ],
 )
 def test_operations_decide_where_they_can(name, ops, expected):

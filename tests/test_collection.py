@@ -1,12 +1,22 @@
 import contextlib
+import itertools
 import sys
 
 import pytest
 import torch
 
 from profiling.clock import Clock
-from profiling.collection import Collection, _with_one_eager, record_failure, run_pass
+from profiling.collection import (
+    CPU_WARM_UP_STEPS,
+    WAIT_STEPS,
+    Collection,
+    _with_one_eager,
+    record_failure,
+    record_trace,
+    run_pass,
+)
 from profiling.records import read_json
+from profiling.trace import read
 
 
 def test_one_step_is_eager_and_none_is_lost():
@@ -23,6 +33,33 @@ def test_one_step_is_eager_and_none_is_lost():
         taken.append((number, list(inside)))
     assert [n for n, _ in taken] == list(range(6))
     assert [seen for _, seen in taken] == [[], []] + 4 * [["in", "out"]]
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_the_eager_step_is_one_of_the_recorded_and_not_the_first(tmp_path, captured):
+    """A session of the profiler loses kernels where it begins, and all steps are held against the eager one."""
+    before, inside = WAIT_STEPS + CPU_WARM_UP_STEPS, [False]
+
+    @contextlib.contextmanager
+    def eagerly():
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    def steps():
+        for number in itertools.count():
+            with torch.profiler.record_function("eager" if inside[0] else "replay"):
+                torch.zeros(8).add_(1)
+            yield 100 + number
+
+    record_trace(steps(), torch.device("cpu"), tmp_path, {}, eagerly if captured else None, active=5)
+    profile, trace = read_json(tmp_path / "profile.json"), read(tmp_path / "trace.json.gz")
+    how = {trace.step_of(kernel): kernel.ops[0] for kernel in trace.kernels if kernel.ops[0] in ("eager", "replay")}
+    expected = ["replay", "replay", "eager", "replay", "replay", "replay"] if captured else ["replay"] * 5
+    assert [how[i] for i in range(len(trace.steps))] == expected
+    assert profile["eager_step"] == (2 if captured else None)
+    assert profile["step_images"] == [100 + before + i for i in range(len(expected))]
+    assert len(profile["step_ns"]) == len(expected)
 
 
 @pytest.mark.parametrize(

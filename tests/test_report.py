@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import traces
 
-from profiling import report
+from profiling import report, report_command
 from profiling.ceilings import Ceiling, Ceilings
-from profiling.errors import ReportError
+from profiling.console import Terminal
+from profiling.errors import InconsistentError, ReportError
 from profiling.records import append_jsonl, write_json
 
 S, MS, US = 10**9, 10**6, 10**3
@@ -62,9 +63,8 @@ def make_run(folder, steps_ns=STEP_NS):
     write_json(records / "steps.json", {"version": 1, "epochs": [starts], "source": "made by hand"})
     profile = {
         "version": 1,
-        "active_steps": ACTIVE,
-        "images": ACTIVE * BATCH,
-        "eager_steps": 0,
+        "eager_step": None,
+        "step_images": [BATCH] * ACTIVE,
         "step_ns": [21 * MS] * ACTIVE,
         "error": None,
     }
@@ -210,49 +210,75 @@ def test_the_column_of_counters_comes_from_ncu(tmp_path):
     assert rows["cudnn::bn_fw_tr_1C11"]["dram_bytes"] is None
 
 
-def replayed(path, missing: int = 0) -> None:
-    """One eager step, then steps of one graph launch each, the last one `missing` some kernels."""
-    trace = traces.HandMadeTrace()
-    names = ["sm90_xmma_fprop_implicit_gemm_f16f16", "cudnn::bn_fw_tr_1C11", "nchwToNhwcKernel"]
-    ops = [("aten::cudnn_convolution", [X, W]), ("aten::cudnn_batch_norm", [X, [64]]), ("aten::copy_", [X, X])]
-    lengths = [CONV_NS, BN_NS, CAST_NS]
-    for number in range(ACTIVE + 1):
-        begin = number * STEP_NS
-        trace.step(number + 6, begin, STEP_NS)
-        start, kernels = begin + 100 * US, []
-        for i, (name, (op, dims), length) in enumerate(zip(names, ops, lengths, strict=True)):
-            if number == 0:
-                trace.op(op, begin + i * 30 * US, 25 * US, dims)
-                trace.kernel(name, begin + i * 30 * US + 5 * US, start, length)
-            kernels.append((name, start, length))
-            start += length
-        if number:
-            trace.graph(begin + 10 * US, kernels[: len(kernels) - (missing if number == ACTIVE else 0)])
-    trace.write(path)
+def replayed(folder, **changes):
+    """The run of `make_run` with a profiled pass of graph replays."""
+    folder = make_run(folder)
+    _, profile = traces.profiled_pass(folder / "records" / "trace.json.gz", **changes)
+    write_json(folder / "records" / "profile.json", profile)
+    return folder
 
 
-def test_replayed_kernels_are_attributed_by_the_eager_step_before_them(tmp_path):
-    folder = make_run(tmp_path / "run")
-    profile = json.loads((folder / "records" / "profile.json").read_text())
-    write_json(folder / "records" / "profile.json", profile | {"eager_steps": 1})
-    replayed(folder / "records" / "trace.json.gz")
-    made = report.build(folder)
+def test_replayed_kernels_are_attributed_by_the_eager_step_among_them(tmp_path):
+    made = report.build(replayed(tmp_path / "run"))
     found = ns(made)
-    assert found["batch norm"] == pytest.approx(STEPS * BN_NS, rel=0.01)
-    assert found["idle"] == pytest.approx(STEPS * IDLE_NS, rel=0.01)
+    assert found["batch norm"] == STEPS * BN_NS
+    assert found["idle"] == STEPS * IDLE_NS
     assert "unknown" not in found
     assert made["layers"][0]["ns_per_step"] == pytest.approx(CONV_NS)
-    assert not any("incomplete" in line for line in made["lacks"])
+    assert made["lacks"] == report.build(make_run(tmp_path / "other"))["lacks"]
+    assert made["profiled"]["refused"] == []
+    assert "Step 2 of the trace was run eagerly" in made["assumption"]
 
 
-def test_a_replay_that_lost_a_kernel_gives_no_idle(tmp_path):
-    folder = make_run(tmp_path / "run")
-    profile = json.loads((folder / "records" / "profile.json").read_text())
-    write_json(folder / "records" / "profile.json", profile | {"eager_steps": 1})
-    replayed(folder / "records" / "trace.json.gz", missing=1)
-    made = report.build(folder)
-    assert "idle" not in ns(made)
-    assert any("trace incomplete" in line for line in made["lacks"])
+def overlapping(steps):
+    """Batch norm begins a millisecond before the convolution has ended, in those steps."""
+
+    def lie(number, kernels):
+        name, start, *rest = kernels[1]
+        return [kernels[0], (name, start - MS, *rest), kernels[2]] if number in steps else kernels
+
+    return lie
+
+
+def test_refused_steps_are_named_and_the_account_is_of_the_others(tmp_path):
+    folder = replayed(tmp_path / "run", lie=overlapping({4, 7, 20}))
+    made = report.write(folder)
+    assert ns(made) == ns(report.build(replayed(tmp_path / "honest")))
+    said = "3 of 20 profiled steps refused: kernels overlap on one stream"
+    assert [one["step"] for one in made["profiled"]["refused"]] == [4, 7, 20]
+    assert all(said in (folder / f"report.{kind}").read_text() for kind in ("html", "md", "json"))
+    assert "17 of its 20 steps" in next(t for t in made["terms"] if t["key"] == "batch norm")["source"]
+    assert all("17 of its 20 steps" in row["source"] for row in (*made["kernels"], *made["layers"]))
+    assert not any("refused" in lack for lack in made["lacks"])
+
+
+def test_where_no_replay_stands_the_account_is_of_the_eager_step_and_marked(tmp_path):
+    folder = replayed(tmp_path / "run", lie=overlapping(set(range(21)) - {traces.EAGER}))
+    made = report.write(folder)
+    assert ns(made) == ns(report.build(replayed(tmp_path / "honest")))  # in whole nanoseconds
+    assert sum(ns(made).values()) == 5 * S // 2
+    mark = "the kernel times are those of the one step that was run eagerly"
+    assert [mark in lack for lack in made["lacks"]].count(True) == 1
+    of_kernels = [t for t in made["terms"] if t["key"] in ("conv_inefficiency", "batch norm", "layout and cast")]
+    assert [t["note"] for t in of_kernels] == ["of one step run eagerly"] * 3
+    (idle,) = (t for t in made["terms"] if t["key"] == "idle")
+    assert (idle["parts"], idle["note"]) == ([], "less kernel times of one step run eagerly")
+    assert all("run eagerly" in row["source"] for row in (*made["kernels"], *made["layers"], *of_kernels, idle))
+    assert all(mark in (folder / f"report.{kind}").read_text() for kind in ("html", "md", "json"))
+    with pytest.raises(InconsistentError, match="incomplete"):
+        report_command.run(folder, True, Terminal(speaks=False))
+
+
+def test_where_nothing_stands_the_part_is_missing_and_says_so(tmp_path):
+    made = report.build(replayed(tmp_path / "run", lie=overlapping(set(range(21)))))
+    assert set(ns(made)) == {"ideal", "ceiling_gap", "conv_bytes", "unattributed"}
+    assert sum(ns(made).values()) == 5 * S // 2
+    assert (made["kernels"], made["layers"], made["status"]) == ([], [], "incomplete")
+    (lack,) = (lack for lack in made["lacks"] if "refused" in lack)
+    assert lack == (
+        "20 of 20 profiled steps refused: kernels overlap on one stream; the eager one too: kernels overlap on one "
+        "stream. What the device's time was made of is not known."
+    )
 
 
 @pytest.mark.parametrize("name", ["two_streams", "alexnet", "h100_vit_inference", "graph_replay", "compiled_triton"])

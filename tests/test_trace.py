@@ -150,6 +150,19 @@ def test_kernels_of_a_graph_share_its_launch(path, call):
 
 
 @pytest.mark.parametrize(
+    ("written", "node"),
+    [(8589934603, 8589934603), (0, None), (-1, None), ("7", None), (None, None), (1 << 63, 1 << 63)],
+)
+def test_a_kernel_has_the_node_of_its_graph(path, written, node):
+    made = HandMadeTrace()
+    made.on_device("k", 100, 10, made.call("cudaGraphLaunch", 10))
+    made.events[-1]["args"]["graph node id"] = written
+    trace = read(made.write(path))
+    assert [kernel.node for kernel in trace.kernels] == [node]
+    assert not any("malformed" in lack for lack in trace.lacks)
+
+
+@pytest.mark.parametrize(
     ("call", "category"),
     [
         ("cudaLaunchKernelExC", "cuda_runtime"),

@@ -73,9 +73,11 @@ class HandMadeTrace:
         stream: int = 7,
         category: str = "kernel",
         external: int = 0,
+        node: int = 0,
     ) -> None:
-        """What a launch put on the device."""
+        """What a launch put on the device; `node` of the graph, as CUPTI numbers it, 0 if launched alone."""
         args = {"External id": external, "device": 0, "context": 1, "stream": stream, "correlation": correlation}
+        args |= {"graph id": node >> 32, "graph node id": node}
         if category == "kernel":
             args |= {"queued": 0, "registers per thread": 32, "grid": [1568, 1, 4], "block": [256, 1, 1]}
         self.event(category, name, start, duration, stream, **args)
@@ -88,11 +90,11 @@ class HandMadeTrace:
         self.on_device(name, start, duration, correlation, stream, external=external)
         return correlation
 
-    def graph(self, launch: int, kernels: list[tuple[str, int, int]]) -> int:
-        """A graph launch and its kernels, (name, start, duration); the correlation id of all."""
+    def graph(self, launch: int, kernels: list[tuple[str, int, int] | tuple[str, int, int, int]]) -> int:
+        """A graph launch and its kernels, (name, start, duration, node if it has one); the correlation id of all."""
         correlation = self.call("cudaGraphLaunch", launch)
-        for name, start, duration in kernels:
-            self.on_device(name, start, duration, correlation)
+        for name, start, duration, *node in kernels:
+            self.on_device(name, start, duration, correlation, node=node[0] if node else 0)
         return correlation
 
     def noise(self, count: int, text: int = 300) -> None:
@@ -180,6 +182,48 @@ def training_step(trace: HandMadeTrace, number: int, start: int) -> None:
     trace.annotation("Optimizer.step#SGD.step", at(460), 40 * US)
     trace.op("aten::_fused_sgd_", at(465), 30 * US, [[[32, 32, 3, 3]], []])
     trace.kernel("void at::native::multi_tensor_apply_kernel<FusedSgdMathFunctor>", at(470), at(540), 30 * US)
+
+
+MS = 1_000 * US
+PASS_STEP_NS, EAGER = 20 * MS, 2
+"""Of a `profiled_pass`: a step's length, and the index of the one that runs eagerly."""
+PASS_KERNELS = (
+    ("sm90_xmma_fprop_implicit_gemm_f16f16", "aten::cudnn_convolution", [[512, 64, 32, 32], [64, 64, 3, 3]], 8 * MS),
+    ("cudnn::bn_fw_tr_1C11", "aten::cudnn_batch_norm", [[512, 64, 32, 32], [64]], 5 * MS),
+    ("nchwToNhwcKernel", "aten::copy_", [[512, 64, 32, 32], [512, 64, 32, 32]], 1 * MS),
+)
+"""What each of its steps runs, one after another: name, operation, extents, duration."""
+FIRST_NODE = 1 << 33
+
+
+def profiled_pass(
+    path: Path, replays: int = 20, lie=lambda number, kernels: kernels, nodes: bool = True, eager: bool = True
+) -> tuple[Path, dict[str, Any]]:
+    """A pass as `profiling.collection` records it, one step run eagerly among replays: (its trace, profile.json).
+
+    Without `eager` that step is one more replay.
+    `lie(number, kernels)` gives what the trace says of the step of that index, of [(name, start, duration, node), ...].
+    """
+    made, count = HandMadeTrace(), replays + 1
+    for number in range(count):
+        begin = number * PASS_STEP_NS
+        made.step(number, begin, PASS_STEP_NS)
+        start, ran = begin + 100 * US, []
+        for i, (name, _, _, duration) in enumerate(PASS_KERNELS):
+            ran.append((name, start, duration, FIRST_NODE + i if nodes else 0))
+            start += duration + (100 * US if eager and number == EAGER else US)
+        said = lie(number, ran)
+        if number != EAGER or not eager:
+            made.graph(begin + 10 * US, said)
+            continue
+        launched = {}
+        for i, (name, op, dims, _) in enumerate(PASS_KERNELS):
+            made.op(op, begin + i * 30 * US, 25 * US, dims)
+            launched[name] = made.call("cudaLaunchKernel", begin + i * 30 * US + 5 * US)
+        for name, start, duration, _ in said:
+            made.on_device(name, start, duration, launched[name])
+    profile = {"version": 1, "eager_step": EAGER if eager else None, "error": None}
+    return made.write(path), profile | {"step_images": [512] * count, "step_ns": [PASS_STEP_NS] * count}
 
 
 def record_training(path: Path, network: str, dtype: str, steps: int = 2) -> Path:
