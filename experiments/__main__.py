@@ -146,16 +146,17 @@ def reproduce(
 
 @app.command()
 def predictions(
+    gpu: Annotated[str | None, typer.Option(help="H100 or H200. Default: a page for each.")] = None,
     against: Annotated[
         Path | None, typer.Option(help="Folder of a reproduce: what it measured, beside what was predicted.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The predictions' folder. Default: results/predictions-h200.")
+        Path | None, typer.Option(help="The folder of the pages' folders predictions-<gpu>. Default: results.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What every kernel and a step should take on an H200, by the cost model and the compiled machine code."""
-    _experiment("predictions", lambda: Request(json=as_json), against=against, out=out)
+    """What every kernel and a step should take on an H100 and an H200, by model and compiled machine code."""
+    _experiment("predictions", lambda: Request(json=as_json), gpu=gpu, against=against, out=out)
 
 
 def _experiment(name: str, read: Callable[[], Request], **options: Any) -> None:

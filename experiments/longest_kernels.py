@@ -1,8 +1,7 @@
 """What a step of a finished run is made of, the longest kernels first: python -m experiments.longest_kernels RUN ...
 
 The words after RUN name its data, as for train.py. The run's steps are profiled in a process of their own, and of each
-kernel the time in a step is written to RUN/kernels.json. What the profiler said is held against the run's own steps,
-which had no profiler: where the sum of the kernels is not within 10 % of them, the list is marked as not to be trusted.
+kernel the time in a step, of those steps that `profiling.cross_check` believes, is written to RUN/kernels.json.
 """
 
 import statistics
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import train
+from profiling.attribution import per_step
 from profiling.collection import RECORDS, run_pass
+from profiling.cross_check import judge
 from profiling.records import read_json, read_jsonl, write_json
 from profiling.trace import Trace, read
 
 LONGEST = 20
-AGREE = 0.10
-"""Of the timed step: CUPTI 13.0 loses and lengthens kernels of replayed graphs (pytorch/kineto#1165)."""
 
 
 def step_ms(run: Path) -> float | None:
@@ -29,33 +28,26 @@ def step_ms(run: Path) -> float | None:
     return statistics.median(each[1:] or each) if each else None
 
 
-def longest(trace: Trace, about: dict[str, Any], timed_ms: float | None) -> dict[str, Any]:
-    """The longest kernels of a mean recorded step; `about` is the pass's profile.json, `timed_ms` the run's own step.
+def longest(trace: Trace, profile: dict[str, Any], timed_ms: float | None) -> dict[str, Any]:
+    """The longest kernels of a mean step that is believed; `profile` is records/profile.json.
 
-    The step that was recorded eagerly, for the names of the operations, is left out.
+    `timed_ms` is the run's own step, without a profiler, None if that is not known.
     """
-    steps, skipped = about.get("active_steps") or len(trace.steps), about.get("eager_steps") or 0
-    ran = [kernel for kernel in trace.kernels if (index := trace.step_of(kernel)) is not None and index >= skipped]
-    total, calls, seen = defaultdict(int), defaultdict(int), set()
-    for kernel in ran:
-        total[kernel.name] += kernel.end_ns - kernel.start_ns
-        piece = kernel.kind == "cpu" and (kernel.name, kernel.correlation) in seen  # of an operation already counted
-        calls[kernel.name] += not piece
-        seen.add((kernel.name, kernel.correlation))
-    sum_ms, lacks = sum(total.values()) / max(steps, 1) / 1e6, list(trace.lacks)
-    if timed_ms and abs(sum_ms - timed_ms) > AGREE * timed_ms:
-        lacks.append(f"its kernels sum to {sum_ms:.3f} ms a step, and the run's steps took {timed_ms:.3f}")
+    judged = judge(trace, profile, timed_ms and 1e6 * timed_ms)
+    seen = per_step(judged.trace) if judged.trace else None
+    steps = seen.steps if seen else 1
+    total, calls = defaultdict(float), defaultdict(float)
+    for key, time in seen.total.by_kernel.items() if seen else ():
+        total[key.name] += time.own_ns / steps / 1e3
+        calls[key.name] += time.calls / steps
     order = sorted(total, key=lambda name: -total[name])[:LONGEST]
     return {
-        "steps": steps,
-        "sum_ms": sum_ms,
+        "source": judged.source,
+        "sum_ms": sum(total.values()) / 1e3,
         "timed_ms": timed_ms,
-        "kernels_a_step": sum(calls.values()) / max(steps, 1),
-        "lacks": lacks,
-        "kernels": [
-            {"name": name, "us": total[name] / max(steps, 1) / 1e3, "calls": calls[name] / max(steps, 1)}
-            for name in order
-        ],
+        "kernels_a_step": sum(calls.values()),
+        "lacks": [*judged.lacks, *(judged.trace.lacks if judged.trace else ())],
+        "kernels": [{"name": name, "us": total[name], "calls": calls[name]} for name in order],
     }
 
 

@@ -1,36 +1,49 @@
-"""What each kernel and each step should take on an H200: written down before any has run there, to be held against.
+"""What each kernel and each step should take on a GPU: written down before any has run there, to be held against.
 
-    python -m experiments predictions                    # into results/predictions-h200/, by experiments.expected
-    python -m experiments predictions --against FOLDER   # what `reproduce` measured into FOLDER, beside them
+    python -m experiments predictions                    # into results/predictions-h100/ and results/predictions-h200/
+    python -m experiments predictions --gpu H100         # one of them; by the model of experiments.expected
+    python -m experiments predictions --against FOLDER   # what was measured in FOLDER, beside the pages of its GPUs
 
-The second is of an H200 alone, and of the steps that were predicted: nothing that a run fell back to.
+What was measured on a GPU is held against that GPU's page, and of runs only those that took the steps that were
+predicted: nothing that they fell back to.
 """
 
 import importlib.util
-from collections.abc import Sequence
+import math
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments import expected
-from experiments.expected import H200, Compile, Machine, Prediction
+from experiments.expected import Compile, Op, Prediction
 from experiments.study import Request
-from model.config import preset
+from model.config import Config, preset
 from model.errors import DataError, RunError, UsageError
 from profiling.records import read_json, read_jsonl, write_json, write_text
+from profiling.specifications import MACHINES, Machine
 
 if TYPE_CHECKING:
     from model.interrupts import Interrupts
+    from profiling.ahead_of_time import Facts
     from profiling.console import Terminal
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "results" / "predictions-h200"
-VERSION = 1
+OUT = ROOT / "results"
+VERSION = 2
 OF_A_STEP = ("network", "widths", "batch_size", "prep_bn_relu", "pool_first", "ops", "conv", "preprocess")
 """Of a configuration, what decides how long a step takes."""
+STEPS = {"article-256": ("preprocess=on_device",), "fused": ()}
+"""The presets whose steps are predicted, and with which settings: what a GPU does, not the host beside it."""
+FORMER = (
+    "The first page, of 2026-11-22 and the H200 alone, expected 4,523 us of `article-256` and 3,224 of `fused`. It had "
+    "no roof of the L2 cache, gave wgrad of 256 and more channels the factors of its reduction instead of its "
+    "product's, let loops over many parts run at full bandwidth, and counted no parts."
+)
 
 
-def make(machine: Machine = H200, compile_: Compile | None = None, chosen: Sequence[Any] | None = None) -> dict:
-    """The document: predictions of the benchmark's cases, `chosen` or all, and of whole steps."""
+def pages(machines: Sequence[Machine], compile_: Compile | None = None, chosen: Sequence[Any] | None = None) -> list:
+    """A document for each machine: predictions of the benchmark's cases, `chosen` or all, and of whole steps."""
     import torch
     import triton
 
@@ -38,26 +51,58 @@ def make(machine: Machine = H200, compile_: Compile | None = None, chosen: Seque
     from profiling.cases import cases as all_cases
     from profiling.environment import environment
 
-    compile_ = compile_ or compile_all
-    predicted = expected.cases(all_cases() if chosen is None else chosen, machine, compile_)
-    steps = {
-        "article-256": expected.eager_step(preset("article-256"), machine),
-        "fused": expected.fused_step(preset("fused"), machine, compile_),
-    }
-    return {
-        "version": VERSION,
-        "status": "modelled",
-        "machine": machine._asdict(),
-        "start_us": expected.START_US,
-        "gap_us": expected.GAP_US,
-        "batch": expected.BATCH,
-        "dtype": "float16",
-        "triton": triton.__version__,
-        "environment": environment(torch.device("cpu"), ROOT),
-        "cases": {name: _json(p) for name, p in predicted.items()},
-        "steps": {
-            name: expected.whole(rows) | {"of_kernels": [_json(p) for p in rows]} for name, rows in steps.items()
-        },
+    known: dict[str, Facts] = {}  # machines of one architecture run the same code
+
+    def compiled(builds: list) -> list:
+        new = [build for build in builds if build.key() not in known]
+        known.update(zip((build.key() for build in new), (compile_ or compile_all)(new) if new else [], strict=True))
+        return [known[build.key()] for build in builds]
+
+    documents = []
+    for machine in machines:
+        ops = expected.cases(all_cases() if chosen is None else chosen, machine)
+        steps = {
+            "article-256": expected.eager_step(_config("article-256")),
+            "fused": expected.fused_step(_config("fused"), machine),
+        }
+        facts = expected.facts_of([*ops.values(), *(op for step in steps.values() for op in step)], compiled)
+        documents.append(
+            {
+                "version": VERSION,
+                "status": "modelled",
+                "machine": machine._asdict(),
+                "start_us": expected.START_US,
+                "gap_us": expected.GAP_US,
+                "library_block": expected.LIBRARY_BLOCK,
+                "batch": expected.BATCH,
+                "dtype": "float16",
+                "triton": triton.__version__,
+                "environment": environment(torch.device("cpu"), ROOT),
+                "cases": {name: _json(expected.expect(op, facts, machine)) for name, op in ops.items()},
+                "steps": {name: _step(step, facts, machine) for name, step in steps.items()},
+            }
+        )
+    return documents
+
+
+def _config(name: str) -> Config:
+    return preset(name).with_settings(list(STEPS[name]))
+
+
+def _step(ops: Sequence[Op], facts: dict[str, "Facts"], machine: Machine) -> dict[str, Any]:
+    """A whole step, and what it would be at other rates of the L2 cache."""
+    low, high = machine.l2_range
+
+    def at(rate: float) -> list[Prediction]:
+        return [expected.expect(op, facts, machine._replace(l2_bytes_per_s=rate)) for op in ops]
+
+    rows = at(machine.l2_bytes_per_s)
+    return expected.whole(rows) | {
+        "l2_low_us": expected.whole(at(low))["expected_us"],
+        "l2_high_us": expected.whole(at(high))["expected_us"],
+        "no_l2_us": expected.whole(at(math.inf))["expected_us"],
+        "reductions_us": sum(p.after_us + (p.expected_us if p.bound == "latency" else 0.0) for p in rows),
+        "of_kernels": [_json(p) for p in rows],
     }
 
 
@@ -68,23 +113,33 @@ def _json(p: Prediction) -> dict[str, Any]:
 def markdown(document: dict[str, Any]) -> str:
     """The document as tables."""
     machine, about = document["machine"], document["environment"]
+    low, high = machine["l2_range"]
+    rows, columns = document["library_block"]
     lines = [
         f"# Predictions for one {machine['name']}",
         "",
         f"Modelled, not measured: fp16, batch {document['batch']}, {machine['flops_per_s'] / 1e12:,.0f} TFLOP/s and "
-        f"{machine['bytes_per_s'] / 1e12:.1f} TB/s ({machine['source']}; quoted). A kernel takes "
-        f"{document['start_us']} us and the larger of its arithmetic's time, times tail and issue, and its bytes'; "
-        f"in a replayed graph {document['gap_us']:g} us lie between two kernels. What is measured will mostly be "
-        f"longer. Made on {about['date'][:10]} by commit {str(about['git_sha'])[:12]}, triton {document['triton']}.",
+        f"{machine['bytes_per_s'] / 1e12:.1f} TB/s ({machine['source']}; quoted); from the L2 cache "
+        f"{machine['l2_bytes_per_s'] / 1e12:.1f} TB/s, maybe {low / 1e12:.1f} to {high / 1e12:.1f}, after "
+        f"{machine['l2_latency_us']} us ({machine['assumed']}). A kernel takes {document['start_us']} us and the "
+        "largest of four times: its arithmetic's, times tail and issue; its bytes'; of a product its operands' tiles' "
+        "through the L2 cache; of a reduction that loops, its passes in turn. In a replayed graph "
+        f"{document['gap_us']:g} us lie between two kernels. The library's convolutions are taken to have tiles of "
+        f"{rows} by {columns} (assumed), no tail and no issue. Made on {about['date'][:10]} by commit "
+        f"{str(about['git_sha'])[:12]}, triton {document['triton']}.",
         "",
-        "| step | kernels | floor, us | expected, us | images/s | 35 epochs, s |",
-        "|---|---|---|---|---|---|",
+        FORMER,
+        "",
+        "| step | kernels | floor, us | expected, us | L2 at its lowest, highest | without that roof | reductions, us "
+        "| images/s | 35 epochs, s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, s in document["steps"].items():
         speed = 1e6 * document["batch"] / s["expected_us"]
         lines.append(
-            f"| `{name}` | {s['kernels']} | {s['floor_us']:,.0f} | {s['expected_us']:,.0f} | {speed:,.0f} "
-            f"| {35 * 50_000 / speed:.1f} |"
+            f"| {_titled(name)} | {s['kernels']} | {s['floor_us']:,.0f} | {s['expected_us']:,.0f} "
+            f"| {s['l2_low_us']:,.0f}, {s['l2_high_us']:,.0f} | {s['no_l2_us']:,.0f} | {s['reductions_us']:,.0f} "
+            f"| {speed:,.0f} | {35 * 50_000 / speed:.1f} |"
         )
     for name, s in document["steps"].items():
         shares = ", ".join(f"{family} {us:,.0f}" for family, us in s["families_us"].items() if us >= 1)
@@ -92,7 +147,7 @@ def markdown(document: dict[str, Any]) -> str:
     lines += ["", "| case | floor, us | expected, us | bound | programs | tail | issue | registers | blocks/SM |"]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for name, p in document["cases"].items():
-        one = max(p["launches"], key=lambda launch: launch["programs"])
+        one = p["launches"][p["main"]]
         lines.append(
             f"| {name} | {p['floor_us']:.1f} | {p['expected_us']:.1f} | {p['bound']} | {one['programs']:,} "
             f"| {one['tail']:.2f} | {one['issue']:.2f} | {one['registers']} | {one['blocks_per_sm']} |"
@@ -100,83 +155,105 @@ def markdown(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-class Held(NamedTuple):
-    """A prediction beside its measurement, microseconds; `ratio` is measured over expected."""
+def _titled(name: str) -> str:
+    return f"`{name}`" + "".join(f" `{setting}`" for setting in STEPS[name])
 
+
+class Held(NamedTuple):
+    """A prediction beside its measurement, microseconds; `ratio` is measured over expected, `n` the measurements.
+
+    Of several measurements it is the median.
+    """
+
+    gpu: str
     name: str
     expected_us: float
     measured_us: float
     ratio: float
+    n: int
 
 
-def hold(document: dict[str, Any], folder: Path) -> list[Held]:
-    """What `reproduce` measured in `folder` beside the predictions: whole steps, then cases, the largest excess first.
+def hold(documents: Iterable[dict[str, Any]], folder: Path) -> list[Held]:
+    """What was measured in `folder` beside the predictions for the GPU that measured it.
 
-    A case is our kernels with the L2 cache cold. Raises DataError where nothing was measured on the predicted machine.
+    Whole steps first, of every complete run below `folder`, then the cases of its bench.jsonl, the largest excess
+    first. A case is our kernels with the L2 cache cold. Raises DataError where nothing was measured on a predicted GPU.
     """
-    steps = []
-    for name, run in (("fused", "profiled"), ("article-256", "profiled-article")):
-        path = folder / run / "summary.json"
-        if path.exists():
-            summary, config = read_json(path), read_json(path.with_name("config.json"))
-            if summary["status"] == "complete" and _is_step(name, summary, config, document):
-                measured = 1e6 * summary["train_s"] / summary["steps"]
-                steps.append(_held(f"a step of {name}", document["steps"][name]["expected_us"], measured))
+    names, held = [], []
+    runs = [(read_json(path), read_json(path.with_name("config.json"))) for path in _runs(folder)]
     path = folder / "bench.jsonl"
-    rows = read_jsonl(path) if path.exists() else []
-    measured = {
-        row["case"]: row["us"]["value"]
-        for row in rows
-        if row["kind"] == "timing"
-        and (row["provider"], row["mode"], row["dtype"]) == ("ours", "cold", document["dtype"])
-        and row["us"]["value"] is not None
-        and _is(row["machine"].get("gpu", ""), document)
-    }
-    held = [
-        _held(name, document["cases"][name]["expected_us"], us)
-        for name, us in measured.items()
-        if name in document["cases"]
-    ]
-    if not steps and not held:
+    timings = read_jsonl(path) if path.exists() else []
+    for document in documents:
+        gpu = document["machine"]["name"]
+        names.append(gpu)
+        for name in STEPS:
+            measured = [
+                1e6 * summary["train_s"] / summary["steps"]
+                for summary, config in runs
+                if summary["status"] == "complete" and _is_step(name, summary, config, document)
+            ]
+            if measured:
+                held.append(_held(gpu, f"a step of {name}", document["steps"][name]["expected_us"], measured))
+        measured = {row["case"]: row["us"]["value"] for row in timings if _is_case(row, document)}
+        cases = [
+            _held(gpu, name, document["cases"][name]["expected_us"], [us])
+            for name, us in measured.items()
+            if name in document["cases"]
+        ]
+        held += sorted(cases, key=lambda one: one.expected_us - one.measured_us)
+    if not held:
         raise DataError(
-            f"{folder} holds no measurement on {document['machine']['name']}: expected bench.jsonl or profiled/, as "
-            "`python -m experiments reproduce` writes them there"
+            f"{folder} holds no measurement on {' or '.join(names)}: expected bench.jsonl, or runs of "
+            f"{', '.join(STEPS)}, as `python -m experiments reproduce` writes them there"
         )
-    return steps + sorted(held, key=lambda one: one.expected_us - one.measured_us)
+    return held
+
+
+def _runs(folder: Path) -> list[Path]:
+    """The summary.json of every run in `folder` or below it."""
+    return [path for path in sorted(folder.rglob("summary.json")) if path.with_name("config.json").exists()]
 
 
 def _is_step(name: str, summary: dict[str, Any], config: dict[str, Any], document: dict[str, Any]) -> bool:
     """Whether a run took the steps that are predicted: no other settings, and nothing that was fallen back to."""
-    expected = preset(name).to_json()
-    ran = (summary["preset"], summary["ops"], summary["dtype"], summary["step"])
-    return (
-        ran == (name, expected["ops"], document["dtype"], "captured")
-        and all(config[key] == expected[key] for key in OF_A_STEP)
-        and _is(summary["device"], document)
+    asked = _config(name).to_json()
+    ran = (summary["preset"], summary["ops"], summary["dtype"], summary["step"], summary["device"])
+    return ran == (name, asked["ops"], document["dtype"], "captured", document["machine"]["name"]) and all(
+        config[key] == asked[key] for key in OF_A_STEP
     )
 
 
-def _is(device: str, document: dict[str, Any]) -> bool:
-    return device == document["machine"]["name"]
+def _is_case(row: dict[str, Any], document: dict[str, Any]) -> bool:
+    """Whether a row of a benchmark is a time of our kernels that is predicted, caches cold."""
+    return (
+        row["kind"] == "timing"
+        and (row["provider"], row["mode"], row["dtype"]) == ("ours", "cold", document["dtype"])
+        and row["us"]["value"] is not None
+        and row["machine"].get("gpu") == document["machine"]["name"]
+    )
 
 
-def _held(name: str, expected_us: float, measured_us: float) -> Held:
-    return Held(name, expected_us, measured_us, measured_us / expected_us)
+def _held(gpu: str, name: str, expected_us: float, measured: Sequence[float]) -> Held:
+    us = statistics.median(measured)
+    return Held(gpu, name, expected_us, us, us / expected_us, len(measured))
 
 
 def sentences(held: Sequence[Held]) -> list[str]:
     """What the comparison says."""
-    kernels = [one for one in held if not one.name.startswith("a step of ")]
     said = [
-        f"{one.name} was expected to take {one.expected_us:,.0f} us and took {one.measured_us:,.0f}, "
-        f"{one.ratio:.2f} times as long."
-        for one in held[: len(held) - len(kernels)]
+        f"{one.name} on {one.gpu} was expected to take {one.expected_us:,.0f} us and took {one.measured_us:,.0f}, "
+        f"{one.ratio:.2f} times as long (n = {one.n})."
+        for one in held
+        if one.name.startswith("a step of ")
     ]
-    if kernels:
+    for gpu in dict.fromkeys(one.gpu for one in held):
+        kernels = [one for one in held if one.gpu == gpu and not one.name.startswith("a step of ")]
+        if not kernels:
+            continue
         ratios = sorted(one.ratio for one in kernels)
         said.append(
-            f"Of {len(kernels)} cases the median took {ratios[len(ratios) // 2]:.2f} times what was expected, from "
-            f"{ratios[0]:.2f} to {ratios[-1]:.2f}; furthest above: "
+            f"Of {len(kernels)} cases on {gpu} the median took {ratios[len(ratios) // 2]:.2f} times what was expected, "
+            f"from {ratios[0]:.2f} to {ratios[-1]:.2f}; furthest above: "
             + ", ".join(f"{one.name} by {one.measured_us - one.expected_us:,.0f} us" for one in kernels[:3])
             + "."
         )
@@ -186,64 +263,95 @@ def sentences(held: Sequence[Held]) -> list[str]:
     return said
 
 
-def check(request: Request, against: Path | None = None, out: Path | None = None) -> None:
-    """Raise UsageError or DataError for folders that cannot be read."""
+def check(request: Request, gpu: str | None = None, against: Path | None = None, out: Path | None = None) -> None:
+    """Raise UsageError or DataError for a GPU that has no page, and for folders that cannot be read."""
+    if gpu is not None and against is not None:
+        raise UsageError("--gpu and --against contradict each other: the GPU is the one that measured")
+    _machines(gpu)
     if against is None:
         return
     if not against.is_dir():
         raise UsageError(f"--against {against} is not a folder; name the --out of `python -m experiments reproduce`")
-    out = out or OUT
-    if not (out / "predictions.json").exists():
-        raise DataError(f"{out} holds no predictions.json; `python -m experiments predictions` makes it")
+    if not _found(out or OUT):
+        raise DataError(
+            f"{out or OUT} holds no predictions-*/predictions.json; `python -m experiments predictions` makes it"
+        )
 
 
 def run(
     request: Request,
     terminal: "Terminal",
     interrupts: "Interrupts",
+    gpu: str | None = None,
     against: Path | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Write predictions.json and predictions.md into `out`, or hold those against the measurements in `against`.
+    """Write predictions-<gpu>/predictions.json and .md below `out`, or hold those against what `against` measured.
 
     The comparison is written to predictions-held.json in `against`. Returns what was written. Raises DataError where
     either is damaged, RunError for a full disk, and for a machine without Triton, whose compiler the predictions need.
     """
     out = out or OUT
     try:
-        return _predict(terminal, out) if against is None else _hold(terminal, against, out)
+        return _predict(terminal, _machines(gpu), out) if against is None else _hold(terminal, against, out)
     except OSError as error:
         raise RunError(f"{out if against is None else against}: {error}") from None
 
 
-def _predict(terminal: "Terminal", out: Path) -> dict[str, Any]:
+def _machines(gpu: str | None) -> tuple[Machine, ...]:
+    """Those that `gpu` names, all for None. Raises UsageError for another."""
+    chosen = tuple(one for one in MACHINES if gpu is None or gpu.lower() in (one.short.lower(), one.name.lower()))
+    if not chosen:
+        raise UsageError(
+            f"--gpu {gpu}: predictions are made for {' and '.join(one.short for one in MACHINES)}, whose sustained "
+            "rates are known; expected one of these"
+        )
+    return chosen
+
+
+def _page(out: Path, machine: Machine) -> Path:
+    return out / f"predictions-{machine.short.lower()}" / "predictions.json"
+
+
+def _found(out: Path) -> list[Path]:
+    """The pages below `out`, or the one that lies in it."""
+    return sorted([*out.glob("predictions.json"), *out.glob("predictions-*/predictions.json")])
+
+
+def _predict(terminal: "Terminal", machines: Sequence[Machine], out: Path) -> dict[str, Any]:
     if importlib.util.find_spec("triton") is None:
         raise RunError("predictions read the machine code, and triton is not installed (it has wheels for Linux only)")
-    out.mkdir(parents=True, exist_ok=True)
-    terminal.say(f"compiling every kernel for {H200.name} ...")
-    document = make()
-    write_json(out / "predictions.json", document)
-    write_text(out / "predictions.md", markdown(document))
-    rows = [
-        [name, str(s["kernels"]), f"{s['floor_us']:,.0f}", f"{s['expected_us']:,.0f}"]
-        for name, s in document["steps"].items()
-    ]
-    terminal.table(f"{H200.name}, modelled", ["step", "kernels", "floor, us", "expected, us"], rows)
-    terminal.say(f"{len(document['cases'])} cases and {len(rows)} steps written to {out / 'predictions.md'}")
-    return document
+    paths = [_page(out, machine) for machine in machines]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    terminal.say(f"compiling every kernel for {' and '.join(machine.name for machine in machines)} ...")
+    documents = pages(machines)
+    for path, document in zip(paths, documents, strict=True):
+        write_json(path, document)
+        write_text(path.with_suffix(".md"), markdown(document))
+        rows = [
+            [name, str(s["kernels"]), f"{s['floor_us']:,.0f}", f"{s['expected_us']:,.0f}"]
+            for name, s in document["steps"].items()
+        ]
+        title = f"{document['machine']['name']}, modelled"
+        terminal.table(title, ["step", "kernels", "floor, us", "expected, us"], rows)
+        terminal.say(f"{len(document['cases'])} cases and {len(rows)} steps written to {path.with_suffix('.md')}")
+    return {one.short: document for one, document in zip(machines, documents, strict=True)}
 
 
 def _hold(terminal: "Terminal", folder: Path, out: Path) -> dict[str, Any]:
     try:
-        held = hold(read_json(out / "predictions.json"), folder)
+        held = hold([read_json(path) for path in _found(out)], folder)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{folder} or {out} is damaged: {error}; make the predictions or the measurement anew"
         ) from None
     document = {"version": VERSION, "held": [one._asdict() for one in held], "sentences": sentences(held)}
     write_json(folder / "predictions-held.json", document)
-    rows = [[one.name, f"{one.expected_us:,.1f}", f"{one.measured_us:,.1f}", f"{one.ratio:.2f}"] for one in held]
-    terminal.table("expected (modelled) and measured, us", ["", "expected", "measured", "ratio"], rows)
+    rows = [
+        [one.gpu, one.name, f"{one.expected_us:,.1f}", f"{one.measured_us:,.1f}", f"{one.ratio:.2f}"] for one in held
+    ]
+    terminal.table("expected (modelled) and measured, us", ["", "", "expected", "measured", "ratio"], rows)
     for sentence in document["sentences"]:
         terminal.say(sentence)
     return document

@@ -126,10 +126,11 @@ def _kernels(out: Path, document: Row) -> list[str]:
     for path in sorted(out.glob("*/kernels.json"), reverse=True):
         found = read_json(path)
         lacks = f"; NOT TO BE TRUSTED: {'; '.join(found['lacks'])[:200]}" if found["lacks"] else ""
-        timed = "unknown" if found["timed_ms"] is None else f"{found['timed_ms']:.3f} ms"
+        timed = found["timed_ms"]
+        filled = "unknown" if timed is None else f"{timed:.3f} ms, filled to {found['sum_ms'] / timed:.0%}"
         lines.append(
             f"== longest kernels of {path.parent.name}: {found['sum_ms']:.3f} ms a step in "
-            f"{found['kernels_a_step']:.0f} kernels, timed step {timed}{lacks}"
+            f"{found['kernels_a_step']:.0f} kernels; timed step {filled}; {found['source']}{lacks}"
         )
         for kernel in found["kernels"]:
             share = kernel["us"] / max(1e3 * found["sum_ms"], 1e-9)

@@ -9,15 +9,13 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from experiments.reproduce_runs import data_identity
 from experiments.study import Request
-from profiling import ncu
-from profiling.records import read_json
+from profiling import ncu, specifications
 from train import PROFILE_PASS, ROOT
 
 STAGES = {"smoke": 230.0, "numbers": 440.0, "peers": 560.0}
@@ -293,9 +291,9 @@ class _Plan:
 
     def predictions(self) -> Step:
         """What was predicted for this GPU, beside what was measured."""
-        folder = predictions_of(self.gpu) if self.gpu else None
-        command = _module("experiments", "predictions", "--against", str(self.out), "--out", str(folder))
-        none = None if folder else f"nothing was predicted for {self.gpu}"
+        command = _module("experiments", "predictions", "--against", str(self.out))
+        known = self.gpu and specifications.machine(self.gpu)
+        none = None if known else f"nothing was predicted for {self.gpu}"
         return Step("predictions", "numbers", command, 15, repeats=True, reason=self.no_gpu or none)
 
 
@@ -307,15 +305,6 @@ def _spread() -> list[str]:
     """What makes pytest use several processes, where its plugin is installed: most of the time the compiler works."""
     processes = min(12, (os.cpu_count() or 1) // 2)
     return ["-n", str(processes), "--dist", "worksteal"] if processes > 1 and importlib.util.find_spec("xdist") else []
-
-
-def predictions_of(gpu: str) -> Path | None:
-    """The folder of results/ that holds predictions for the GPU of that name; None where there is none."""
-    for path in sorted((ROOT / "results").glob("predictions-*/predictions.json")):
-        with suppress(OSError, ValueError, LookupError, TypeError):
-            if read_json(path)["machine"]["name"] == gpu:
-                return path.parent
-    return None
 
 
 def keep_tiles(out: Path) -> None:

@@ -78,6 +78,7 @@ class Build:
     label: str = ""
     inspect: bool = True  # False: only see whether it compiles, which takes a quarter of the time
     programs: int = 0  # of the recorded launch, 0 where none was recorded; the code does not depend on it
+    integers: dict[str, int] = field(default_factory=dict)  # of its arguments, those that the code does not depend on
 
     def on(self, arch: int) -> "Build":
         """The same for another architecture: 80, 90, 100."""
@@ -85,7 +86,8 @@ class Build:
 
     def key(self) -> str:
         """The same for builds that compile to the same code, whatever they are called."""
-        return json.dumps(dataclasses.asdict(dataclasses.replace(self, label="", programs=0)), sort_keys=True)
+        bare = dataclasses.replace(self, label="", programs=0, integers={})
+        return json.dumps(dataclasses.asdict(bare), sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ def _build(kernel, args: tuple, kwargs: dict) -> Build:
     values = dict(zip(names, args, strict=False)) | {k: v for k, v in kwargs.items() if k in names}
     for name, default in zip(reversed(names), reversed(fn.__defaults__ or ()), strict=False):
         values.setdefault(name, default)
-    signature, constexprs, divisible = {}, {}, []
+    signature, constexprs, divisible, integers = {}, {}, [], {}
     for name in names:
         value, annotation = values[name], str(fn.__annotations__.get(name, ""))
         if "constexpr" in annotation or value is None or (type(value) is int and value == 1 and name not in general):
@@ -223,12 +225,12 @@ def _build(kernel, args: tuple, kwargs: dict) -> Build:
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            signature[name], integers[name] = "i32" if -(2**31) <= value < 2**31 else "i64", value
             divisible += [name] if value % 16 == 0 and name not in general else []
     module = fn.__module__ if fn.__module__.startswith("kernels") else fn.__code__.co_filename
     options = {k: v for k, v in kwargs.items() if k not in names}
     label = " ".join([fn.__name__, *(f"{name}={value}" for name, value in constexprs.items())])
-    return Build(module, fn.__name__, signature, constexprs, tuple(divisible), options, label=label)
+    return Build(module, fn.__name__, signature, constexprs, tuple(divisible), options, label=label, integers=integers)
 
 
 def compile_all(builds: list[Build]) -> list[Facts]:

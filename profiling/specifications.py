@@ -1,10 +1,11 @@
-"""What the vendor promises of a GPU: the only place in the project that knows hardware by name.
+"""What the vendor promises of a GPU, and of two what predictions assume: what knows hardware by name.
 
 Every peak is dense; a data sheet that prints only its sparse figure is halved. Products accumulate in fp32, as training
 does, which GeForce cards do at half of their advertised fp16 rate. Bytes are decimal, caches binary.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from profiling.flops import V100_FLOPS_PER_S
 
@@ -145,3 +146,48 @@ SPECIFICATIONS: tuple[Specification, ...] = tuple(entry for entry, _ in _ENTRIES
 """Every GPU that the table knows."""
 
 _BY_NAME = {name: entry for entry, names in _ENTRIES for name in names}
+
+
+class Machine(NamedTuple):
+    """What a prediction needs to know of a GPU; of which data sheet, `specification(name)` says.
+
+    flops_per_s, bytes_per_s     of a large fp16 product and of a copy in device memory, as `source` has them (quoted)
+    l2_bytes_per_s               what all multiprocessors together read through the L2 cache, and `l2_range`, within
+                                 which it may be (assumed)
+    l2_latency_us                of a load that the L2 cache answers (assumed)
+    multiprocessor_bytes_per_s   that one multiprocessor reads: 64 bytes a cycle
+    instructions_per_s           that one multiprocessor issues: four warps, one a cycle each
+    matrix_macs_per_cycle        fp16 multiply-adds of one multiprocessor's tensor cores, by its peak
+    """
+
+    short: str
+    name: str
+    capability: tuple[int, int]
+    flops_per_s: float
+    bytes_per_s: float
+    source: str
+    l2_bytes_per_s: float = 6.5e12
+    l2_range: tuple[float, float] = (5.5e12, 7e12)
+    l2_latency_us: float = 0.15
+    multiprocessors: int = 132
+    multiprocessor_bytes_per_s: float = 64 * 1.755e9
+    instructions_per_s: float = 4 * 1.755e9
+    matrix_macs_per_cycle: int = 2048
+    assumed: str = (
+        "assumed: some 28 bytes a cycle for each multiprocessor from the L2 cache, whose port takes 64, and 260 cycles "
+        "until it answers, at 1.755 GHz; measure its rate first, it decides most"
+    )
+
+
+_ELSEWHERE = "a large fp16 product and a copy in device memory, measured elsewhere on one"
+
+H100 = Machine("H100", "NVIDIA H100 80GB HBM3", (9, 0), 798e12, 3.0e12, _ELSEWHERE)
+H200 = Machine("H200", "NVIDIA H200", (9, 0), 790e12, 4.3e12, _ELSEWHERE)
+MACHINES = (H100, H200)
+"""Those that predictions are made for."""
+
+
+def machine(gpu_name: str) -> Machine | None:
+    """What predictions assume of the GPU that the driver calls `gpu_name`; None where none are made for it."""
+    sheet = specification(gpu_name)
+    return next((one for one in MACHINES if sheet is not None and specification(one.name) == sheet), None)

@@ -76,14 +76,23 @@ def test_kernels_that_are_wrong_are_named(tmp_path):
 
 def test_the_longest_kernels_are_not_to_be_trusted_where_the_profile_lacks_something(tmp_path):
     kernels = [{"name": "conv_fprop_kernel", "us": 250.0, "calls": 9.0}]
-    found = {"sum_ms": 0.5, "timed_ms": 0.51, "kernels_a_step": 47.0, "lacks": [], "kernels": kernels}
+    found = {
+        "sum_ms": 0.5,
+        "timed_ms": 0.51,
+        "kernels_a_step": 47.0,
+        "source": "a pass",
+        "lacks": [],
+        "kernels": kernels,
+    }
     for name, lacks in (("ours", []), ("reference", ["it sums to twice the step"])):
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "kernels.json", found | {"lacks": lacks})
     told = text(tmp_path, document()).split("\n")
-    assert "== longest kernels of ours: 0.500 ms a step in 47 kernels, timed step 0.510 ms" in told
+    assert (
+        "== longest kernels of ours: 0.500 ms a step in 47 kernels; timed step 0.510 ms, filled to 98%; a pass" in told
+    )
     assert "      250.0 us  50.0% x  9.0  conv_fprop_kernel" in told
-    assert any(line.endswith("0.510 ms; NOT TO BE TRUSTED: it sums to twice the step") for line in told)
+    assert any(line.endswith("a pass; NOT TO BE TRUSTED: it sums to twice the step") for line in told)
 
 
 def test_the_account_the_ceilings_and_the_tests_are_told(tmp_path):

@@ -1,7 +1,7 @@
 import pytest
 
 from profiling.flops import V100_FLOPS_PER_S
-from profiling.specifications import SPECIFICATIONS, specification
+from profiling.specifications import H100, H200, MACHINES, SPECIFICATIONS, machine, specification
 
 NAMES = {
     "Tesla V100-SXM2-16GB": "V100 SXM2",
@@ -112,3 +112,21 @@ def test_every_entry_is_whole(spec):
 def test_names_are_unique():
     names = [spec.name for spec in SPECIFICATIONS]
     assert len(set(names)) == len(names) == 14
+
+
+def test_predictions_assume_no_more_than_the_data_sheet_promises():
+    for one in MACHINES:
+        sheet = specification(one.name)
+        assert one.flops_per_s < sheet.flops_per_s["float16"]
+        assert one.bytes_per_s < sheet.bytes_per_s
+        low, high = one.l2_range
+        assert one.bytes_per_s < low < one.l2_bytes_per_s < high
+        assert high < one.multiprocessors * one.multiprocessor_bytes_per_s
+        assert one.flops_per_s < 2 * one.matrix_macs_per_cycle * one.multiprocessors * one.instructions_per_s / 4
+
+
+def test_a_machine_is_found_by_the_drivers_name_and_by_no_neighbours():
+    assert machine("NVIDIA H200") is machine("H200") is H200
+    assert machine("NVIDIA H100 80GB HBM3") is H100
+    assert machine("NVIDIA H100 PCIe") is None
+    assert machine("AMD EPYC") is None
