@@ -179,7 +179,7 @@ class _Plan:
             settings = {key: value for key, value in settings.items() if key != "preprocess"}
             settings = settings if self.gpu else {**SMALL, **settings}
         settings = settings | dict(setting.split("=", 1) for setting in self.request.settings)
-        words = ["--preset", preset, *(f"--set={key}={value}" for key, value in settings.items())]
+        words = ["--preset", preset, *(word for pair in settings.items() for word in ("--set", "=".join(pair)))]
         words += ["--epochs", str(epochs)] if epochs else []
         words += ["--seed", str(self.request.seed or 0 if seed is None else seed)]
         measured = self.out / "ceilings.json"

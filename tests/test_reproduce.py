@@ -418,3 +418,57 @@ def test_the_command_prints_its_record_for_a_script(tmp_path):
     done = subprocess.run([sys.executable, "-c", driver], cwd=ROOT, capture_output=True, text=True)
     assert json.loads(done.stdout) == read_json(tmp_path / "out" / "reproduce.json")
     assert done.stderr.rstrip().endswith("everything is done")
+
+
+ILL = """
+import sys; sys.path[:0] = [".", "tests"]
+from dataclasses import replace
+from experiments import reproduce, reproduce_plan
+ill = {
+    "doctor": (sys.executable, "-c", "import time; print('waiting', flush=True); time.sleep(600)"),
+    "check": ("no-such-command",),
+    "reference-eager": (sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"),
+    "tests": (sys.executable, "-c", "print('1 failed'); raise SystemExit(1)"),
+}
+def tiny(step):
+    words = ["tests/runs.py" if word == "train.py" else word for word in step.command if word != "--profile"]
+    limit_s = 5.0 if step.name == "doctor" else 300.0
+    return replace(step, command=ill.get(step.name, tuple(words)), limit_s=limit_s)
+def plan(*arguments):
+    chosen = (*ill, "reference", "ours", "fused-0", "reference-0", "memcheck")
+    return [tiny(step) for step in reproduce_plan.plan(*arguments) if step.name in chosen]
+reproduce.plan = plan
+from experiments.__main__ import app
+app(["reproduce", "--small", "--synthetic", "--budget", "1230", *sys.argv[1:]])
+"""
+
+
+def test_with_a_step_that_hangs_one_that_fails_and_one_that_is_killed_the_table_comes(tmp_path):
+    """Both stages on this machine with trainings on a tiny data set: nothing that was finished is lost."""
+    out, pack = tmp_path / "out", tmp_path / "kept.tar.gz"
+    words = ["--out", str(out), "--pack", str(pack)]
+    done = subprocess.run([sys.executable, "-c", ILL, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = read_json(out / "reproduce.json")
+    became = {name: status for name, status in statuses(document).items() if status != "unavailable"}
+    assert became == {
+        **{"doctor": "out of time", "check": "failed", "reference": "done", "reference-eager": "failed"},
+        **{"reference-0": "done", "tests": "done"},
+    }
+    table = done.stdout.partition("reproduce on ")[2]
+    assert len(table) < 11_000
+    for name in ("reference", "reference-0"):
+        (line,) = (line for line in table.split("\n") if line.startswith(f"{name} "))
+        assert "eager/reference" in line
+    assert "data: synthetic" in table
+    assert "reference: n = 1, mean accuracy" in table
+    assert "== tests: 1 failed" in table
+    assert "doctor: killed by SIGINT: KeyboardInterrupt" in table
+    assert "reference-eager: killed by SIGKILL" in table
+    assert table.rstrip().split("\n")[-1].startswith("left: check, ")
+    with tarfile.open(pack) as kept:
+        names = set(kept.getnames())
+        page = kept.extractfile("out/reproduce.md").read().decode()
+    assert {f"out/{name}/summary.json" for name in ("reference", "reference-0")} <= names
+    assert not any("checkpoint" in name for name in names)
+    assert table.partition("\n")[2].strip() in page

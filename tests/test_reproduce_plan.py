@@ -1,3 +1,7 @@
+import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,12 +27,12 @@ def value(step: Step, option: str) -> str:
 
 
 def trainings(planned: dict[str, Step]) -> dict[str, Step]:
-    return {name: step for name, step in planned.items() if step.command[1] == "train.py"}
+    return {name: step for name, step in planned.items() if "train.py" in step.command}
 
 
 def settings(step: Step) -> dict[str, str]:
     words = step.words()
-    return dict(word.removeprefix("--set=").split("=", 1) for word in words if word.startswith("--set="))
+    return dict(after.split("=", 1) for word, after in itertools.pairwise(words) if word == "--set")
 
 
 @pytest.mark.parametrize(("small", "gpu"), [(True, None), (False, GPU), (True, GPU)], ids=["cpu", "gpu", "look"])
@@ -74,6 +78,8 @@ def test_what_fits_into_a_stage_is_what_is_needed_at_most(tmp_path):
 def test_every_training_is_of_a_preset_with_settings_that_it_takes(tmp_path):
     for small, gpu in ((False, GPU), (True, GPU), (True, None)):
         for step in trainings(steps(tmp_path, small, gpu)).values():
+            if step.reason:
+                continue
             config = preset(value(step, "--preset")).with_settings([f"{k}={v}" for k, v in settings(step).items()])
             assert config.preset == ("laptop" if small else config.preset)
             assert Path(value(step, "--out")) == tmp_path / step.name
@@ -96,15 +102,12 @@ def test_the_modes_are_trained_as_they_are_called(tmp_path):
 
 def test_the_compiler_s_variables_make_max_autotune(tmp_path):
     """They are read as the library is imported."""
-    import subprocess
-    import sys
-
     code = (
         "import torch._inductor as inductor; from torch._inductor import config\n"
         "mode = inductor.list_mode_options('max-autotune')\n"
         "print(all(config.get_config_copy()[key] == value for key, value in mode.items()))"
     )
-    environment = {**__import__("os").environ, **dict(steps(tmp_path)["reference-max-autotune"].environment)}
+    environment = {**os.environ, **dict(steps(tmp_path)["reference-max-autotune"].environment)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.stdout == "True\n", done.stderr
 
