@@ -123,15 +123,15 @@ class _Plan:
         for number in range(SEEDS):
             if number == 1:
                 steps += [self.tests(), *self.tiles()]
-            for mode, limit_s in ((OURS, 45.0), (REFERENCE, 60.0)):
+            for mode in (OURS, REFERENCE):
                 preset, settings = MODES[mode]
                 settings = {name: value for name, value in settings.items() if name != "conv"}  # the faster by layer
                 name = f"{'fused' if mode == OURS else mode}-{number}"
-                more: dict[str, Any] = {"least_s": 15.0}
-                if mode == OURS and number == 0:
-                    limit_s, more = 110.0, {"profile": True}
+                profile = mode == OURS and number == 0
+                limit_s, least_s = (110.0, 30.0) if profile else (60.0, 15.0)
                 seed = (self.request.seed or 0) + number
-                steps.append(self.train(name, stage, limit_s, preset, settings, seed=seed, **more))
+                more: dict[str, Any] = {"seed": seed, "profile": profile, "least_s": least_s}
+                steps.append(self.train(name, stage, limit_s, preset, settings, **more))
         return steps
 
     def peers(self) -> list[Step]:

@@ -31,7 +31,7 @@ COLUMNS = (
     "process s",
     "verdict",
 )
-WIDTHS = (22, 8, 9, 8, 8, 8, 8, 9, 20, 9)
+WIDTHS = (22, 8, 9, 13, 8, 8, 8, 9, 20, 9)
 
 
 def data_identity(out: Path) -> str | None:
@@ -113,7 +113,7 @@ COLUMNS = (
     "process s",
     "verdict",
 )
-WIDTHS = (22, 8, 9, 8, 8, 8, 8, 9, 20, 9)
+WIDTHS = (22, 8, 9, 13, 8, 8, 8, 9, 20, 9)
 
 
 def runs(out: Path, document: Row) -> list[str]:
@@ -144,12 +144,13 @@ def _figures(name: str, folder: Path, summary: Row, rows: Sequence[Row]) -> list
     speed = statistics.median([row["images_per_s"] for row in rows[1:] or rows]) if rows else None
     losses = [rows[i]["train_loss"] if len(rows) > i else None for i in (0, 1)]
     last = rows[-1]["train_loss"] if len(rows) > 2 else None
-    memory = summary.get("peak_memory_bytes")
+    peaks = [summary.get(f"peak_{what}_bytes") for what in ("memory", "reserved")]
+    memory = "/".join(f"{peak / 2**20:,.0f}" for peak in peaks if peak is not None)
     return [
         name,
         shown(step_ms(folder) if rows else None, ".3f"),
         shown(speed, ",.0f"),
-        shown(memory and memory / 2**20, ",.0f"),
+        memory or "-",
         *(shown(loss, ".4f") for loss in (*losses, last)),
         shown(rows[-1]["test_accuracy"] if rows else None, ".2%"),
         f"{summary.get('step') or '-'}/{summary.get('ops') or '-'}",
