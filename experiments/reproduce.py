@@ -183,7 +183,7 @@ class Reproduction:
             while waited := [one for one in running if one.process.returncode is None]:
                 for one in waited:
                     if one.process.poll() is None:
-                        one.press()
+                        one.enforce()
                     else:
                         self._ended(one)
                 time.sleep(POLL_S)
@@ -225,7 +225,7 @@ class Reproduction:
         step, code, seconds = one.step, one.process.returncode, one.seconds()
         row = self.rows[step.name]
         row |= {"exit_code": code, "seconds": seconds, "why": ""}
-        row["status"] = DONE if code in step.accepts else LATE if one.pressed else FAILED
+        row["status"] = DONE if code in step.accepts else LATE if one.interrupted else FAILED
         if row["status"] != DONE:
             how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
             row["why"] = f"{how}: {reproduce_page.last_line(one.log)}"
@@ -260,7 +260,7 @@ class _Running:
     """A step that has begun: its process, and when it is to end."""
 
     def __init__(self, step: Step, log: Path, limit_s: float):
-        self.step, self.log, self.pressed = step, log, False
+        self.step, self.log, self.interrupted = step, log, False
         grace_s = min(GRACE_S, limit_s / 4)
         self.begun_s = time.monotonic()
         self.late_s, self.over_s = self.begun_s + limit_s - grace_s, self.begun_s + limit_s
@@ -285,13 +285,13 @@ class _Running:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signum)
 
-    def press(self) -> None:
+    def enforce(self) -> None:
         """Ask it to end, as by Ctrl-C, when its time is over; and make it when that did not help."""
         now_s = time.monotonic()
         if now_s >= self.over_s:
             self.signal(signal.SIGKILL)
-        elif now_s >= self.late_s and not self.pressed:
-            self.pressed = True
+        elif now_s >= self.late_s and not self.interrupted:
+            self.interrupted = True
             self.signal(signal.SIGINT)
 
 

@@ -93,8 +93,10 @@ def _check(out: Path, document: Row) -> list[str]:
     count = collections.Counter(row["status"] for row in rows)
     bad = [row for row in rows if row["status"] != "right"]
     said = ", ".join(f"{n} {word}" for word, n in count.most_common())
-    lines = [f"== kernels against float64: {len(rows)} cases of {len({row['op'] for row in rows})} ops, {said}"]
-    lines += [f"  {row['status']}: {row['case']}: {str(row.get('error'))[:140]}" for row in bad[:12]]
+    lines = [f"== kernels against float64: {len(rows)} checks of {len({row['op'] for row in rows})} ops, {said}"]
+    lines += [
+        f"  {row['status']}: {row['case']}, {row['batch']} images: {str(row.get('error'))[:140]}" for row in bad[:12]
+    ]
     return lines + ([f"  and {len(bad) - 12} more in check.jsonl"] if bad[12:] else [])
 
 

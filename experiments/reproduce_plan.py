@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.reproduce_runs import data_identity
+from experiments.reproduce_runs import WARM, WARM_UP, data_identity
 from experiments.study import Request
 from profiling import ncu, specifications
 from train import PROFILE_PASS, ROOT
@@ -110,7 +110,7 @@ class _Plan:
         steps.append(Step("doctor", stage, _module("profiling", "doctor"), 60, together=True))
         steps.append(self.check())
         for mode in WARMED:
-            steps.append(self.train(f"warm-{mode}", stage, 120, *MODES[mode], epochs=1, together=True))
+            steps.append(self.train(f"{WARM}{mode}", stage, 120, *MODES[mode], epochs=1, together=True))
         for mode, (preset, settings) in MODES.items():
             steps.append(self.train(mode, stage, 40, preset, settings, epochs=2))
             if mode in (REFERENCE, OURS):
@@ -195,20 +195,23 @@ class _Plan:
             limit_s,
             fresh=name,
             given=given,
-            after=lambda out: _drop_checkpoints(out / name),
+            after=lambda out: _keep_results(out / name),
             reason=reason,
             **options,
         )
 
     def check(self) -> Step:
-        """Every kernel against float64. On a CPU one op in the interpreter, which shows that the step works."""
+        """Every kernel against float64, each op in a process that is given up when it says nothing for 40 s.
+
+        On a CPU one op in the interpreter, which shows that the step works.
+        """
         command = _module("profiling", "bench", "--check", "--out", str(self.out / "check.jsonl"))
         environment = () if self.gpu else (("TRITON_INTERPRET", "1"),)
-        one = () if self.gpu else ("bn_finalize",)
+        chosen = ("--limit", "40") if self.gpu else ("bn_finalize",)
         return Step(
             "check",
             "smoke",
-            (*command, *one),
+            (*command, *chosen),
             110,
             accepts=(0, 1),
             together=True,
@@ -266,7 +269,7 @@ class _Plan:
     def sanitized(self, tool: str) -> Step:
         """Our kernels under a checker; without the caching allocator an access outside of a tensor is one of memory."""
         shapes = [f"--shape={shape}" for shape in CHECKED]
-        checked = _module("profiling", "bench", "--check", "--jobs", "1", *shapes)
+        checked = _module("profiling", "bench", "--check", "--jobs", "1", "--images", "2", *shapes)
         found = shutil.which("compute-sanitizer")
         absent = None if found else "compute-sanitizer is not on the PATH; it comes with the CUDA toolkit"
         return Step(
@@ -325,7 +328,9 @@ def take_tiles(out: Path) -> bool:
     return other
 
 
-def _drop_checkpoints(folder: Path) -> None:
-    """Weights are not results: a folder without them is small enough to be committed."""
+def _keep_results(folder: Path) -> None:
+    """Weights are not results: a folder without them is small enough to be committed. Nor is a warm-up one."""
     for path in folder.rglob("checkpoint-*"):
         path.unlink()
+    if folder.name.startswith(WARM) and (folder / "summary.json").exists():
+        (folder / "summary.json").rename(folder / WARM_UP)

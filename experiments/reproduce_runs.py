@@ -16,6 +16,8 @@ REFERENCE, OURS = "reference", "fused"
 LOSS_WITHIN, ACCURACY_WITHIN = 0.02, 0.02
 """Of the reference's loss, and of its accuracy, after the same few epochs from the same seed: a mode that is further
 off computes something else. fp16 and the order of sums change far less."""
+WARM, WARM_UP = "warm-", "warm-up.json"
+"""Runs that only fill the compilers' caches, many at once: whoever reads times is not to find a summary.json there."""
 TARGET = 0.94
 TEST_IMAGES = 10_000
 COLUMNS = (
@@ -36,13 +38,14 @@ WIDTHS = (22, 8, 9, 13, 8, 8, 8, 9, 20, 9)
 
 def data_identity(out: Path) -> str | None:
     """Of the images that the runs in `out` were trained on; None where none has come so far."""
-    return next((identity for s in summaries(out).values() if (identity := s.get("data_identity"))), None)
+    found = [*summaries(out).values(), *summaries(out, WARM_UP).values()]
+    return next((identity for s in found if (identity := s.get("data_identity"))), None)
 
 
-def summaries(out: Path) -> dict[str, Row]:
-    """Of each run its summary.json, by the name of its folder."""
+def summaries(out: Path, name: str = "summary.json") -> dict[str, Row]:
+    """Of each run what its file of that name holds, by the name of its folder, the oldest first."""
     found = {}
-    for path in sorted(out.glob("*/summary.json"), key=lambda path: path.stat().st_mtime):
+    for path in sorted(out.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime):
         with suppress(OSError, ValueError):
             summary = read_json(path)
             if isinstance(summary, dict):
@@ -122,7 +125,7 @@ def runs(out: Path, document: Row) -> list[str]:
     reference = epochs(out / REFERENCE)
     lines = [_line(COLUMNS)]
     for name, step in by_name.items():
-        if name.startswith("warm-") or not (out / name / "config.json").exists():
+        if name.startswith(WARM) or not (out / name / "config.json").exists():
             continue
         summary, rows = ended.get(name, {}), epochs(out / name)
         said = [] if summary.get("status") == "complete" else [summary.get("status") or step["status"]]

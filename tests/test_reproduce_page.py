@@ -68,10 +68,12 @@ def test_the_steps_are_told_by_what_became_of_them(tmp_path):
 
 def test_kernels_that_are_wrong_are_named(tmp_path):
     for case, status, error in (("a", "right", None), ("b", "wrong", "off by 3"), ("c", "failed", "no registers")):
-        append_jsonl(tmp_path / "check.jsonl", {"op": "conv_fprop", "case": case, "status": status, "error": error})
+        append_jsonl(
+            tmp_path / "check.jsonl", {"op": "conv_fprop", "case": case, "batch": 2, "status": status, "error": error}
+        )
     told = text(tmp_path, document())
-    assert "== kernels against float64: 3 cases of 1 ops, 1 right, 1 wrong, 1 failed" in told
-    assert "  wrong: b: off by 3\n  failed: c: no registers" in told
+    assert "== kernels against float64: 3 checks of 1 ops, 1 right, 1 wrong, 1 failed" in told
+    assert "  wrong: b, 2 images: off by 3\n  failed: c, 2 images: no registers" in told
 
 
 def test_the_longest_kernels_are_not_to_be_trusted_where_the_profile_lacks_something(tmp_path):
