@@ -171,15 +171,15 @@ class Reproduction:
             document, text = self._write()
             self.terminal.say("\n" + reproduce_page.clipped(text))
         if self.unwritten:
-            raise RunError(f"{self.unwritten}; free some space and run the command again")
+            raise RunError(f"not all could be written ({self.unwritten}); free some space and run the command again")
         return document
 
     def _do(self, group: Sequence[Step], until_s: float, stretch: float) -> None:
         """Run these steps at once, none beyond `until_s` on the monotonic clock; then write what has come of them."""
-        running = [one for step in group if (one := self._begin(step, until_s - time.monotonic(), stretch))]
-        if not running:
-            return
+        running: list[_Running] = []
         try:
+            for step in group:
+                self._begin(step, until_s - time.monotonic(), stretch, running)
             while waited := [one for one in running if one.process.returncode is None]:
                 for one in waited:
                     if one.process.poll() is None:
@@ -199,35 +199,36 @@ class Reproduction:
         finally:  # a child that did not listen, or all of them after one Ctrl-C more, would go on beside the next
             for one in running:
                 one.signal(signal.SIGKILL)
-        self._write()
+        if running:
+            self._write()
 
-    def _begin(self, step: Step, left_s: float, stretch: float) -> "_Running | None":
-        """Start it, with its output in OUT/<name>.log; None where there is not the time, or not what it needs."""
+    def _begin(self, step: Step, left_s: float, stretch: float, running: list["_Running"]) -> None:
+        """Start it, with its output in OUT/<name>.log, unless there is not the time, or not what it needs."""
         row, limit_s = self.rows[step.name], min(step.limit_s * stretch, left_s)
         if limit_s < step.least_s:
-            return None
+            return
         if step.needs and not (self.out / step.needs).exists():
             row |= {"status": LEFT, "why": f"it needs {step.needs}"}
-            return None
+            return
         try:
             if step.fresh:
                 _remove(self.out / step.fresh)
-            running = _Running(step, self.out / f"{step.name}.log", limit_s)
+            running.append(_Running(step, self.out / f"{step.name}.log", limit_s))
+            row |= {"limit_s": limit_s}
         except OSError as error:
             row |= {"status": FAILED, "why": str(error)}
             self.terminal.say(f"{step.name}: failed; {error}")
-            return None
-        row |= {"limit_s": limit_s}
-        return running
 
     def _ended(self, one: "_Running") -> None:
-        """Note how it ended."""
+        """Note how it ended, and end what it has left behind."""
+        one.signal(signal.SIGKILL)
         step, code, seconds = one.step, one.process.returncode, one.seconds()
         row = self.rows[step.name]
         row |= {"exit_code": code, "seconds": seconds, "why": ""}
         row["status"] = DONE if code in step.accepts else LATE if one.interrupted else FAILED
         if row["status"] != DONE:
-            how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+            name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
+            how = f"exit code {code}" if code >= 0 else f"killed by {name}"
             row["why"] = f"{how}: {reproduce_page.last_line(one.log)}"
         if step.after:
             try:
@@ -235,9 +236,10 @@ class Reproduction:
             except OSError as error:
                 self.unwritten = error
         self.terminal.say(f"{step.name}: {row['status']} after {seconds:.0f} s. {row['why']}".strip())
+        self._write(pack=False)
 
-    def _write(self) -> tuple[dict[str, Any], str]:
-        """The record, the page and the archive of what there is: (the record, the page's text)."""
+    def _write(self, pack: bool = True) -> tuple[dict[str, Any], str]:
+        """The record and the page of what there is, and where no step is at work the archive: (record, page's text)."""
         rows = list(self.rows.values())
         document = {"version": VERSION, "settings": self.study.settings}
         document |= {"environment": self.environment, "steps": rows}
@@ -245,14 +247,12 @@ class Reproduction:
         try:
             write_json(self.record, document)
             write_text(self.out / "reproduce.md", reproduce_page.markdown(text))
-            if self.pack:
+            if pack and self.pack:
                 archive(self.out, self.pack)
         except OSError as error:
             if self.unwritten is None:
                 self.terminal.warn(f"{error}: the record, the page or the archive is not up to date")
             self.unwritten = error
-        else:
-            self.unwritten = None
         return document, text
 
 

@@ -158,7 +158,7 @@ def test_steps_run_at_once_and_each_has_its_own_limit(tmp_path, run):
 
 
 def test_nothing_of_a_step_outlives_it(tmp_path, run):
-    """Not even a child that ignores the signal at which its parent ends."""
+    """Not even a child that ignores the signal at which its parent ends, and not until those beside it have ended."""
     alive = tmp_path / "alive"
     child = f"import time\nwhile True:\n    open({str(alive)!r}, 'a').write('x')\n    time.sleep(0.02)"
     code = (
@@ -168,10 +168,15 @@ def test_nothing_of_a_step_outlives_it(tmp_path, run):
         f"while not __import__('os').path.exists({str(alive)!r}): time.sleep(0.01)\n"
         "raise SystemExit(4)"
     )
-    assert statuses(run(tmp_path / "out", [script("parent", code)])) == {"parent": "failed"}
-    size = alive.stat().st_size
-    time.sleep(0.3)
-    assert alive.stat().st_size == size > 0
+    beside = (
+        f"import json, os, time\nrecord, alive = {str(tmp_path / 'out' / 'reproduce.json')!r}, {str(alive)!r}\n"
+        "while json.load(open(record))['steps'][0]['status'] == 'left': time.sleep(0.05)\n"
+        "size = os.path.getsize(alive); time.sleep(0.3); print(os.path.getsize(alive) == size)"
+    )
+    steps = [script("parent", code, together=True), script("beside", beside, together=True)]
+    assert statuses(run(tmp_path / "out", steps)) == {"parent": "failed", "beside": "done"}
+    assert (tmp_path / "out" / "beside.log").read_text() == "True\n"
+    assert alive.stat().st_size > 0
 
 
 def test_a_step_is_not_begun_with_less_than_it_needs(tmp_path, run):
@@ -231,7 +236,7 @@ def test_a_full_disk_costs_no_step_and_is_one_line_at_the_end(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(reproduce, "write_json", full)
-    with pytest.raises(RunError, match=r"No space left on device; free some space"):
+    with pytest.raises(RunError, match=r"No space left on device\); free some space"):
         run(
             tmp_path,
             [script("one", once(tmp_path / "ran")), script("two", once(tmp_path / "ran"))],
