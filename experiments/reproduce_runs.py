@@ -135,7 +135,7 @@ def runs(out: Path, document: Row) -> list[str]:
         elif rows and not re.search(r"-\d+$", name):
             said.append(against(rows, reference))
         elif summary.get("status") == "complete":
-            said.append(f"{len(rows)} epochs in {summary['train_s']:.1f} s")
+            said.append(f"{len(rows)} epoch{'s' if rows[1:] else ''} in {summary['train_s']:.1f} s")
         lines.append(_line([*_figures(name, out / name, summary, rows), "; ".join(filter(None, said))]))
     return [*lines, *_accuracy(out, document, ended)] if lines[1:] else ["no run has begun"]
 
