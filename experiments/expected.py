@@ -248,7 +248,7 @@ def fused_step(config: Config, machine: Machine) -> list[Op]:
             seen = len(builds)
 
         update = work_of(*modelled_step(config, torch.float16, "cpu"), on_op)[-1]
-    return [*found, Op(update.family, update.layer, update.flops, update.bytes)]
+    return [*found, Op(update.family, update.layer, update.flops, update.bytes, builds[seen:])]
 
 
 def facts_of(ops: Iterable[Op], compile_: Compile) -> dict[str, "Facts"]:

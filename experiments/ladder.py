@@ -4,28 +4,39 @@
     python -m experiments ladder --full          # and each trained to its end, with its accuracy
     python -m experiments ladder --small         # a narrow network on some images: minutes on two CPU cores
 
-A turn is an epoch of every rung with its validation, and the making of its batches alone; turns go A B C, C B A, so
-that a drift of the machine does not read as a gain. The first epoch of a rung is not counted. A difference between two
-rungs is the median of their differences turn by turn, with its interval.
+A turn is an epoch of every rung with its validation; turns go A B C, C B A, so that a drift of the machine does not
+read as a gain. The first epoch of a rung is not counted, and behind it the making of its batches alone is timed once. A
+rung's steps run as they do in training, captured on a GPU. A difference between two rungs is the median of their
+differences turn by turn, with its interval. Every rung has a process of its own (`experiments.stand`), and after every
+turn ladder.json has all that is known until then: the same command with the same --out goes on from there.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments.rungs import RUNGS, Rung, require_own
+from experiments.stand import (
+    SET_UP_S,
+    START_S,
+    TURN_EPOCHS,
+    TURN_S,
+    Assignment,
+    Company,
+    RungFailedError,
+    RungRefusedError,
+    serve,
+)
 from experiments.study import Request, Study, open_study
 from model.config import Config
-from model.errors import DeviceError, NonFiniteError, UsageError
+from model.errors import NonFiniteError, UsageError
 from model.interrupts import Interrupts
 
 if TYPE_CHECKING:
-    import torch
-
     import train
-    from model.trainer import Trainer
     from profiling.console import Terminal
+
+Row = dict[str, Any]
 
 FEWEST = 4
 
@@ -62,17 +73,20 @@ def run(
     full: bool = False,
     cutout: int = 0,
     rungs: Sequence[Rung] = RUNGS,
+    target: Callable[..., None] = serve,
 ) -> dict[str, Any]:
-    """Measure and draw the ladder; returns what ladder.json holds."""
+    """Measure and draw the ladder; returns what ladder.json holds. `target` is what a rung's process runs."""
     import train
     from experiments import ladder_chart, ladder_report
 
     sizes = SMALL if request.small else WHOLE
     sizes = sizes._replace(turns=epochs_per_rung or sizes.turns)
+    threads = None
     if request.small:
         import torch
 
-        torch.set_num_threads(1)  # threads that wait for each other on a shared core are slower than the differences
+        threads = 1  # threads that wait for each other on a shared core are slower than the differences
+        torch.set_num_threads(threads)
     device = request.configure(rungs[0].config()).device
     session = train.open_session(terminal, interrupts, device, request.data_dir, synthetic=request.synthetic)
     extra = {"cutout": cutout, "full": full, "turns": sizes.turns}
@@ -83,19 +97,28 @@ def run(
         settings.append(f"widths={','.join(map(str, sizes.widths))}")
     if request.seed is not None:
         settings.append(f"seed={request.seed}")
-    measured = measure(study, session, rungs, lambda rung: rung.config(cutout, settings), sizes.turns)
+
+    def conclude(rows: Sequence[Row]) -> tuple[Any, ...]:
+        ladder = ladder_report.analyse(rows, study.settings["device_name"])
+        said, listed = ladder_report.sentences(ladder), ladder_report.tables(ladder)
+        return ladder, said, listed, ladder_report.caveats(ladder, request.small, sizes.images)
+
+    rows = Measurement(
+        study,
+        session,
+        rungs,
+        lambda rung: rung.config(cutout, settings),
+        sizes.turns,
+        threads,
+        lambda rows: study.save(*conclude(rows)),
+        target,
+    ).run()
     if full:
-        for row in measured:
+        for row in rows:
             if row["reason"] is None:
                 row["full"] = train_whole(study, session, Config.from_json(row["config"]), row["name"])
-    ladder = ladder_report.analyse(measured, study.settings["device_name"])
-    return study.finish(
-        ladder,
-        ladder_chart.plots(ladder),
-        ladder_report.sentences(ladder),
-        ladder_report.tables(ladder),
-        ladder_report.caveats(ladder, request.small, sizes.images),
-    )
+    ladder, said, listed, limits = conclude(rows)
+    return study.finish(ladder, ladder_chart.plots(ladder), said, listed, limits)
 
 
 def _cut(session: "train.Session", sizes: Sizes) -> "train.Session":
@@ -111,122 +134,112 @@ def _cut(session: "train.Session", sizes: Sizes) -> "train.Session":
     return dataclasses.replace(session, dataset=fewer)
 
 
-def measure(
-    study: Study,
-    session: "train.Session",
-    rungs: Sequence[Rung],
-    configure: Callable[[Rung], Config],
-    turns: int,
-) -> list[dict[str, Any]]:
-    """A row for each rung: its set-up, and the seconds of each turn; or the `reason` why it cannot run here."""
-    keys = [(turn, rung) for turn in range(turns) for rung in (rungs if turn % 2 == 0 else rungs[::-1])]
-    kept = all(f"set-up/{rung.name}" in study.results for rung in rungs)
-    left = [key for key in keys if _key(*key) not in study.results]
-    ready: dict[str, Stand | None] = {}
+@dataclasses.dataclass
+class Measurement:
+    """The turns of `rungs` by `session`, kept in `study`; `failed` says why a rung is left out of this call.
 
-    def stand(rung: Rung) -> Stand:
-        if rung.name not in ready:
-            session.terminal.say(f"{rung.name}: {rung.what}; an epoch that is not counted")
-            ready[rung.name] = Stand(configure(rung), session)
-        return ready[rung.name]
-
-    def set_up(rung: Rung) -> dict[str, Any]:
-        head = {**dataclasses.asdict(rung), "changes": dict(rung.changes), "reason": None}
-        if rung.needs_gpu and session.device.type == "cpu":
-            return head | {"reason": "kernels and CUDA graphs need a CUDA GPU"}
-        try:
-            return head | stand(rung).facts
-        except (DeviceError, UsageError) as error:
-            return head | {"reason": str(error)}
-
-    rows = {rung.name: study.once(f"set-up/{rung.name}", lambda rung=rung: set_up(rung)) for rung in rungs}
-    able = [rung for rung in rungs if rows[rung.name]["reason"] is None]
-    left = [(turn, rung) for turn, rung in left if rung in able]
-    if kept and left:
-        for rung in able:  # after an interruption: all are warm before a turn is timed
-            stand(rung)
-    with session.terminal.progress(turns * len(able), turns * len(able) - len(left), "epochs") as meter:
-        for turn, rung in left:
-            study.once(_key(turn, rung), lambda rung=rung: stand(rung).turn())
-            meter.advance(1, f"turn {turn + 1}/{turns}  {rung.name}")
-    taken = {rung.name: [study.results[_key(turn, rung)] for turn in range(turns)] for rung in able}
-    return [{**row, "turns": taken.get(name, [])} for name, row in rows.items()]
-
-
-def _key(turn: int, rung: Rung) -> str:
-    return f"turn-{turn:03d}/{rung.name}"
-
-
-class Stand:
-    """A rung ready to be timed, warmed up by an epoch. `facts` are what its row says of its set-up.
-
-    Raises DeviceError where the rung cannot run on the session's device.
+    A failure is not kept, so that the next call tries again; what cannot run on this device is. `on_result` gets the
+    rows after each set-up and each turn. `target` is what a rung's process runs, in `threads` threads.
     """
 
-    def __init__(self, config: Config, session: "train.Session"):
-        from model.trainer import build_network, choose_dtype, with_available_ops
-        from profiling.flops import flops_per_image
+    study: Study
+    session: "train.Session"
+    rungs: Sequence[Rung]
+    configure: Callable[[Rung], Config]
+    turns: int
+    threads: int | None = None
+    on_result: Callable[[list[Row]], Any] = lambda rows: None
+    target: Callable[..., None] = serve
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
 
-        self.session, self.device = session, session.device
-        available, reason = with_available_ops(config, self.device, session.terminal.say)
-        if reason:
-            raise DeviceError(reason)
-        dtype = choose_dtype(config.dtype, self.device, config.ops)
-        start_s = time.monotonic()
-        self.trainer = self._trainer(available, dtype)
-        reason = self.trainer.warm_up() if self.device.type == "cuda" or config.step != "eager" else None
-        if reason:
-            raise DeviceError(f"the step cannot be {config.step}: {reason}")
-        reference = dataclasses.replace(config, ops="reference", conv="table")
-        loader = getattr(self.trainer.batches, "loader", None)
-        self.epoch = 0
-        self.facts = {
-            "config": config.to_json(),
-            "dtype": str(dtype).removeprefix("torch."),
-            "workers": 0 if loader is None else loader.num_workers,
-            "preprocessing_s": self.preprocessing_s,
-            "images": self.trainer.batches.count,
-            "test_images": self.trainer.test_count,
-            "flops_per_image": flops_per_image(lambda: build_network(reference)).training,
-        }
-        self.turn()
-        self.facts["set_up_s"] = time.monotonic() - start_s
+    def run(self) -> list[Row]:
+        """Take the turns that are missing; returns `rows`."""
+        device = self.session.device.type
+        for rung in self.rungs:
+            if rung.needs_gpu and device == "cpu":
+                self._refuse(rung, "kernels and CUDA graphs need a CUDA GPU")
+        keys = [(i, rung) for i in range(self.turns) for rung in (self.rungs if i % 2 == 0 else self.rungs[::-1])]
+        left = [key for key in keys if not self._refusal(key[1]) and _turn_key(*key) not in self.study.results]
+        if left:
+            with Company(self.session.dataset, self.session.terminal.say, self.target) as company:
+                limits = self._set_up(company)
+                self._take([(i, rung) for i, rung in left if rung.name in limits], company, limits)
+        return self.rows()
 
-    def _trainer(self, config: Config, dtype: "torch.dtype") -> "Trainer":
-        from model.batches import Batches
-        from model.trainer import Trainer
+    def rows(self) -> list[Row]:
+        """A row for each rung: its set-up, and the seconds of its turns until now; or the `reason` why it has none."""
+        found = []
+        for rung in self.rungs:
+            kept = self.study.results.get(_set_up_key(rung), {"reason": "it was not begun yet"})
+            reason = self.failed.get(rung.name, kept["reason"])
+            taken = [_turn_key(i, rung) for i in range(self.turns) if _turn_key(i, rung) in self.study.results]
+            head = {**dataclasses.asdict(rung), "changes": dict(rung.changes)}
+            found.append({**head, **kept, "reason": reason, "turns": [self.study.results[key] for key in taken]})
+        return found
 
-        data, start_s = self.session.dataset, time.monotonic()
-        batches = Batches(data.train_images, data.train_labels, config, self.device, dtype)
-        self._wait()
-        self.preprocessing_s = time.monotonic() - start_s
-        return Trainer(batches, data, self.session.ranks)
+    def _set_up(self, company: Company) -> dict[str, float]:
+        """Warm every rung up before one is timed, one after the other; the seconds that a turn of each may take."""
+        device, begun, limits = self.session.device, [], {}
+        for rung in self.rungs:
+            if self._refusal(rung):
+                continue
+            try:
+                config = self.configure(rung)
+            except UsageError as error:
+                self._refuse(rung, str(error))
+                continue
+            company.start(Assignment(rung.name, config, str(device), company.data, self.threads))
+            begun.append(rung)
+        for rung in begun:
+            self._attempt(rung, lambda worker=company.workers[rung.name]: worker.answer(START_S))
+        for rung in begun:
+            if rung.name not in self.failed:
+                self.session.terminal.say(f"{rung.name}: {rung.what}; an epoch that is not counted")
+                worker = company.workers[rung.name]
+                facts = self._attempt(rung, lambda worker=worker: worker.ask("set-up", SET_UP_S[device.type]))
+                if facts:
+                    self.study.once(_set_up_key(rung), lambda facts=facts: {"reason": None, **facts})
+                    limits[rung.name] = TURN_S + TURN_EPOCHS * facts["epoch_s"]
+                self.on_result(self.rows())
+        return limits
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            import torch
+    def _take(self, left: Sequence[tuple[int, Rung]], company: Company, limits: dict[str, float]) -> None:
+        total = self.turns * len(limits)
+        with self.session.terminal.progress(total, total - len(left), "epochs") as meter:
+            for i, rung in left:
+                if rung.name not in self.failed:
+                    worker, limit_s = company.workers[rung.name], limits[rung.name]
+                    seconds = self._attempt(rung, lambda worker=worker, limit_s=limit_s: worker.ask("turn", limit_s))
+                    if seconds:
+                        self.study.once(_turn_key(i, rung), lambda seconds=seconds: seconds)
+                    self.on_result(self.rows())
+                meter.advance(1, f"turn {i + 1}/{self.turns}  {rung.name}")
 
-            torch.cuda.synchronize(self.device)
+    def _refusal(self, rung: Rung) -> str | None:
+        return self.study.results.get(_set_up_key(rung), {}).get("reason")
 
-    def turn(self) -> dict[str, Any]:
-        """Seconds of an epoch's training, of its validation, and of making its batches without training."""
-        train_s = self._seconds(lambda: list(self.trainer.train(self.epoch)))
-        self.trainer.check_finite()
-        eval_s = self._seconds(self.trainer.evaluate)
-        input_s = self._seconds(self._only_batches)
-        self.epoch += 1
-        return {"train_s": train_s, "eval_s": eval_s, "input_s": input_s}
+    def _refuse(self, rung: Rung, reason: str) -> None:
+        self.study.once(_set_up_key(rung), lambda: {"reason": reason})
 
-    def _only_batches(self) -> None:
-        for batch in self.trainer.batches.epoch(self.epoch):
-            self.trainer.batches.load(*batch)
+    def _attempt(self, rung: Rung, ask: Callable[[], Row]) -> Row | None:
+        try:
+            return ask()
+        except RungRefusedError as error:
+            self._refuse(rung, str(error))
+            reason = str(error)
+        except RungFailedError as error:
+            reason = str(error)
+        self.failed[rung.name] = reason
+        self.session.terminal.warn(f"{rung.name} is left out: {reason}")
+        return None
 
-    def _seconds(self, work: Callable[[], Any]) -> float:
-        self._wait()
-        start_s = time.monotonic()
-        work()
-        self._wait()
-        return time.monotonic() - start_s
+
+def _set_up_key(rung: Rung) -> str:
+    return f"set-up/{rung.name}"
+
+
+def _turn_key(i: int, rung: Rung) -> str:
+    return f"turn-{i:03d}/{rung.name}"
 
 
 def train_whole(study: Study, session: "train.Session", config: Config, name: str) -> dict[str, Any]:

@@ -5,32 +5,37 @@ Seconds "for 35 epochs" are extrapolated: what is prepared once, and 35 times th
 """
 
 import itertools
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.rungs import ARTICLE_EPOCHS, ARTICLE_IMAGES, ARTICLE_TEST_IMAGES, INPUT
+from experiments.rungs import ARTICLE_EPOCHS, ARTICLE_IMAGES, ARTICLE_TEST_IMAGES, HOST, INPUT, WITHOUT_HOST
 from experiments.study import Table
 from profiling.flops import V100_FLOPS_PER_S
 from profiling.quantities import MISSING, significant
 from profiling.specifications import specification
-from profiling.timing import summarise
+from profiling.timing import FEWEST, summarise
 
 Row = dict[str, Any]
 PAYS, NOISE, COSTS = "pays", "within noise", "costs time"
 
 
 def analyse(measured: Sequence[Row], device: str) -> Row:
-    """{device, rungs, steps} from the rows of `ladder.measure`; JSON values, None for what is not known."""
+    """{device, rungs, steps, host} from the rows of `ladder.Measurement`; JSON values, None for what is not known.
+
+    Of an unfinished ladder those turns count that both of two rungs have, and a step with fewer than FEWEST is left
+    out. `host` is the step to the rung that the host launches kernel by kernel, None where it was not measured.
+    """
     sheet = specification(device)
     rungs = [_rung(row, sheet.flops_per_s if sheet else {}) for row in measured]
     able = [(rung, row) for rung, row in zip(rungs, measured, strict=True) if rung["reason"] is None]
-    steps = []
-    for (before, one), (after, other) in itertools.pairwise(able):
-        steps.append(_step(before, after, _totals(one), _totals(other)))
+    ladder, named = [pair for pair in able if pair[0]["name"] != HOST], {pair[0]["name"]: pair for pair in able}
     for rung, row in able:
-        shares = [100 * ours / first for ours, first in zip(_totals(row), _totals(able[0][1]), strict=True)]
+        shares = [100 * ours / first for ours, first in zip(_totals(row), _totals(able[0][1]), strict=False)]
         rung["percent_of_first"] = _interval(shares)
-    return {"device": device, "rungs": rungs, "steps": steps}
+    steps = [step for one, other in itertools.pairwise(ladder) if (step := _step(one, other))]
+    host = _step(named[WITHOUT_HOST], named[HOST]) if {WITHOUT_HOST, HOST} <= named.keys() else None
+    return {"device": device, "rungs": rungs, "steps": steps, "host": host}
 
 
 def _totals(row: Row) -> list[float]:
@@ -41,6 +46,9 @@ def _totals(row: Row) -> list[float]:
 
 
 def _interval(values: Sequence[float]) -> Row:
+    """The median and its interval, which fewer than FEWEST values do not have."""
+    if len(values) < FEWEST:
+        return {"median": statistics.median(values), "low": None, "high": None, "n": len(values)}
     s = summarise(values)
     return {"median": s.median, "low": s.low, "high": s.high, "n": s.n}
 
@@ -48,13 +56,16 @@ def _interval(values: Sequence[float]) -> Row:
 def _rung(row: Row, peaks: dict[str, float]) -> Row:
     names = ("name", "what", "article_s", "credited_s", "reason")
     rung = {name: row[name] for name in names}
-    if row["reason"] is not None:
+    if row["reason"] is None and not row["turns"]:
+        rung["reason"] = "none of its turns has been timed yet"
+    if rung["reason"] is not None:
         return rung
     train, count = _interval([t["train_s"] for t in row["turns"]]), row["images"]
     speed = count / train["median"]
     peak = peaks.get("tf32" if row["dtype"] == "float32" else row["dtype"])
     return rung | {
         "dtype": row["dtype"],
+        "step": row["step"],
         "workers": row["workers"],
         "workers_asked": row["config"]["workers"],
         "widths": row["config"]["widths"],
@@ -62,7 +73,7 @@ def _rung(row: Row, peaks: dict[str, float]) -> Row:
         "preprocessing_s": row["preprocessing_s"],
         "epoch_train_s": train,
         "epoch_eval_s": _interval([t["eval_s"] for t in row["turns"]]),
-        "input_us_per_image": _interval([1e6 * t["input_s"] / count for t in row["turns"]]),
+        "input_us_per_image": 1e6 * row["input_s"] / count,
         "train_us_per_image": 1e6 / speed,
         "seconds_35_epochs": _interval(_totals(row)),
         "images_per_s": speed,
@@ -72,8 +83,13 @@ def _rung(row: Row, peaks: dict[str, float]) -> Row:
     }
 
 
-def _step(before: Row, after: Row, one: Sequence[float], other: Sequence[float]) -> Row:
-    seconds = _interval([b - a for a, b in zip(one, other, strict=True)])
+def _step(one: tuple[Row, Row], other: tuple[Row, Row]) -> Row | None:
+    """From one rung, as (figures, row), to another; None where they have too few turns in common."""
+    (before, first), (after, second) = one, other
+    both = list(zip(_totals(first), _totals(second), strict=False))
+    if len(both) < FEWEST:
+        return None
+    seconds = _interval([b - a for a, b in both])
     verdict = PAYS if seconds["high"] < 0 else COSTS if seconds["low"] > 0 else NOISE
     neighbours = before["article_s"] and after["credited_s"]
     return {
@@ -81,7 +97,7 @@ def _step(before: Row, after: Row, one: Sequence[float], other: Sequence[float])
         "to": after["name"],
         "what": after["what"],
         "seconds": seconds,
-        "percent": _interval([100 * (b - a) / a for a, b in zip(one, other, strict=True)]),
+        "percent": _interval([100 * (b - a) / a for a, b in both]),
         "verdict": verdict,
         "article_s": after["credited_s"] if neighbours else None,
         "article_percent": 100 * after["credited_s"] / before["article_s"] if neighbours else None,
@@ -91,7 +107,7 @@ def _step(before: Row, after: Row, one: Sequence[float], other: Sequence[float])
 def sentences(ladder: Row) -> list[str]:
     """Conclusions from these numbers, the headline first."""
     able = [rung for rung in ladder["rungs"] if rung["reason"] is None]
-    said = [_headline(ladder["device"], able)] if able else []
+    said = [_headline(ladder["device"], [rung for rung in able if rung["name"] != HOST] or able)] if able else []
     for verdict, words in (
         (PAYS, "Steps that still pay on this device"),
         (NOISE, "Within noise here"),
@@ -99,7 +115,7 @@ def sentences(ladder: Row) -> list[str]:
     ):
         found = [_step_in_words(step) for step in ladder["steps"] if step["verdict"] == verdict]
         said.append(f"{words}: {'; '.join(found)}." if found else f"{words}: none.")
-    said += [text for text in (_order(ladder), _input_share(able), _accuracies(able)) if text]
+    said += [text for text in (_order(ladder), _input_share(able), _host_share(ladder), _accuracies(able)) if text]
     for reason in dict.fromkeys(rung["reason"] for rung in ladder["rungs"] if rung["reason"]):
         names = [rung["name"] for rung in ladder["rungs"] if rung["reason"] == reason]
         said.append(f"Not measured here, {', '.join(names)}: {reason}.")
@@ -141,8 +157,8 @@ def _order(ladder: Row) -> str:
     if len(names) < 3:
         return ""
     unsure = [f"{a} and {b}" for a, b in itertools.pairwise(names) if steps.get(b, {}).get("verdict") == NOISE]
-    alone = sorted(names, key=lambda name: -of_name[name]["input_us_per_image"]["median"])
-    costs = ", ".join(f"{name} {significant(of_name[name]['input_us_per_image']['median'])}" for name in alone)
+    alone = sorted(names, key=lambda name: -of_name[name]["input_us_per_image"])
+    costs = ", ".join(f"{name} {significant(of_name[name]['input_us_per_image'])}" for name in alone)
     pipeline = [name for name in names if name != "on-device"]
     timed = sorted(pipeline, key=lambda name: -of_name[name]["epoch_train_s"]["median"])
     agrees = "which is the article's order" if timed == pipeline else f"not the article's ({', '.join(pipeline)})"
@@ -156,10 +172,26 @@ def _input_share(able: Sequence[Row]) -> str:
     here = [rung for rung in able if rung["workers"] == 0]
     if not here:
         return ""
-    shares = {r["name"]: 100 * r["input_us_per_image"]["median"] / r["train_us_per_image"] for r in here}
+    shares = {r["name"]: 100 * r["input_us_per_image"] / r["train_us_per_image"] for r in here}
     listed = ", ".join(f"{share:.0f} % of {name}" for name, share in shares.items())
     widths = "-".join(map(str, here[0]["widths"]))
-    return f"Where no worker helps, making batches is this much of the training time of a {widths} network: {listed}."
+    return (
+        "Where no worker helps, making batches alone, of which the article's rungs have one Python thread do it, takes "
+        f"this much of the training time of a {widths} network: {listed}. Compare kernels on the rungs from on-device "
+        "on, where the device makes them."
+    )
+
+
+def _host_share(ladder: Row) -> str:
+    """What a CUDA graph takes off the host."""
+    step = ladder["host"]
+    if not step:
+        return ""
+    low, median, high = (step["percent"][key] for key in ("low", "median", "high"))
+    return (
+        f"Without its CUDA graph {step['from']} takes {median:+.1f} % [{low:+.1f}, {high:+.1f}]: what launching its "
+        "kernels costs the host beyond the device's time."
+    )
 
 
 def _accuracies(able: Sequence[Row]) -> str:
@@ -202,9 +234,9 @@ def caveats(ladder: Row, small: bool, images: int | None) -> list[str]:
 def tables(ladder: Row) -> list[Table]:
     """The rungs, and the steps between them."""
     full = any(rung.get("full") for rung in ladder["rungs"])
-    columns = ["rung", "s an epoch", "images/s", "input alone, µs/image"]
+    columns = ["rung", "step", "s an epoch", "images/s", "input alone, µs/image"]
     columns += ["35 epochs, s", "V100-normalised", "MFU", "article, s"]
-    statuses = ["", "measured", "measured", "measured", "modelled", "modelled", "modelled", "quoted"]
+    statuses = ["", "", "measured", "measured", "measured", "modelled", "modelled", "modelled", "quoted"]
     if full:
         columns, statuses = [*columns, "whole run, s", "accuracy"], [*statuses, "measured", "measured"]
     rows = [[*_cells(rung), *(_full_cells(rung) if full else [])] for rung in ladder["rungs"]]
@@ -217,7 +249,7 @@ def tables(ladder: Row) -> list[Table]:
             MISSING if s["article_s"] is None else f"{s['article_s']:+.0f}",
             MISSING if s["article_percent"] is None else f"{s['article_percent']:+.1f} %",
         ]
-        for s in ladder["steps"]
+        for s in [*ladder["steps"], *([ladder["host"]] if ladder["host"] else [])]
     ]
     heads = ["step", "here", "35 epochs, s", "verdict", "article, s", "article"]
     return [
@@ -229,12 +261,13 @@ def tables(ladder: Row) -> list[Table]:
 def _cells(rung: Row) -> list[str]:
     quoted = MISSING if rung["article_s"] is None else f"{rung['article_s']:.0f}"
     if rung["reason"] is not None:
-        return [rung["name"], "unavailable", *[MISSING] * 5, quoted]
+        return [rung["name"], MISSING, "unavailable", *[MISSING] * 5, quoted]
     return [
         rung["name"],
+        rung["step"],
         _with_interval(rung["epoch_train_s"], "{:.3g}"),
         f"{rung['images_per_s']:,.0f}",
-        _with_interval(rung["input_us_per_image"], "{:.3g}"),
+        f"{rung['input_us_per_image']:.3g}",
         f"{rung['seconds_35_epochs']['median']:,.0f}",
         f"{100 * rung['v100_normalised']:.3g} %",
         MISSING if rung["mfu"] is None else f"{100 * rung['mfu']:.3g} %",
@@ -252,4 +285,6 @@ def _full_cells(rung: Row) -> list[str]:
 
 
 def _with_interval(s: Row, form: str) -> str:
+    if s["low"] is None:
+        return form.format(s["median"])
     return f"{form.format(s['median'])} ({form.format(s['low'])} to {form.format(s['high'])})"

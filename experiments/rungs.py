@@ -27,13 +27,13 @@ class Rung:
     credited_s: float | None = None
 
     def config(self, cutout: int = 0, settings: Sequence[str] = ()) -> Config:
-        """The run, its steps eager unless this rung is about that. Raises UsageError where its parts contradict."""
-        base = replace(preset(self.preset), **{"step": "eager", "cutout": cutout, **dict(self.changes)})
+        """The run, as it trains: on a GPU its steps are captured. Raises UsageError where its parts contradict."""
+        base = replace(preset(self.preset), **{"cutout": cutout, **dict(self.changes)})
         return base.with_settings(list(settings))
 
     @property
     def needs_gpu(self) -> bool:
-        """Whether it is about kernels or CUDA graphs."""
+        """Whether it is about kernels, or about what a CUDA graph saves."""
         return not {"ops", "step"}.isdisjoint(key for key, _ in self.changes)
 
 
@@ -50,8 +50,11 @@ RUNGS = (
     Rung("on-device", "augmentation on the device", "article-256", _DEVICE),
     Rung("batch-norm", "fused batch norm", "article-256", (*_DEVICE, ("ops", "batchnorm"))),
     Rung("convolutions", "fused convolutions", "article-256", _KERNELS),
-    Rung("captured", "the step captured in a CUDA graph", "article-256", (*_KERNELS, ("step", "captured"))),
+    Rung("eager", "launched by the host, kernel by kernel", "article-256", (*_KERNELS, ("step", "eager"))),
 )
+"""Each makes one step on from the one before, but for the last, which is the one before without its CUDA graph."""
+HOST, WITHOUT_HOST = "eager", "convolutions"
+"""The rung that shows the host's share, which is no step of the ladder, and the one that it is compared with."""
 
 VARIED = frozenset(
     {"prep_bn_relu", "preprocess", "draw", "workers", "batch_size", "lr_epochs", "lr_values", "ops", "conv", "step"}

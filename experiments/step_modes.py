@@ -24,6 +24,7 @@ from model.config import Config, preset
 from model.data import Dataset, load
 from model.distributed import Ranks
 from model.errors import RunError
+from model.memory import out_of_memory
 from model.trainer import Trainer, choose_device, choose_dtype, with_available_ops
 from profiling.console import Terminal
 from profiling.environment import environment
@@ -61,7 +62,11 @@ def measure(
     )
     rows, streams, runs = [], {}, {}
     for mode in modes:
-        trainer, reason = prepare(dataclasses.replace(config, step=mode), dataset, device)
+        try:
+            trainer, reason = prepare(dataclasses.replace(config, step=mode), dataset, device)
+        except Exception as error:  # memory that ran out, or a driver's: the other modes may yet run
+            error = out_of_memory(error, device, batch) or error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         rows.append({"batch": batch, "step": mode, "ops": config.ops, "reason": reason})
         if reason is None:
             streams[mode] = endless(trainer)
@@ -126,19 +131,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a folder for step_modes.json")
     arguments, terminal = parser.parse_args(), Terminal()
     try:
-        rows, machine = report(arguments, terminal)
+        report(arguments, terminal)
     except RunError as error:
         terminal.error(str(error))
         raise SystemExit(error.exit_code) from None
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.out / "step_modes.json", {"environment": machine, "rows": rows})
 
 
-def report(arguments: argparse.Namespace, terminal: Terminal) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Measure, and print a table; returns its rows and the machine's description."""
+def report(arguments: argparse.Namespace, terminal: Terminal) -> list[dict[str, Any]]:
+    """Measure, and print a table; returns its rows. After each batch size step_modes.json has all until then."""
     config = preset(arguments.preset or "laptop").with_settings(arguments.set)
     device = choose_device(config.device)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # as train.py has it
     if arguments.preset is None and device.type == "cuda":
         config = preset("fused").with_settings(arguments.set)
     config, reason = with_available_ops(config, device)
@@ -147,14 +150,17 @@ def report(arguments: argparse.Namespace, terminal: Terminal) -> tuple[list[dict
     dataset = load(arguments.data_dir, synthetic=arguments.data_dir is None, say=terminal.say)
     if dataset.identity == "synthetic":
         dataset = as_many_as_cifar10(dataset)
-    plan, rows = QUICK if arguments.quick else PLAN, []
+    plan, rows, machine = QUICK if arguments.quick else PLAN, [], environment(device, train.ROOT)
     for batch in arguments.batch:
         changed = dataclasses.replace(config, batch_size=batch)
         rows += measure(changed, dataset, device, tuple(arguments.modes), arguments.steps, plan)
+        if arguments.out:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            write_json(arguments.out / "step_modes.json", {"environment": machine, "rows": rows})
     title = f"{config.preset}, ops={config.ops}, on {device}; images/s, median with its 95 % interval"
     columns = ["batch", "step", "images/s", "against the first", "idle share of the device"]
     terminal.table(title, columns, [cells(row) for row in rows])
-    return rows, environment(device, train.ROOT)
+    return rows
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ import datetime
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +145,44 @@ class Study:
             self.results[key] = result
         return self.results[key]
 
+    def save(
+        self,
+        result: dict[str, Any],
+        sentences: Sequence[str],
+        tables: Sequence[Table],
+        caveats: Sequence[str] = (),
+        data_identity: str | None = None,
+        complete: bool = False,
+    ) -> dict[str, Any]:
+        """Write OUT/name.json, whole or not at all, of what there is until now; returns what it holds.
+
+        `sentences`, `caveats` and `data_identity` are those of `finish`.
+        """
+        document = {
+            "version": VERSION,
+            "experiment": self.name,
+            "complete": complete,
+            "settings": self.settings,
+            "environment": self._environment,
+            "data_identity": data_identity or self.settings.get("data_identity"),
+            "sentences": list(sentences),
+            "caveats": list(caveats),
+            "tables": [asdict(table) | {"statuses": _statuses(table)} for table in tables],
+            "result": result,
+        }
+        document = _as_read(document)
+        write_json(self.out / f"{self.name}.json", document)
+        return document
+
+    @cached_property
+    def _environment(self) -> dict[str, Any]:
+        import torch
+
+        import train
+        from profiling.environment import environment
+
+        return environment(torch.device(self.settings.get("device", "cpu")), train.ROOT)
+
     def finish(
         self,
         result: dict[str, Any],
@@ -159,24 +197,7 @@ class Study:
         The sentences are conclusions drawn from `result`, the first being the page's headline; a caveat limits them.
         `data_identity` is the settings' own where it is not given. Returns what the JSON holds.
         """
-        import torch
-
-        import train
-        from profiling.environment import environment
-
-        document = {
-            "version": VERSION,
-            "experiment": self.name,
-            "settings": self.settings,
-            "environment": environment(torch.device(self.settings.get("device", "cpu")), train.ROOT),
-            "data_identity": data_identity or self.settings.get("data_identity"),
-            "sentences": list(sentences),
-            "caveats": list(caveats),
-            "tables": [asdict(table) | {"statuses": _statuses(table)} for table in tables],
-            "result": result,
-        }
-        document = _as_read(document)
-        write_json(self.out / f"{self.name}.json", document)
+        document = self.save(result, sentences, tables, caveats, data_identity, complete=True)
         self._draw(plots)
         try:
             write_text(self.out / f"{self.name}.html", render(document, plots, tables))

@@ -62,7 +62,7 @@ def _reflect_index(i, SIZE: tl.constexpr):
     return tl.where(i >= SIZE, 2 * (SIZE - 1) - i, i)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # one build for every data set
 def augment_kernel(
     images_ptr,
     index_ptr,

@@ -30,6 +30,7 @@ from kernels.conv_shape import (
     activation_descriptor,
     boxes_fit,
     check_affine,
+    check_offsets,
     check_operand,
     check_weight,
     flop_formula,
@@ -66,7 +67,7 @@ def conv_dgrad_reference(
     return dz, torch.stack(sums)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T"])  # one build for every batch
 def conv_dgrad_kernel(
     dy,
     w,
@@ -245,8 +246,7 @@ def _check(dy, w, height, width, stride, shortcut, x, scale, shift, mean) -> Con
         raise ValueError(
             f"dy has shape {list(dy.shape)}, expected {expected} for {height}x{width} maps at stride {stride}"
         )
-    if n * c * height * width >= 2**31:
-        raise ValueError(f"dz would have {n * c * height * width} elements, expected fewer than 2**31: split the batch")
+    check_offsets("dz", n * c * height * width)
     if shortcut is not None:
         strided = tuple(shortcut.shape) == (n, c, shape.P, shape.Q)
         check_like("shortcut", shortcut, "dy", shortcut.shape if strided else (n, c, height, width), dy)

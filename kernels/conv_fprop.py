@@ -29,6 +29,7 @@ from kernels.conv_shape import (
     activation_descriptor,
     boxes_fit,
     check_affine,
+    check_offsets,
     check_operand,
     check_weight,
     flop_formula,
@@ -66,7 +67,7 @@ def _bn_relu(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     return torch.relu(x * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "T"])  # one build for every batch
 def conv_fprop_kernel(
     x,
     w,
@@ -248,6 +249,7 @@ def _check(x, w, stride, scale, shift, residual, residual_scale, residual_shift)
             f"w has shape {list(w.shape)}, expected [K, {x.shape[1]}, R, R] for x of {x.shape[1]} channels"
         )
     shape = ConvShape.of(x, w, stride)
+    check_offsets("y", x.shape[0] * shape.K * shape.P * shape.Q)
     check_affine("", scale, shift, shape.C, "x", x)
     check_affine("residual_", residual_scale, residual_shift, shape.K, "residual", x)
     if residual is not None:

@@ -122,18 +122,25 @@ def flop_formula(name: str) -> Callable:
 def check_operand(name: str, x: Tensor) -> None:
     """Raise unless `x` is an activation or a weight that the convolution kernels take."""
     check_activation(name, x)
-    if x.numel() >= 2**31:
-        raise ValueError(
-            f"{name} has {x.numel()} elements, expected fewer than 2**31 (offsets are 32 bits): split the batch"
-        )
+    check_offsets(name, x.numel())
     if x.data_ptr() % 16:
         raise ValueError(f"{name}'s memory begins at an address that is no multiple of 16 bytes: use {name}.clone()")
     if INTERPRETED and x.dtype == torch.bfloat16:
         raise TypeError(f"{name} is bfloat16, which Triton's interpreter multiplies wrongly: use float16 or float32")
 
 
+def check_offsets(name: str, elements: int) -> None:
+    """Raise unless the kernels' 32-bit offsets reach all of a tensor's `elements`."""
+    if elements >= 2**31:
+        raise ValueError(
+            f"{name} has {elements} elements, expected fewer than 2**31 (offsets are 32 bits): split the batch or the "
+            "channels"
+        )
+
+
 def check_weight(w: Tensor, like_name: str, like: Tensor) -> None:
     """Raise unless w is [K, C, R, R], channels_last, with the dtype and on the device of `like`."""
+    check_operand("w", w)
     check_like("w", w, like_name, w.shape, like)
     if w.shape[2] != w.shape[3]:
         raise ValueError(f"w has shape {list(w.shape)}, expected a square filter [K, C, R, R]")

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from kernels import tiles
 from kernels.contract import check_like
-from kernels.conv_shape import ConvShape, activation_descriptor, boxes_fit, check_affine, check_operand, flop_formula
+from kernels.conv_shape import (
+    ConvShape,
+    activation_descriptor,
+    boxes_fit,
+    check_affine,
+    check_offsets,
+    check_operand,
+    flop_formula,
+)
 from kernels.cost import Cost, nbytes
 from kernels.jit import tl, triton
 
@@ -45,7 +53,7 @@ def conv_wgrad_reference(
     return dw.to(torch.promote_types(dw.dtype, torch.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "steps"])  # one build for every batch
 def conv_wgrad_kernel(
     x,
     dy,
@@ -110,7 +118,7 @@ def conv_wgrad_kernel(
     tl.store(out + offs_k[None, :] * (R * R * C) + offs_c[:, None], acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["SPLIT"])  # `elements` stays: that 16 divides it makes the accesses wide
 def conv_wgrad_reduce_kernel(parts_ptr, dw_ptr, SPLIT, elements, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < elements
@@ -137,6 +145,7 @@ def conv_wgrad(
     tile = tiles.tile("conv_wgrad", shape, x.dtype, tiles.gpu_of(x.device))
     blocks = triton.cdiv(x.shape[0] * shape.P * shape.Q, tile.BLOCK_K)
     split = min(tile.SPLIT, blocks)
+    check_offsets("parts [SPLIT, K, R, R, C]", split * shape.K * shape.C * size**2)
     dw = _empty(x, dy, size)
     parts = dw if split == 1 else dw.new_empty((split, dw.numel()))
     x_operand, dy_operand = x, dy

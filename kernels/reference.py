@@ -19,7 +19,11 @@ Statistics = Any
 
 
 class BatchNorm(NamedTuple):
-    """One batch norm as tensors; the running statistics are updated in place while `training`."""
+    """One batch norm as tensors; the running statistics are updated in place while `training`.
+
+    With a list of `updates` an implementation may put its update there, see `kernels.running_statistics`, for the
+    list's owner to make all of them together.
+    """
 
     gamma: Tensor
     beta: Tensor
@@ -28,6 +32,7 @@ class BatchNorm(NamedTuple):
     training: bool
     momentum: float
     eps: float
+    updates: list | None = None
 
 
 def conv(x: Tensor, w: Tensor, stride: int = 1) -> Tensor:

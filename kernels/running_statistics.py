@@ -38,8 +38,23 @@ def check_has_statistics(bn: BatchNorm, x: Tensor) -> None:
 
 
 def update_running(bn: BatchNorm, norm: Tensor) -> None:
-    """Move the running statistics by `bn.momentum` towards norm [5, C] = (mean, unbiased var, ...), if training."""
+    """Move the running statistics by `bn.momentum` towards norm [5, C] = (mean, unbiased var, ...), if training.
+
+    At once; or, where `bn.updates` is a list, when its owner calls `make_updates`.
+    """
     if bn.training:
+        both = [(bn.running_mean, norm[0], bn.momentum), (bn.running_var, norm[1], bn.momentum)]
+        if bn.updates is None:
+            make_updates(both)
+        else:
+            bn.updates.extend(both)
+
+
+def make_updates(updates: list[tuple[Tensor, Tensor, float]]) -> None:
+    """running += momentum * (batch - running), in place, for each (running, batch, momentum); on a GPU in one launch.
+
+    All are fp32 [C], none of the running ones occurs twice.
+    """
+    if updates:
         with torch.no_grad():
-            bn.running_mean.lerp_(norm[0], bn.momentum)
-            bn.running_var.lerp_(norm[1], bn.momentum)
+            torch._foreach_lerp_(*map(list, zip(*updates, strict=True)))

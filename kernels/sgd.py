@@ -70,7 +70,7 @@ def sgd_check_kernel(dw_ptr, step_ptr, bad_step_ptr, N, BLOCK: tl.constexpr):
         tl.atomic_cas(bad_step_ptr, none, tl.load(step_ptr))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S"])  # one build for runs of every length
 def sgd_kernel(
     w_ptr,
     dw_ptr,

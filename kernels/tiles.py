@@ -99,6 +99,12 @@ def prefers_library(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> 
 def default_tile(op: str, shape: ConvShape, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:
     """A tile that compiles without spills from compute capability 8.0 on; for None, one that is fast to interpret.
 
+    It has four warps. With eight, Triton has compiled loops like those of fprop and dgrad, over taps and channels in
+    one, to wrong numbers on an H100, without a word (pytorch/pytorch#173068, #177823; PyTorch keeps to four since).
+    More warps are for the table's entries, which were right on the GPU that measured them. Of a 128x128 block four
+    warps hold 128 accumulators a thread: wgrad has registers left, and so has fprop on 9.x; on other GPUs fprop spills,
+    and dgrad with its mask and sums on all, hence 64 columns there.
+
     The interpreter's time is per program and not per element, so its tiles are as large as the small maps of a test.
     fp32 has no matrix instruction that keeps fp32's accuracy, hence small tiles of plain multiply-adds.
     """
@@ -111,12 +117,12 @@ def default_tile(op: str, shape: ConvShape, dtype: torch.dtype, capability: tupl
         return Tile(1024, _divisor(n, 256), _divisor(k, 256), num_warps=4, num_stages=1)
     if dtype == torch.float32:
         return Tile(64, _divisor(n, 32), _divisor(k, 32), num_warps=4, num_stages=2)
-    block_n = _divisor(n, 128)
+    widest = 128 if op == "conv_fprop" and capability[0] == 9 else 64
     return Tile(
         128,
-        block_n,
+        _divisor(n, widest),
         _divisor(k, 64),
-        num_warps=8 if block_n == 128 else 4,
+        num_warps=4,
         num_stages=3,
         descriptors=_has_descriptors(capability),
     )
@@ -132,7 +138,7 @@ def _default_wgrad_tile(shape: ConvShape, dtype: torch.dtype, capability: tuple[
         block_m,
         block_n,
         32 if dtype == torch.float32 else 64,
-        num_warps=8 if block_m * block_n > 64 * 64 else 4,
+        num_warps=4,
         num_stages=3,
         descriptors=_has_descriptors(capability) and dtype != torch.float32,
         SPLIT=max(1, 512 // programs),  # some four programs for each of the 108 to 148 multiprocessors of a large GPU

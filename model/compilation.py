@@ -1,67 +1,55 @@
-"""Compile a network's kernels in parallel, by running its blocks side by side before the first step needs them."""
+"""Compile kernels in parallel, before the first step needs them."""
 
 import contextlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 
-def compile_kernels(network: nn.Module, reference: nn.Module, x: Tensor) -> None:
-    """Run each different block of `network` forward and backward, in a thread of its own, on zeros.
+def compile_kernels(run: Callable[[], Any], device: torch.device) -> None:
+    """Compile the kernels that `run` would launch on `device`, on all cores, and load them; none is launched.
 
-    `reference` is the same network on the meta device, in any ops that run there; it says what the blocks are given for
-    the images x. Triton compiles outside of Python's lock, and assembles in another process, so that threads suffice.
-    Running statistics change. A kernel that fails is left for the step that needs it, which says so.
+    What `run` computes is therefore of no meaning: the kernels' results are memory as it came. Kernels are not
+    specialised on the size of a batch, so that any size stands for all. Triton compiles outside of Python's lock, and
+    assembles in another process, so that threads suffice. A kernel that fails is left for the step that needs it, which
+    says so; what `run` itself raises is passed on.
     """
-    calls = _block_calls(reference, x)
+    from triton import AsyncCompileMode
 
-    def run(name: str) -> None:
-        # Backward too in this thread: the engine's own, of which a device has one, would compile one after another.
-        with contextlib.suppress(Exception), _device(x), torch.autograd.set_multithreading_enabled(False):
-            block = network.get_submodule(name)
-            args, kwargs = tree_map_only(Tensor, lambda t: _zeros(t, x), calls[name])
-            y = tree_leaves(block(*args, **kwargs))[0]
-            inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-            torch.autograd.grad(y.float().sum(), [*inputs, *block.parameters()])
+    def on_device() -> contextlib.AbstractContextManager:
+        return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
-    first, *others = calls
-    run(first)  # what all blocks share is compiled once
-    threads = ThreadPoolExecutor()
+    def load(kernel: Any) -> None:
+        with contextlib.suppress(Exception), on_device():
+            kernel = kernel.result() if hasattr(kernel, "result") else kernel
+            kernel.run  # noqa: B018  # the launcher, which a C compiler makes at the first look, and the module on the GPU
+
+    with ThreadPoolExecutor() as threads:
+        # Backward too in this thread: in the engine's own, the launches would wait for the compiler one after another.
+        with (
+            on_device(),
+            torch.autograd.set_multithreading_enabled(False),
+            _compiled_instead() as kernels,
+            AsyncCompileMode(threads, ignore_errors=True),
+        ):
+            run()
+        list(threads.map(load, {id(kernel): kernel for kernel in kernels}.values()))
+
+
+@contextlib.contextmanager
+def _compiled_instead() -> Iterator[list]:
+    """What is launched within is compiled only: yields what it was, or will be, compiled to."""
+    from triton.runtime.jit import JITFunction
+
+    launch, kernels = JITFunction.run, []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        kernels.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
+
+    JITFunction.run = run
     try:
-        list(threads.map(run, others))
+        yield kernels
     finally:
-        threads.shutdown(cancel_futures=True)
-
-
-def _block_calls(reference: nn.Module, x: Tensor) -> dict[str, tuple]:
-    """(args, kwargs) of each block, on the meta device, by its name; blocks that would compile the same occur once."""
-    calls: dict[str, tuple] = {}
-    seen: set[str] = set()
-
-    def remember(name: str):
-        def hook(block: nn.Module, args: tuple, kwargs: dict) -> None:
-            shapes = tree_map_only(Tensor, lambda t: t.shape, (args, kwargs))
-            own = {k: v for k, v in vars(block).items() if isinstance(v, int | str | None)}
-            kind = f"{shapes} {[p.shape for p in block.parameters()]} {own}"
-            if kind not in seen:
-                seen.add(kind)
-                calls[name] = args, kwargs
-
-        return hook
-
-    for name, module in reference.named_modules():
-        if hasattr(module, "op"):
-            module.register_forward_pre_hook(remember(name), with_kwargs=True)
-    reference(x.to("meta"))
-    return calls
-
-
-def _zeros(like: Tensor, x: Tensor) -> Tensor:
-    zeros = torch.zeros(like.shape, dtype=x.dtype, device=x.device)
-    return zeros.contiguous(memory_format=torch.channels_last).requires_grad_()
-
-
-def _device(x: Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+        JITFunction.run = launch

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import reference
+from kernels.running_statistics import make_updates
 
 ARTICLE_WIDTHS = (64, 128, 256, 256)
 RESNET9_WIDTHS = (64, 128, 256, 512)
@@ -19,7 +20,7 @@ NETWORKS = ("resnet", "resnet9")
 
 
 class BatchNorm(nn.Module):
-    """Owns gamma, beta [C] and the running statistics, in fp32; calling it bundles them for an op.
+    """Owns gamma, beta [C] and the running statistics, in fp32; calling it bundles them for an op, with `updates`.
 
     `uniform_gamma` draws gamma from U(0, 1) as PyTorch 0.4 did (all rungs of the article down to 154 s ran that way);
     PyTorch has started it at 1 since.
@@ -33,10 +34,9 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
         self.momentum, self.eps = momentum, eps
 
-    def forward(self) -> reference.BatchNorm:
-        return reference.BatchNorm(
-            self.weight, self.bias, self.running_mean, self.running_var, self.training, self.momentum, self.eps
-        )
+    def forward(self, updates: list | None = None) -> reference.BatchNorm:
+        running = self.running_mean, self.running_var
+        return reference.BatchNorm(self.weight, self.bias, *running, self.training, self.momentum, self.eps, updates)
 
 
 def conv_weight(c: int, k: int, size: int = 3) -> nn.Parameter:
@@ -58,8 +58,11 @@ class PreactBlock(nn.Module):
         self.conv2 = conv_weight(k, k)
         self.conv3 = conv_weight(c, k, 1) if stride != 1 or c != k else None
 
-    def forward(self, x: Tensor, statistics: reference.Statistics) -> tuple[Tensor, reference.Statistics]:
-        return self.op(x, statistics, self.bn1(), self.conv1, self.bn2(), self.conv2, self.conv3, self.stride)
+    def forward(
+        self, x: Tensor, statistics: reference.Statistics, updates: list | None = None
+    ) -> tuple[Tensor, reference.Statistics]:
+        bn1, bn2 = self.bn1(updates), self.bn2(updates)
+        return self.op(x, statistics, bn1, self.conv1, bn2, self.conv2, self.conv3, self.stride)
 
 
 class ResNet(nn.Module):
@@ -95,9 +98,11 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(2 * c, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, statistics = self.stem(x, self.prep, None if self.prep_bn is None else self.prep_bn())
+        updates = []  # of all running statistics, made in one launch
+        x, statistics = self.stem(x, self.prep, None if self.prep_bn is None else self.prep_bn(updates))
         for block in self.blocks:
-            x, statistics = block(x, statistics)
+            x, statistics = block(x, statistics, updates)
+        make_updates(updates)
         pooled = torch.cat([x.amax((2, 3)), x.mean((2, 3))], dim=1)
         return F.linear(pooled, self.linear.weight.to(x.dtype), self.linear.bias.to(x.dtype))
 
@@ -111,8 +116,8 @@ class ConvBnRelu(nn.Module):
         self.conv = conv_weight(c, k)
         self.bn = BatchNorm(k, uniform_gamma)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.op(x, self.conv, self.bn(), self.pool, residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None, updates: list | None = None) -> Tensor:
+        return self.op(x, self.conv, self.bn(updates), self.pool, residual)
 
 
 class ResNet9(nn.Module):
@@ -146,11 +151,13 @@ class ResNet9(nn.Module):
         self.linear = nn.Linear(w3, 10, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, _ = self.stem(x, self.prep, self.prep_bn())
-        x = self.layer1(x)
-        x = self.residual1[1](self.residual1[0](x), residual=x)
-        x = self.layer3(self.layer2(x))
-        x = self.residual3[1](self.residual3[0](x), residual=x)
+        updates = []  # of all running statistics, made in one launch
+        x, _ = self.stem(x, self.prep, self.prep_bn(updates))
+        x = self.layer1(x, updates=updates)
+        x = self.residual1[1](self.residual1[0](x, updates=updates), x, updates)
+        x = self.layer3(self.layer2(x, updates=updates), updates=updates)
+        x = self.residual3[1](self.residual3[0](x, updates=updates), x, updates)
+        make_updates(updates)
         return 0.125 * F.linear(x.amax((2, 3)), self.linear.weight.to(x.dtype))
 
 

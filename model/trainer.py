@@ -53,11 +53,14 @@ def _failure(config: Config, device: torch.device) -> str | None:
     x = torch.zeros(2, 3, 32, 32, dtype=choose_dtype(config.dtype, device, config.ops), device=device)
     try:
         network = build_network(config).to(device, memory_format=torch.channels_last)
+        x = x.to(memory_format=torch.channels_last)
+
+        def step() -> None:
+            network(x).float().sum().backward()
+
         if device.type == "cuda":
-            with torch.device("meta"):
-                shapes = build_network(replace(config, ops="reference", conv="table"))
-            compile_kernels(network, shapes, x)
-        network(x.to(memory_format=torch.channels_last)).float().sum().backward()
+            compile_kernels(step, device)
+        step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception as error:
@@ -255,6 +258,9 @@ class Trainer:
         """
         reason = None
         try:
+            if self.device.type == "cuda" and self.config.ops != "reference":
+                say("warm-up: compiling the kernels that are not in Triton's cache")
+                compile_kernels(lambda: self._prepare(lambda text: None, "eager"), self.device)
             if self.step_requested == "captured":
                 self._capture()
             elif self.step_requested == "compiled":

@@ -61,7 +61,7 @@ _OPERATIONS = _patterns(
         r"""cifar::conv(fprop|dgrad|wgrad) \w*conv(olution|depthwise|transpose)?([123]d)?(transpose|forward|add|relu)*
         \w*attention\w* (sparse)?(addmm|mm|bmm|baddbmm|matmul|mv|addmv|dot|linear|mkldnnlinear\w*|einsum|scaledmm)""",
     ),
-    ("batch norm", r"\w*batchnorm\w* cifar::bn\w+"),
+    ("batch norm", r"\w*batchnorm\w* cifar::bn\w+ foreachlerp"),
     (
         "optimiser and loss",
         r"""cifar::sgd fused(sgd|adamw?) foreach\w+ (torch::autograd::)?accumulategrad linalgvectornorm softmax argmax

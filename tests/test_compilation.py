@@ -1,76 +1,61 @@
-import threading
+"""Which kernels are compiled, when, and by whom: in a process of its own, since this one interprets them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
+from ahead_of_time import network_builds
 
-from kernels import reference
-from model.compilation import compile_kernels
-from model.network import ResNet, ResNet9
+pytest.importorskip("triton")
 
+from kernels import batchnorm, composed, fused, tiles
+from kernels.tiles import Gpu
 
-class Watched:
-    """The reference ops, and who called them with what; `fails` says which of them raise."""
-
-    stem = staticmethod(reference.stem)
-
-    def __init__(self, fails: bool = False):
-        self.calls, self.backward, self.fails = [], [], fails
-
-    def preact_block(self, x, statistics, bn1, w1, bn2, w2, w3, stride):
-        self.watch(x, w1, w3 is not None, stride)
-        return reference.preact_block(x, statistics, bn1, w1, bn2, w2, w3, stride)
-
-    def conv_bn_relu(self, x, w, bn, pool=None, residual=None):
-        self.watch(x, w, residual is not None, pool)
-        return reference.conv_bn_relu(x, w, bn, pool, residual)
-
-    def watch(self, x, w, other, how):
-        if self.fails:
-            raise RuntimeError("out of resource")
-        assert x.is_contiguous(memory_format=torch.channels_last)
-        self.calls.append((x.shape[1], x.shape[2], w.shape[0], other, how))
-        thread = threading.get_ident()
-        x.register_hook(lambda g: self.backward.append(thread == threading.get_ident()))
+ROOT = Path(__file__).parent.parent
 
 
-BLOCKS = {  # channels, side of the map, filters, has a projection or a residual, stride or pool
-    ResNet: [
-        (4, 32, 4, False, 1),
-        (4, 32, 6, True, 2),
-        (6, 16, 6, False, 1),
-        (6, 16, 8, True, 2),
-        (8, 8, 8, False, 1),
-        (8, 8, 8, True, 2),
-        (8, 4, 8, False, 1),
-    ],
-    ResNet9: [
-        (4, 32, 6, False, "last"),
-        (6, 16, 6, False, None),
-        (6, 16, 6, True, None),
-        (6, 16, 8, False, "last"),
-        (8, 8, 8, False, "last"),
-        (8, 4, 8, False, None),
-        (8, 4, 8, True, None),
-    ],
-}
+def in_a_process(what: str, cache: Path) -> dict:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, str(Path(__file__).with_name("runtime_builds.py")), what]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
-def networks(build, ops):
-    with torch.device("meta"):
-        shapes = build((8, 24, 16, 16))
-    return build((8, 24, 16, 16), ops).to(memory_format=torch.channels_last), shapes
+@pytest.mark.parametrize("ops", [batchnorm, composed, fused], ids=["batchnorm", "composed", "fused"])
+def test_the_builds_of_a_step_are_the_same_for_every_batch(monkeypatch, ops):
+    monkeypatch.setattr(tiles, "gpu_of", lambda device: Gpu("sm_90", (9, 0)))
+    builds = [{build.key() for build in network_builds(ops, batch)} for batch in (2, 336, 512)]
+    assert builds[0] == builds[1] == builds[2]
+    assert len(builds[0]) > 10
 
 
-@pytest.mark.parametrize("build", [ResNet, ResNet9])
-def test_every_different_block_runs_forward_and_backward_once(build):
-    ops = Watched()
-    compile_kernels(*networks(build, ops), torch.zeros(2, 3, 32, 32))
-    assert sorted(map(str, ops.calls)) == sorted(map(str, BLOCKS[build]))
-    assert ops.backward == [True] * len(BLOCKS[build]), "in the thread of its forward"
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    return in_a_process("fused", tmp_path_factory.mktemp("cache"))
 
 
-def test_a_kernel_that_fails_is_left_for_the_step():
-    network, shapes = networks(ResNet9, Watched(fails=True))
-    compile_kernels(network, shapes, torch.zeros(2, 3, 32, 32))
-    with pytest.raises(RuntimeError, match="out of resource"):
-        network(torch.zeros(2, 3, 32, 32))
+def test_a_whole_run_needs_few_builds_and_all_are_there_before_its_first_step(whole_run):
+    """Training at 512, the last batch of 336, evaluation at 500, augmentation and update; and batches of one image."""
+    assert 40 < len(whole_run["ahead"]) == len(set(whole_run["ahead"])) <= 70
+    assert whole_run["later"] == []
+    assert whole_run["launched_later"] > 3 * len(whole_run["ahead"])
+
+
+def test_builds_are_made_by_other_threads_and_nothing_is_launched(whole_run):
+    assert whole_run["by_the_main_thread"] == 0
+    assert whole_run["launched_ahead"] == 0
+
+
+def test_a_kernel_that_fails_is_left_for_the_step(whole_run):
+    assert whole_run["failure"] == "out of resource"
+
+
+def test_a_kernel_is_really_compiled_and_loaded_ahead_and_once(tmp_path):
+    done = in_a_process("real", tmp_path)
+    assert done["ahead"] == [["bn_apply_kernel"], []], "loaded, and not launched"
+    assert done["later"] == [["bn_apply_kernel"], ["bn_apply_kernel"]]

@@ -278,6 +278,13 @@ def test_more_elements_than_32_bit_offsets_reach(device):
     x = torch.empty(2**15, 64, 32, 32, dtype=torch.float16, device=device, memory_format=torch.channels_last)
     with pytest.raises(ValueError, match=r"x has 2147483648 elements, .* split the batch"):
         conv_fprop(x, x)
+    x = torch.empty(2**13, 16, 64, 64, dtype=torch.float16, device=device, memory_format=torch.channels_last)
+    w = torch.empty(64, 16, 1, 1, dtype=torch.float16, device=device, memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"y has 2147483648 elements, .* split the batch"):
+        conv_fprop(x, w)
+    w = torch.empty(2**27, 16, 1, 1, dtype=torch.float16, device=device, memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"w has 2147483648 elements"):
+        conv_fprop(x[:1, :, :1, :1], w)
 
 
 MUTANTS = {

@@ -157,6 +157,12 @@ def test_contract(arguments, error, message):
         conv_wgrad(*arguments)
 
 
+def test_more_elements_than_32_bit_offsets_reach(device):
+    x = torch.empty(1, 2**14, 1, 1, dtype=torch.float16, device=device, memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"parts .* has 2415919104 elements"):
+        conv_wgrad(x, x, 3)
+
+
 MUTANTS = {
     "dropped_row_mask": ("in_x = (rows < N * P * Q)", "in_x = (rows >= 0)"),
     "dropped_column_mask": ("& (h < H) & (v < W)", "& (h < H)"),

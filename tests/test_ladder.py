@@ -1,13 +1,19 @@
 import dataclasses
 import itertools
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
+import rung_processes
 import torch
 from runs import tiny_dataset, tiny_session
 
 from experiments import ladder, ladder_chart, ladder_report
-from experiments.rungs import RUNGS, Rung, require_own
+from experiments.rungs import HOST, RUNGS, WITHOUT_HOST, Rung, require_own
 from experiments.study import Request, Study
 from model.config import PRESETS, Config
 from model.errors import UsageError
@@ -15,7 +21,7 @@ from profiling.console import Terminal
 
 QUIET = Terminal(speaks=False)
 TINY = ("widths=8,8,8,8", "dtype=float32", "device=cpu", "epochs=2")
-FEW = tuple(rung for rung in RUNGS if rung.name in ("article-297", "article-256", "on-device", "captured"))
+FEW = tuple(rung for rung in RUNGS if rung.name in ("article-297", "article-256", "on-device", "eager"))
 
 
 class Killed(BaseException):
@@ -26,16 +32,17 @@ def study(folder) -> Study:
     return Study("ladder", folder, {"device": "cpu", "device_name": "a CPU", "data_identity": "synthetic"}, QUIET)
 
 
-def measured(one: Study, rungs=FEW, turns=4) -> list[dict]:
-    return ladder.measure(one, tiny_session(), rungs, lambda rung: rung.config(0, TINY), turns)
+def measured(one: Study, rungs=FEW, turns=4, **more) -> list[dict]:
+    return ladder.Measurement(one, tiny_session(), rungs, lambda rung: rung.config(0, TINY), turns, **more).run()
 
 
 def row(name: str, times: list[float], **more) -> dict:
-    """What `measure` returns of a rung with these seconds of training in its turns."""
+    """What `Measurement` returns of a rung with these seconds of training in its turns."""
     rung = next(rung for rung in RUNGS if rung.name == name)
-    turns = [{"train_s": t, "eval_s": 0.5, "input_s": 0.1 * t} for t in times]
-    facts = {"config": rung.config().to_json(), "dtype": "float16", "workers": 0, "preprocessing_s": 1.0}
-    facts |= {"images": 50_000, "test_images": 10_000, "flops_per_image": 2.5e9, "set_up_s": 1.0}
+    turns = [{"train_s": t, "eval_s": 0.5} for t in times]
+    facts = {"config": rung.config().to_json(), "dtype": "float16", "step": "captured", "workers": 0}
+    facts |= {"preprocessing_s": 1.0, "images": 50_000, "test_images": 10_000, "flops_per_image": 2.5e9}
+    facts |= {"input_s": 0.5, "epoch_s": 1.0, "set_up_s": 1.0}
     return {**dataclasses.asdict(rung), "reason": None, **facts, "turns": turns, **more}
 
 
@@ -49,13 +56,15 @@ def test_the_article_s_rungs_are_its_presets_with_its_seconds():
     assert [rung.article_s for rung in article] == [341, 323, 308, 301, 297, 256]
     assert [rung.credited_s for rung in article] == [None, -18, -15, -7, -4, -41]
     for rung in article:
-        assert dataclasses.replace(rung.config(), step="auto") == PRESETS[rung.name]()
+        assert rung.config() == PRESETS[rung.name]()
     for before, after in itertools.pairwise(article):
         assert after.article_s - before.article_s == after.credited_s
 
 
-def test_only_the_last_rung_captures_its_step():
-    assert [rung.config().step for rung in RUNGS] == ["eager"] * (len(RUNGS) - 1) + ["captured"]
+def test_rungs_step_as_they_train_and_one_shows_what_the_host_costs():
+    assert [rung.config().step for rung in RUNGS] == ["auto"] * (len(RUNGS) - 1) + ["eager"]
+    captured, eager = (next(rung for rung in RUNGS if rung.name == name) for name in (WITHOUT_HOST, HOST))
+    assert dataclasses.replace(eager.config(), step="auto") == captured.config()
 
 
 def test_each_rung_differs_from_the_one_before_and_cutout_is_an_option_of_all():
@@ -83,41 +92,128 @@ def test_what_cannot_be_asked_is_said_before_torch_is_needed(request_, options, 
 
 def test_turns_go_there_and_back_and_a_rung_without_its_gpu_is_unavailable(tmp_path):
     one = study(tmp_path)
-    rows = measured(one)
+    rows = measured(one, target=rung_processes.healthy)
     turns = [key for key in one.results if key.startswith("turn")]
     names = ["article-297", "article-256", "on-device"]
     there = [key.partition("/")[2] for key in turns]
     assert there == [*names, *names[::-1]] * 2
     assert [len(r["turns"]) for r in rows] == [4, 4, 4, 0]
     assert rows[-1]["reason"] == "kernels and CUDA graphs need a CUDA GPU"
-    for turn in rows[0]["turns"]:
-        assert 0 < turn["input_s"] < turn["train_s"]
-    assert rows[0]["images"] == 70
     json.dumps(rows, allow_nan=False)
+    assert measured(study(tmp_path), target=None) == rows  # a finished ladder starts nothing
 
 
-def test_a_killed_ladder_goes_on_with_the_turns_it_has(tmp_path, monkeypatch):
-    """The turns on the disk stay as they are; those that are missing are taken, after a warm-up that is not counted."""
-    count, original = [], ladder.Stand.turn
-
-    def dies(self):
-        count.append(1)
-        if len(count) == 3 + 5:  # three rungs warm up, five turns
-            raise Killed
-        return original(self)
-
-    monkeypatch.setattr(ladder.Stand, "turn", dies)
-    with pytest.raises(Killed):
-        measured(study(tmp_path))
-    before = dict(study(tmp_path).results)
-    assert sum(key.startswith("turn") for key in before) == 4
-    monkeypatch.setattr(ladder.Stand, "turn", original)
+def test_what_breaks_one_rung_leaves_the_others_alone(tmp_path, monkeypatch):
+    """Each says why it is missing; the next call tries again those that may yet run."""
+    monkeypatch.setattr(ladder, "TURN_S", 1.0)
+    one, seen = study(tmp_path), []
+    rungs = (*RUNGS[:7], *FEW[-1:])
+    rows = measured(one, rungs, target=rung_processes.troubled, on_result=seen.append)
+    reasons = {row["name"]: row["reason"] for row in rows}
+    assert reasons == {
+        "article-341": "its process ended by SIGSEGV",
+        "article-323": "its process did not answer within 1 s",
+        "article-308": "AcceleratorError: an illegal memory access",
+        "article-301": "no such kernels here",
+        "article-297": "its process ended by exit code 3",
+        "article-256": None,
+        "on-device": None,
+        "eager": "kernels and CUDA graphs need a CUDA GPU",
+    }
+    assert [len(row["turns"]) for row in rows] == [1, 0, 0, 0, 0, 4, 4, 0]
+    assert seen[-1] == rows
+    assert [sum(len(row["turns"]) for row in found) for found in seen] == sorted(
+        sum(len(row["turns"]) for row in found) for found in seen
+    )
     again = study(tmp_path)
-    measured(again)
-    assert {key: again.results[key] for key in before} == before
-    assert sum(key.startswith("turn") for key in again.results) == 12
-    monkeypatch.setattr(ladder, "Stand", None)  # a finished ladder builds nothing
-    assert measured(study(tmp_path)) == measured(again)
+    rows = measured(again, rungs, target=rung_processes.healthy)
+    assert [len(row["turns"]) for row in rows] == [4, 4, 4, 0, 4, 4, 4, 0]
+    assert {row["name"] for row in rows if row["reason"]} == {"article-301", "eager"}
+    assert {key: again.results[key] for key in one.results} == one.results
+
+
+def test_a_rung_says_what_went_wrong_in_its_own_process(tmp_path):
+    """A gradient that is not finite, and a step that a CPU cannot capture."""
+    rate = ",".join(["1e38"] * len(FEW[1].config().lr_values))
+    configs = {
+        "blows-up": FEW[1].config(0, [*TINY, f"lr_values={rate}", "batch_size=20"]),
+        "captured": dataclasses.replace(FEW[2].config(0, TINY), step="captured"),
+    }
+    rungs = [Rung(name, "", "article-256") for name in configs]
+    failed, refused = ladder.Measurement(
+        study(tmp_path), tiny_session(), rungs, lambda rung: configs[rung.name], 4
+    ).run()
+    assert failed["reason"].startswith("NonFiniteError: the gradient at step")
+    assert refused["reason"].startswith("the step cannot be captured: ")
+
+
+def test_a_killed_ladder_leaves_a_whole_document_and_nobody_behind(tmp_path, monkeypatch):
+    """SIGKILL cannot be answered: what was measured is on the disk, and the rungs' processes end by themselves."""
+    out, pids = tmp_path / "out", tmp_path / "pids"
+    command = [sys.executable, rung_processes.__file__, str(out)]
+    environment = {**os.environ, "PIDS": str(pids)}
+    kept = out / "results.jsonl"
+    process = subprocess.Popen(command, env=environment)
+    while not (kept.exists() and kept.read_text().count("turn-") >= 3):
+        assert process.poll() is None, "the ladder ended too early"
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    document = json.loads((out / "ladder.json").read_text())
+    assert not document["complete"]
+    assert sum(rung["epoch_train_s"]["n"] for rung in document["result"]["rungs"]) >= 2
+    left = {int(pid) for pid in pids.read_text().split()}
+    assert len(left) == 2
+    while any(Path(f"/proc/{pid}").exists() and "Z" not in _state(pid) for pid in left):
+        time.sleep(0.05)
+    before = study_of(out)
+    done = subprocess.run(command, env=environment, check=False)
+    assert done.returncode == 0
+    after = study_of(out)
+    assert after[: len(before)] == before
+    assert sum("turn" in row["key"] for row in after) == 2 * 8
+    assert json.loads((out / "ladder.json").read_text())["complete"]
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+def study_of(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_an_unfinished_ladder_says_what_it_has():
+    """Rungs with fewer turns are compared by those that both have, and not at all by fewer than three."""
+    rows = [row("article-341", [10.0] * 4), row("article-323", [9.0] * 3), row("article-308", [8.0, 8.0])]
+    rows += [row("article-301", [])]
+    found = ladder_report.analyse(rows, "a CPU")
+    assert [(step["to"], step["seconds"]["n"]) for step in found["steps"]] == [("article-323", 3)]
+    assert found["rungs"][2]["percent_of_first"]["low"] is None
+    said = ladder_report.sentences(found)
+    assert "Not measured here, article-301: none of its turns has been timed yet." in said
+    cells = ladder_report.tables(found)[0].rows[2]
+    assert cells[:3] == ["article-308", "captured", "8"]
+    assert not ladder_report.sentences(ladder_report.analyse([row("article-341", [])], "a CPU"))[0].startswith("On a")
+
+
+def test_the_hosts_share_is_said_beside_the_ladder():
+    rows = [row("article-256", [2.0] * 4), row("convolutions", [1.0] * 4), row("eager", [3.0] * 4)]
+    found = ladder_report.analyse(rows, "an H100")
+    assert [step["to"] for step in found["steps"]] == ["convolutions"]
+    host = found["host"]
+    assert (host["from"], host["to"]) == ("convolutions", "eager")
+    assert host["seconds"]["median"] == pytest.approx(35 * 2)
+    said = ladder_report.sentences(found)
+    assert "with convolutions it is" in said[0]
+    share = 100 * 70 / (1 + 35 * 1.5)
+    assert any(f"Without its CUDA graph convolutions takes {share:+.1f} %" in sentence for sentence in said)
+    alone = ladder_report.analyse([rows[0], rows[2]], "an H100")
+    assert alone["host"] is None
+    assert alone["steps"] == []
 
 
 def test_a_step_pays_costs_or_is_noise_by_the_interval_of_its_turns():
@@ -126,7 +222,7 @@ def test_a_step_pays_costs_or_is_noise_by_the_interval_of_its_turns():
         row("article-323", [9.0, 9.1, 8.9, 9.0]),
         row("article-308", [9.6, 8.5, 9.4, 8.6]),
         row("article-301", [12.0, 12.1, 11.9, 12.0]),
-        missing("captured"),
+        missing("eager"),
     ]
     found = ladder_report.analyse(rows, "a CPU")
     assert [step["verdict"] for step in found["steps"]] == ["pays", "within noise", "costs time"]
@@ -139,7 +235,7 @@ def test_a_step_pays_costs_or_is_noise_by_the_interval_of_its_turns():
     assert "Steps that still pay on this device: article-323" in said
     assert "Within noise here: article-308" in said
     assert "Steps that cost time here: article-301" in said
-    assert "Not measured here, captured: no GPU." in said
+    assert "Not measured here, eager: no GPU." in said
     assert "not the article's" in said
 
 
@@ -175,7 +271,7 @@ def test_the_order_of_the_input_pipeline_is_said_with_its_doubt():
 
 
 def test_nothing_that_can_run_is_a_result_too(tmp_path):
-    found = ladder_report.analyse([missing("captured")], "a CPU")
+    found = ladder_report.analyse([missing("eager")], "a CPU")
     one = study(tmp_path)
     one.finish(
         found,
@@ -197,6 +293,11 @@ def test_the_command_measures_draws_and_trains_to_the_end(tmp_path, monkeypatch)
     options = {"epochs_per_rung": 4, "full": True, "rungs": rungs}
     document = ladder.run(request, QUIET, None, **options)
     assert {"ladder.json", "ladder.html", "article-256", "on-device"} <= {path.name for path in out.iterdir()}
+    facts, *_ = (row["result"] for row in study_of(out) if row["key"].startswith("set-up"))
+    assert 0 < facts["input_s"] < facts["epoch_s"] < facts["set_up_s"]
+    assert (facts["images"], facts["test_images"], facts["step"]) == (70, 30, "eager")
+    for row in study_of(out):
+        assert not row["key"].startswith("turn") or row["result"]["train_s"] > 0 < row["result"]["eval_s"]
     whole = document["result"]["rungs"][0]["full"]
     assert whole["epochs"] == 2
     assert 0 <= whole["test_accuracy"] <= 1

@@ -1,11 +1,21 @@
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from kernels import fused
 from kernels.bn_stats import bn_finalize_reference
 from kernels.reference import BatchNorm
-from kernels.running_statistics import check_has_statistics, partials_for, running_partials, update_running
+from kernels.running_statistics import (
+    check_has_statistics,
+    make_updates,
+    partials_for,
+    running_partials,
+    update_running,
+)
+from model.network import ResNet, ResNet9
 
 
 def batch_norm(training: bool) -> BatchNorm:
@@ -51,3 +61,39 @@ def test_one_value_per_channel_is_refused_in_training_only():
     check_has_statistics(batch_norm(training=False), x)
     with pytest.raises(ValueError, match="more than one value per channel"):
         check_has_statistics(batch_norm(training=True), x)
+
+
+def test_updates_wait_for_the_owner_of_their_list():
+    norms = torch.rand(2, 5, 5)
+    at_once, waiting, updates = [], [], []
+    for norm in norms:
+        at_once.append(batch_norm(training=True))
+        update_running(at_once[-1], norm)
+        waiting.append(batch_norm(training=True)._replace(updates=updates))
+        update_running(waiting[-1], norm)
+        assert torch.equal(waiting[-1].running_mean, batch_norm(training=True).running_mean), "not yet"
+    make_updates(updates)
+    for one, other in zip(at_once, waiting, strict=True):
+        assert torch.equal(one.running_mean, other.running_mean)
+        assert torch.equal(one.running_var, other.running_var)
+    make_updates([])
+
+
+@pytest.mark.parametrize(("make", "tensors"), [(ResNet, 32), (ResNet9, 16)], ids=["resnet", "resnet9"])
+def test_a_network_s_running_statistics_move_in_one_operation(make, tensors):
+    moved = []
+
+    class Moves(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if "lerp" in str(op):
+                moved.append((op.overloadpacket, {id(t) for t in args[0]}))
+            return op(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Moves():
+        network = make((16, 16, 16, 16), fused.implementation("triton"))
+        x = torch.empty(2, 3, 32, 32, dtype=torch.float16).to(memory_format=torch.channels_last)
+        network(x)
+        assert moved == [(torch.ops.aten._foreach_lerp_, {id(b) for b in network.buffers()})]
+        assert len(moved[0][1]) == tensors
+        network.eval()(x)
+    assert len(moved) == 1

@@ -55,6 +55,34 @@ def test_the_command_prints_a_table_and_writes_what_it_measured(monkeypatch, tmp
     assert written["environment"]["packages"]["torch"]
 
 
+def test_a_batch_that_fails_leaves_what_was_measured(monkeypatch, tmp_path):
+    """One mode that runs out of memory is a row with its reason; an error that nobody expects comes after the rows."""
+    original, batches = step_modes.prepare, []
+
+    def prepare(config, *rest):
+        batches.append(config.batch_size)
+        if len(batches) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(config, *rest)
+
+    def breaks(stream, wall_us, device):
+        if len(batches) > 2:
+            raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(step_modes, "prepare", prepare)
+    monkeypatch.setattr(step_modes, "idle_share", breaks)
+    monkeypatch.setattr(step_modes, "load", lambda *args, **kwargs: tiny_dataset())
+    monkeypatch.setattr(step_modes, "as_many_as_cifar10", lambda dataset: dataset)
+    settings = ["--set", "widths=8,8,8,8", "--set", "device=cpu", "--set", "dtype=float32"]
+    command = ["step_modes", "--batch", "20", "35", "--modes", "eager", "captured", "--steps", "2", "--quick"]
+    monkeypatch.setattr("sys.argv", [*command, "--preset", "laptop", *settings, "--out", str(tmp_path)])
+    with pytest.raises(RuntimeError, match="illegal"):
+        step_modes.main()
+    eager, captured = json.loads((tmp_path / "step_modes.json").read_text())["rows"]
+    assert (eager["batch"], eager["reason"]) == (20, None)
+    assert "out of memory at batch_size=20" in captured["reason"]
+
+
 def test_synthetic_images_are_as_many_as_cifar_10_s():
     data = step_modes.as_many_as_cifar10(tiny_dataset())
     assert len(data.train_images) == len(data.train_labels) == 50_000

@@ -48,6 +48,17 @@ def test_a_killed_experiment_goes_on_and_ends_the_same(tmp_path):
     assert resumed["sentences"] == whole["sentences"]
 
 
+def test_what_is_known_until_now_is_a_document_too(tmp_path):
+    one = study(tmp_path)
+    one.save({"seconds": 1}, ["It takes 1 s so far."], [Table("Turns", ["rung"], [["a"]])])
+    before = json.loads((tmp_path / "sample.json").read_text())
+    assert (before["complete"], before["result"], before["data_identity"]) == (False, {"seconds": 1}, "synthetic")
+    after = finish(one)
+    assert after["complete"]
+    assert set(after) == set(before)
+    assert json.loads((tmp_path / "sample.json").read_text()) == after
+
+
 def test_a_row_torn_by_a_kill_is_computed_again(tmp_path):
     one = study(tmp_path)
     one.once("a", lambda: {"v": 1})

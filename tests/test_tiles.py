@@ -61,6 +61,7 @@ def test_defaults_fit_every_layer(op, dtype, capability):
     for shape in (*RESNET_LAYERS, *RESNET9_LAYERS, ConvShape(16, 48, 5, 7), ConvShape(80, 16, 1, 1, 1, 2)):
         chosen = default_tile(op, shape, dtype, capability)
         chosen.check(op, shape)
+        assert chosen.num_warps == 4
         assert chosen.descriptors == (capability in ((9, 0), (10, 0)) and dtype != torch.float32)
         assert chosen.SPLIT == 1 or op == "conv_wgrad"
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from emulation import EmulatedGraphs
 from runs import tiny_config, tiny_dataset
 
+from model import capture
 from model.batches import Batches
 from model.data import MEAN, STD
 from model.distributed import Ranks
@@ -52,6 +53,24 @@ def test_warm_up_leaves_everything_as_it_was(monkeypatch, mode, preprocess):
     moved = {id(t) for t in trainer.evaluator.state()}
     assert all(torch.equal(t, old) for t, old in zip(state, before, strict=True) if id(t) not in moved)
     trainer.check_finite()
+
+
+def test_on_a_gpu_the_kernels_of_every_kind_of_batch_are_compiled_before_the_warm_up(monkeypatch):
+    trainer, events = make(), []
+    prepare = capture.Program.prepare
+    monkeypatch.setattr(capture.Program, "prepare", lambda self, *kind: (events.append(kind), prepare(self, *kind)))
+
+    def compile_(run, device):
+        events.append("compiling")
+        run()
+        events.append("compiled")
+
+    monkeypatch.setattr("model.trainer.compile_kernels", compile_)
+    trainer.device, trainer.config = torch.device("cuda"), dataclasses.replace(trainer.config, ops="batchnorm")
+    trainer.step_requested = "eager"
+    trainer.warm_up()
+    kinds = [*trainer.batches.kinds(), *((size,) for size in dict.fromkeys(trainer.evaluator.sizes()))]
+    assert events == ["compiling", *kinds, "compiled", *kinds]
 
 
 @pytest.mark.parametrize(
