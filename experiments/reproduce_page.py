@@ -150,8 +150,14 @@ def _tests(out: Path, document: Row) -> list[str]:
 def _logs(out: Path, document: Row) -> list[str]:
     """The last word of the steps that say it there."""
     names = [step["name"] for step in document["steps"]]
-    said = [name for name in names if name.startswith(("tiles-", "memcheck", "racecheck", "predictions"))]
+    said = [name for name in names if name.startswith(("tiles-", "memcheck", "racecheck"))]
     return [f"== {name}: {last_line(out / f'{name}.log')}" for name in said if (out / f"{name}.log").exists()]
+
+
+def _predictions(out: Path, document: Row) -> list[str]:
+    path = out / "predictions-held.json"
+    sentences = read_json(path)["sentences"] if path.exists() else []
+    return [f"== predicted: {sentence[:330]}" for sentence in sentences[:4]]
 
 
 def _bench(out: Path, document: Row) -> list[str]:
@@ -194,6 +200,7 @@ SECTIONS: tuple[Callable[[Path, Row], list[str]], ...] = (
     _logs,
     _bench,
     _step_modes,
+    _predictions,
     _kernels,
 )
 """The most valuable first: what is printed may end before the last."""
