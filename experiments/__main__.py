@@ -115,7 +115,15 @@ def batch_size(
 
 @app.command()
 def reproduce(
-    budget: Annotated[float, typer.Option(help="Seconds that all of it may take.")],
+    stage: Annotated[
+        str | None, typer.Option(help="smoke (230 s), numbers (440 s) or peers (560 s). Default: all, in this order.")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option(help="Seconds that it may take, if not the stage's own. More stretches every limit.")
+    ] = None,
+    pack: Annotated[
+        Path | None, typer.Option(help="Keep an archive, .tar.gz, of the folder here, without weights and data.")
+    ] = None,
     small: Small = False,
     out: Annotated[
         Path | None, typer.Option(help="The folder; goes on with what it holds. Default: results/<date>-<device>.")
@@ -126,11 +134,13 @@ def reproduce(
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
-    """Everything worth doing on this device within a budget of seconds, most valuable first."""
+    """What is worth doing on this device, most valuable first: does it work, how fast is it, what do others offer."""
     _experiment(
         "reproduce",
         lambda: Request(small, out, data_dir, synthetic, tuple(settings or ()), seed, as_json),
+        stage=stage,
         budget=budget,
+        pack=pack,
     )
 
 

@@ -1,219 +1,338 @@
-"""Everything worth doing on a device within a budget of seconds, the most valuable first: one command for its owner.
+"""What is worth doing on a device, in three stages of bounded steps: one command for its owner.
 
-    python -m experiments reproduce --budget 540      # results/<date>-<device>/; once more: goes on with what is left
+    python -m experiments reproduce --stage smoke --pack smoke.tar.gz     # does anything work, how fast is a step?
+    python -m experiments reproduce --stage numbers --out FOLDER          # goes on in FOLDER with what can be quoted
+    python -m experiments reproduce --budget 600                          # smoke, numbers, peers, as far as it goes
 
-A step is a process of its own. It may take its share of what is left of the budget, by the weights below; what it does
-not need goes to those after it. One that runs out of time is interrupted, as by Ctrl-C, and keeps what it has. What
-is worth less comes after all else, and shares what that has left. Without a GPU, or with --small, the same list is
-done in small.
+A step is a process group of its own, ended at its limit: first as by Ctrl-C, so that it keeps what it has, then for
+good. After each the record, the page and the archive are written anew, so that whatever ends this command costs no more
+than the step that was running. The same command goes on with what is left. Without a GPU, or with --small, the same
+steps are done in small.
 """
 
+import ctypes
 import datetime
+import itertools
+import json
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import reproduce_page
 from experiments.reproduce_page import DONE, FAILED, LATE, LEFT, UNAVAILABLE
-from experiments.reproduce_plan import ROOT, Step, last_line, plan, take_tiles
+from experiments.reproduce_plan import STAGES, VARIED, Step, plan, take_tiles
 from experiments.study import Request, Study
-from model.errors import RunError, UsageError
+from model.errors import DeviceError, RunError, UsageError
 from model.interrupts import Interrupted, Interrupts
-from profiling.records import write_json
+from profiling.records import read_json, write_json, write_text
+from train import ROOT
 
 if TYPE_CHECKING:
     from profiling.console import Terminal
 
-VERSION = 1
-GRACE_S = 20.0
-"""How long an interrupted step may take to save what it has."""
+VERSION = 2
+GRACE_S = 8.0
+"""How long an interrupted step may take to save what it has; less of a short one's limit."""
 LEAST_S = 5.0
-"""No step is begun with less."""
+CLOSE_S = 3.0
+"""Of the budget, for the last page and archive."""
+PATIENCE_S = 60.0
+"""For a device to say what it is."""
+POLL_S = 0.05
+NO_RESULT = ("checkpoint-*", "cifar-10-*", "data_batch_*", "test_batch.bin", ".tmp-*")
+"""Patterns of files and folders that the archive leaves out: weights and data."""
 
 
-def check(request: Request, budget: float) -> None:
-    """Raise UsageError for a budget that is none."""
-    if not LEAST_S <= budget < float("inf"):
+def check(request: Request, stage: str | None = None, budget: float | None = None, pack: Path | None = None) -> None:
+    """Raise UsageError for what cannot be."""
+    if stage is not None and stage not in STAGES:
+        raise UsageError(f"--stage {stage} is unknown; expected {', '.join(STAGES)}, or none for all of them in order")
+    if budget is not None and not LEAST_S <= budget < math.inf:
         raise UsageError(f"--budget {budget:g}: expected seconds, at least {LEAST_S:g}")
+    if pack is not None and (pack.is_dir() or not pack.absolute().parent.is_dir()):
+        raise UsageError(f"--pack {pack}: expected a file in a folder that exists, such as results.tar.gz")
+    fixed = [name for setting in request.settings if (name := setting.partition("=")[0].strip()) in VARIED]
+    if fixed:
+        raise UsageError(f"--set {fixed[0]} would make runs alike that are compared; leave it out")
 
 
 def run(
     request: Request,
     terminal: "Terminal",
     interrupts: Interrupts,
-    budget: float,
-    steps: Sequence[Step] | None = None,
+    stage: str | None = None,
+    budget: float | None = None,
+    pack: Path | None = None,
 ) -> dict[str, Any]:
-    """Do what the budget allows; returns what OUT/status.json holds."""
+    """Do what the budget allows; returns what OUT/reproduce.json holds."""
     start_s = time.monotonic()
-    name, on_gpu = _device()
+    machine = facts()
+    name, on_gpu = machine["device_name"], machine["on_gpu"]
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     out = request.out or ROOT / "results" / f"{datetime.date.today()}-{slug}"
     small = request.small or not on_gpu
     data = "synthetic" if request.synthetic else "folder" if request.data_dir else "default"
     settings = {"small": small, "set": list(request.settings), "seed": request.seed, "data": data}
-    settings |= {"device": "cuda" if on_gpu else "cpu", "device_name": name}
-    study = Study("reproduce", out, settings, terminal)
+    study = Study("reproduce", out, settings | {"device_name": name} | machine["machine"], terminal)
     if on_gpu and take_tiles(out):
         terminal.warn(f"kernels/tiles.json is the one of {out} now, with which its results were measured")
-    steps = plan(out.absolute(), request, small, name if on_gpu else None) if steps is None else steps
-    return Reproduction(study, steps, budget, start_s, interrupts).run()
+    steps = plan(out.absolute(), request, small, name if on_gpu else None)
+    reproduction = Reproduction(study, steps, machine["environment"], pack, interrupts)
+    return reproduction.run(limits(stage, budget), start_s)
 
 
-def _device() -> tuple[str, bool]:
-    import torch
+def facts() -> dict[str, Any]:
+    """What `experiments.machine` prints. Raises DeviceError where the device does not answer."""
+    command = [sys.executable, "-m", "experiments.machine"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+        return json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        reason = f"it did not answer within {PATIENCE_S:g} s"
+    except (ValueError, IndexError):
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300]
+    raise DeviceError(f"the device cannot be asked for its name: {reason}; see nvidia-smi and profiling doctor")
 
-    from model.trainer import choose_device
-    from profiling.environment import device_name
 
-    device = choose_device("auto")
-    return device_name(torch.device(device)), device.type == "cuda"
+def limits(stage: str | None, budget: float | None) -> dict[str, tuple[float, float]]:
+    """For each stage in order the seconds, counted from the start, at which it must have ended, and its steps' factor.
+
+    A budget above what the stages take by themselves stretches the limits in proportion: a slower device needs it, a
+    faster one trains more seeds. A smaller one leaves out what comes last.
+    """
+    chosen = {stage: STAGES[stage]} if stage else STAGES
+    whole = sum(chosen.values())
+    budget = whole if budget is None else budget
+    stretch = max(1.0, budget / whole)
+    ends = itertools.accumulate(chosen.values())
+    return {name: (min(budget, end * stretch), stretch) for name, end in zip(chosen, ends, strict=True)}
 
 
 class Reproduction:
-    """Steps under a budget of seconds that began at `start_s` on the monotonic clock."""
+    """The steps in one folder, what has come of them, and the page and the archive of that."""
 
-    def __init__(self, study: Study, steps: Sequence[Step], budget: float, start_s: float, interrupts: Interrupts):
-        self.study, self.steps, self.budget, self.start_s = study, steps, budget, start_s
-        self.interrupts, self.terminal = interrupts, study.terminal
-        self.rows = {step.name: self._row(step) for step in steps}
+    def __init__(
+        self,
+        study: Study,
+        steps: Sequence[Step],
+        environment: dict[str, Any],
+        pack: Path | None,
+        interrupts: Interrupts,
+    ):
+        self.study, self.steps, self.environment = study, steps, environment
+        self.out, self.terminal, self.interrupts = study.out, study.terminal, interrupts
+        self.pack, self.record = pack, study.out / "reproduce.json"
+        self.unwritten: OSError | None = None
+        before = self._before()
+        self.rows = {step.name: self._row(step, before.get(step.name)) for step in steps}
 
-    def _row(self, step: Step) -> dict[str, Any]:
-        row = {"name": step.name, "status": LEFT, "seconds": None, "limit_s": None, "exit_code": None, "found": ""}
+    def _before(self) -> dict[str, dict[str, Any]]:
+        """What earlier calls came to, by the step."""
+        if not self.record.exists():
+            return {}
+        try:
+            return {row["name"]: row for row in read_json(self.record)["steps"]}
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise UsageError(f"{self.record} is damaged ({error}); name a new folder with --out") from None
+
+    def _row(self, step: Step, before: dict[str, Any] | None) -> dict[str, Any]:
+        row = {"name": step.name, "stage": step.stage, "status": LEFT, "seconds": None}
+        row |= {"limit_s": None, "exit_code": None, "why": ""}
         if step.reason:
-            return row | {"status": UNAVAILABLE, "found": step.reason}
-        return row if step.repeats else row | self.study.results.get(step.name, {})
+            return row | {"status": UNAVAILABLE, "why": step.reason}
+        return row if before is None or step.repeats or before["status"] == UNAVAILABLE else row | before
 
-    def left_s(self) -> float:
-        """What is left of the budget."""
-        return self.budget - (time.monotonic() - self.start_s)
-
-    def run(self) -> dict[str, Any]:
-        """Do the steps that are left, in order, while there is time; returns the status."""
-        status = self._write()
-        possible = [step for step in self.steps if self.rows[step.name]["status"] != UNAVAILABLE]
-        waiting = [step for step in possible if self.rows[step.name]["status"] != DONE]
-        with self.terminal.progress(len(possible), len(possible) - len(waiting), "steps") as meter:
-            for step in waiting:
-                limit_s = self._limit(step)
-                if limit_s < LEAST_S:
-                    self.terminal.say(f"{step.name}: left, its share of {self.left_s():.0f} s is too small")
-                    continue
-                self.terminal.say(f"{step.name}: at most {limit_s:.0f} s of {self.left_s():.0f}", "bold")
-                try:
-                    row = self._do(step, limit_s)
-                except OSError as error:
-                    raise self._unwritten(error) from None
-                self.terminal.say(f"{step.name}: {row['status']} after {row['seconds']:.0f} s. {row['found']}")
-                meter.advance(1, step.name)
-                status = self._write()
+    def run(self, ends: dict[str, tuple[float, float]], start_s: float) -> dict[str, Any]:
+        """Do the steps of these stages, as `limits` has them, while there is time; returns the record."""
+        waiting = [step for step in self.steps if self.rows[step.name]["status"] not in (DONE, UNAVAILABLE)]
+        last = [step for step in waiting if step.repeats]
+        reserved_s = CLOSE_S + sum(step.limit_s for step in last)
+        self._write()
         try:
-            self._finish(status)
-        except OSError as error:
-            raise self._unwritten(error) from None
-        return status
+            for stage, (end_s, stretch) in ends.items():
+                until_s = start_s + end_s - reserved_s
+                self.terminal.say(f"{stage}: at most {max(until_s - time.monotonic(), 0):.0f} s", "bold")
+                for group in _together([step for step in waiting if step.stage == stage and not step.repeats]):
+                    self._do(group, until_s, stretch)
+            self._do(last, max(start_s + end_s for end_s, _ in ends.values()) - CLOSE_S, 1.0)
+        finally:
+            self.interrupts.deferred = True
+            document, text = self._write()
+            self.terminal.say("\n" + reproduce_page.clipped(text))
+        if self.unwritten:
+            raise RunError(f"not all could be written ({self.unwritten}); free some space and run the command again")
+        return document
 
-    def _limit(self, step: Step) -> float:
-        """Its share, by weight, of what is left for it and the unfinished ones after it."""
-        waiting = [s for s in self.steps if self.rows[s.name]["status"] in (LEFT, FAILED, LATE)]
-        after = [s for s in waiting[waiting.index(step) :] if s.further == step.further]
-        return self.left_s() * step.weight / sum(s.weight for s in after)
-
-    def _do(self, step: Step, limit_s: float) -> dict[str, Any]:
-        out, row = self.study.out, self.rows[step.name]
-        if step.fresh:
-            shutil.rmtree(out / step.fresh, ignore_errors=True)
-        begun_s = time.monotonic()
-        row |= {"limit_s": limit_s}
+    def _do(self, group: Sequence[Step], until_s: float, stretch: float) -> None:
+        """Run these steps at once, none beyond `until_s` on the monotonic clock; then write what has come of them."""
+        running: list[_Running] = []
         try:
-            code, late = self._execute(step, limit_s)
+            for step in group:
+                self._begin(step, until_s - time.monotonic(), stretch, running)
+            while waited := [one for one in running if one.process.returncode is None]:
+                for one in waited:
+                    if one.process.poll() is None:
+                        one.enforce()
+                    else:
+                        self._ended(one)
+                time.sleep(POLL_S)
         except Interrupted:
-            row |= {"status": LEFT, "seconds": time.monotonic() - begun_s, "found": "interrupted"}
-            self._write()
+            left = [one for one in running if one.process.returncode is None]
+            for one in left:
+                self.rows[one.step.name] |= {"status": LEFT, "seconds": one.seconds(), "why": "interrupted"}
+                one.signal(signal.SIGINT)
+            for one in left:
+                with suppress(subprocess.TimeoutExpired):
+                    one.process.wait(GRACE_S)
             raise
-        row |= {"exit_code": code, "seconds": time.monotonic() - begun_s}
-        row |= {"status": DONE if code in step.accepts else LATE if late else FAILED, "found": ""}
-        if row["status"] != DONE:
-            row["found"] = f"exit code {code}: {last_line(step.name)(out) or 'no output'}"
-        else:
-            with suppress(OSError, ValueError, KeyError, IndexError, TypeError):
-                row["found"] = step.found(out) if step.found else ""
-        if step.after:
-            step.after(out, row["status"] == DONE)
-        if row["status"] == DONE and not step.repeats:
-            self.study.once(step.name, lambda: row)
-        return row
+        finally:  # a child that did not listen, or all of them after one Ctrl-C more, would go on beside the next
+            for one in running:
+                one.signal(signal.SIGKILL)
+        if running:
+            self._write()
 
-    def _execute(self, step: Step, limit_s: float) -> tuple[int, bool]:
-        """(exit code, whether time ran out). Its output goes to OUT/<name>.log, anew."""
-        with open(self.study.out / f"{step.name}.log", "wb") as log:
-            process = subprocess.Popen(
+    def _begin(self, step: Step, left_s: float, stretch: float, running: list["_Running"]) -> None:
+        """Start it, with its output in OUT/<name>.log, unless there is not the time, or not what it needs."""
+        row, limit_s = self.rows[step.name], min(step.limit_s * stretch, left_s)
+        if limit_s < step.least_s:
+            return
+        if step.needs and not (self.out / step.needs).exists():
+            row |= {"status": LEFT, "why": f"it needs {step.needs}"}
+            return
+        try:
+            if step.fresh:
+                _remove(self.out / step.fresh)
+            running.append(_Running(step, self.out / f"{step.name}.log", limit_s))
+            row |= {"limit_s": limit_s}
+        except OSError as error:
+            row |= {"status": FAILED, "why": str(error)}
+            self.terminal.say(f"{step.name}: failed; {error}")
+
+    def _ended(self, one: "_Running") -> None:
+        """Note how it ended, and end what it has left behind."""
+        one.signal(signal.SIGKILL)
+        step, code, seconds = one.step, one.process.returncode, one.seconds()
+        row = self.rows[step.name]
+        row |= {"exit_code": code, "seconds": seconds, "why": ""}
+        row["status"] = DONE if code in step.accepts else LATE if one.interrupted else FAILED
+        if row["status"] != DONE:
+            name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
+            how = f"exit code {code}" if code >= 0 else f"killed by {name}"
+            row["why"] = f"{how}: {reproduce_page.last_line(one.log)}"
+        if step.after:
+            try:
+                step.after(self.out)
+            except OSError as error:
+                self.unwritten = error
+        self.terminal.say(f"{step.name}: {row['status']} after {seconds:.0f} s. {row['why']}".strip())
+        self._write(pack=False)
+
+    def _write(self, pack: bool = True) -> tuple[dict[str, Any], str]:
+        """The record and the page of what there is, and where no step is at work the archive: (record, page's text)."""
+        rows = list(self.rows.values())
+        document = {"version": VERSION, "settings": self.study.settings}
+        document |= {"environment": self.environment, "steps": rows}
+        text = reproduce_page.text(self.out, document)
+        try:
+            write_json(self.record, document)
+            write_text(self.out / "reproduce.md", reproduce_page.markdown(text))
+            if pack and self.pack:
+                archive(self.out, self.pack)
+        except OSError as error:
+            if self.unwritten is None:
+                self.terminal.warn(f"{error}: the record, the page or the archive is not up to date")
+            self.unwritten = error
+        return document, text
+
+
+class _Running:
+    """A step that has begun: its process, and when it is to end."""
+
+    def __init__(self, step: Step, log: Path, limit_s: float):
+        self.step, self.log, self.interrupted = step, log, False
+        grace_s = min(GRACE_S, limit_s / 4)
+        self.begun_s = time.monotonic()
+        self.late_s, self.over_s = self.begun_s + limit_s - grace_s, self.begun_s + limit_s
+        with open(log, "wb") as file:
+            self.process = subprocess.Popen(
                 step.words(),
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "160", **dict(step.environment)},
                 start_new_session=True,  # so that all its processes can be ended, and Ctrl-C comes to us first
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
-            try:
-                return process.wait(max(limit_s - min(GRACE_S, limit_s / 4), 0)), False
-            except subprocess.TimeoutExpired:
-                return _end(process, min(GRACE_S, limit_s / 4)), True
-            except BaseException:
-                _end(process, GRACE_S)
-                raise
-            finally:  # a child that did not listen, or all of them after one Ctrl-C more, would go on beside the next
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
 
-    def _write(self) -> dict[str, Any]:
-        status = {
-            "version": VERSION,
-            "settings": self.study.settings,
-            "budget_s": self.budget,
-            "spent_s": time.monotonic() - self.start_s,
-            "steps": list(self.rows.values()),
-        }
-        try:
-            write_json(self.study.out / "status.json", status)
-        except OSError as error:
-            raise self._unwritten(error) from None
-        return status
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self.begun_s
 
-    def _unwritten(self, error: OSError) -> RunError:
-        return RunError(f"{self.study.out}: {error}; free some space and run the command again")
-
-    def _finish(self, status: dict[str, Any]) -> None:
-        """The page of what there is, and what is left."""
-        rows, name = status["steps"], self.study.settings["device_name"]
-        small = "--small: every training is of the preset laptop for an epoch, whatever its step is called: a look at "
-        small += "whether it all works, not a measurement"
-        caveats = [small] if self.study.settings["small"] else []
-        self.study.finish(
-            status,
-            [reproduce_page.plot(rows)],
-            reproduce_page.sentences(rows, name),
-            [reproduce_page.table(rows)],
-            caveats,
-            reproduce_page.data_identity(self.study.out),
-        )
-        left = [r["name"] for r in rows if r["status"] not in (DONE, UNAVAILABLE)]
-        how = f"the same command with --out {self.study.out} goes on"
-        self.terminal.say(f"left: {', '.join(left)}; {how}" if left else "everything is done", "bold")
-
-
-def _end(process: subprocess.Popen, grace_s: float) -> int:
-    """Ask the step to end as Ctrl-C would, then make it; its exit code."""
-    for signum, patience_s in ((signal.SIGINT, grace_s), (signal.SIGKILL, None)):
+    def signal(self, signum: int) -> None:
+        """To all its processes."""
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signum)
-        with suppress(subprocess.TimeoutExpired):
-            return process.wait(patience_s)
-    return process.wait()
+            os.killpg(self.process.pid, signum)
+
+    def enforce(self) -> None:
+        """Ask it to end, as by Ctrl-C, when its time is over; and make it when that did not help."""
+        now_s = time.monotonic()
+        if now_s >= self.over_s:
+            self.signal(signal.SIGKILL)
+        elif now_s >= self.late_s and not self.interrupted:
+            self.interrupted = True
+            self.signal(signal.SIGINT)
+
+
+def _end_with_parent() -> None:
+    """In a child: to be killed when this command is, for nobody else would end it (prctl(2), PR_SET_PDEATHSIG)."""
+    _PRCTL(1, signal.SIGKILL)
+
+
+_PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+
+def _together(steps: Sequence[Step]) -> list[list[Step]]:
+    """The steps in order, those that run at once in one list."""
+    groups: list[list[Step]] = []
+    for step in steps:
+        if groups and step.together and groups[-1][-1].together:
+            groups[-1].append(step)
+        else:
+            groups.append([step])
+    return groups
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def archive(out: Path, file: Path) -> None:
+    """Replace `file` by an archive, .tar.gz, of the folder `out` without weights and data. Raises OSError."""
+    temporary = file.with_name(f".tmp-{os.getpid()}-{file.name}")
+
+    def result(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        name = Path(member.name).name
+        own = (out.parent / member.name).absolute() in (file.absolute(), temporary.absolute())
+        return None if own or any(fnmatch(name, pattern) for pattern in NO_RESULT) else member
+
+    try:
+        with tarfile.open(temporary, "w:gz", compresslevel=6) as tar:
+            tar.add(out, out.name, filter=result)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

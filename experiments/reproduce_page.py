@@ -1,84 +1,230 @@
-"""What a reproduction has come to: its table, its picture, its sentences."""
+"""What a reproduction has come to, as one text: the table of its runs, and what else was found.
 
-from collections.abc import Sequence
+Everything is read from the steps' own files, so that what a step finished before it was ended counts too. A section
+that cannot be read says so, and the others stand.
+"""
+
+import collections
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from experiments.study import Plot, Table
-from profiling.plot import Chart, axis, clip, colour, escape, layout, margin, trace
-from profiling.records import read_json
+from experiments.reproduce_runs import OURS, Row, runs, summaries
+from profiling.records import read_json, read_jsonl
 
-Row = dict[str, Any]
 DONE, FAILED, LATE, LEFT, UNAVAILABLE = "done", "failed", "out of time", "left", "unavailable"
-PAINTS = {DONE: "term-convolution", FAILED: "warn", LATE: "series-2", LEFT: "series-4"}
+LONGEST = 10_900
+"""Characters of what is printed; the page has all of it."""
 
 
-def sentences(rows: Sequence[Row], device: str) -> list[str]:
-    """What was done and what it found, what is left, what cannot be had here."""
-    of = {status: [row for row in rows if row["status"] == status] for status in (*PAINTS, UNAVAILABLE)}
-    possible = len(rows) - len(of[UNAVAILABLE])
-    spent_s = sum(row["seconds"] or 0.0 for row in rows)
-    said = [f"On {device} {len(of[DONE])} of {possible} steps are done, in {spent_s / 60:.0f} min."]
-    said += [f"{row['name']}: {row['found'].rstrip('.')}." for row in of[DONE] if row["found"]]
-    for status, words in ((FAILED, "Failed"), (LATE, "Out of time"), (LEFT, "Not begun")):
-        if of[status]:
-            named = [f"{r['name']} ({r['found'].rstrip('.')})" if r["found"] else r["name"] for r in of[status]]
-            said.append(f"{words}: {'; '.join(named)}.")
-    for reason in dict.fromkeys(row["found"] for row in of[UNAVAILABLE]):
-        named = ", ".join(row["name"] for row in of[UNAVAILABLE] if row["found"] == reason)
-        said.append(f"Unavailable here, {named}: {reason}.")
-    return said
-
-
-def table(rows: Sequence[Row]) -> Table:
-    """A row for each step."""
-    cells = [[r["name"], r["status"], "" if r["seconds"] is None else f"{r['seconds']:.0f}", r["found"]] for r in rows]
-    return Table("The steps", ["step", "status", "s", "found"], cells, ["", "", "measured", ""])
-
-
-def plot(rows: Sequence[Row]) -> Plot:
-    """The seconds of each step that was begun, in their order."""
-    begun = [row for row in rows if row["seconds"] is not None]
-    if not begun:
-        return Plot("seconds", "Where the budget went", Chart("seconds", "seconds", reason="no step was begun"))
-    places = list(range(len(begun)))
-    bars = trace(
-        "bar",
-        x=[row["seconds"] for row in begun],
-        y=places,
-        orientation="h",
-        width=0.62,
-        marker={"color": [colour(PAINTS[row["status"]]) for row in begun]},
-        hovertext=[escape(f"{row['name']}: {row['seconds']:.0f} s, {row['status']}") for row in begun],
-        hoverinfo="text",
-    )
-    names = [clip(row["name"] if row["status"] == DONE else f"{row['name']}, {row['status']}", 32) for row in begun]
-    rows_axis = {
-        "range": [len(begun) - 0.4, -0.6],
-        "tickvals": places,
-        "ticktext": names,
-        "automargin": True,
-        "showgrid": False,
-        "zeroline": False,
-        "fixedrange": True,
-    }
-    whole = layout(
-        xaxis=axis("seconds", rangemode="tozero", fixedrange=True),
-        yaxis=rows_axis,
-        hovermode="closest",
-        margin=margin(left=10),
-    )
-    chart = Chart("seconds", "seconds of each step", 26 * len(begun) + 70, [bars], whole)
-    return Plot("seconds", "Where the budget went", chart)
-
-
-def data_identity(out: Path) -> str | None:
-    """Of the images that the runs in `out` were trained on; None where none has come so far."""
-    for path in sorted(out.glob("*/summary.json")) + sorted(out.glob("*/run-*/summary.json")):
+def text(out: Path, document: Row) -> str:
+    """The table of all that is in `out`; `document` is the record."""
+    steps, lines = document["steps"], []
+    for section in SECTIONS:
         try:
-            identity = read_json(path).get("data_identity")
-        except (OSError, ValueError, AttributeError):
-            continue
-        if identity:
-            return str(identity)
-    return None
+            lines += section(out, document)
+        except Exception as error:  # whatever a damaged file leads to costs its section, not the rest
+            lines.append(f"== {section.__name__.strip('_')}: cannot be read ({type(error).__name__}: {error})"[:300])
+    return "\n".join([*lines, *_steps(steps, out)])
+
+
+def clipped(whole: str) -> str:
+    """As much of it as is printed: whole lines, and the last one, which says what is left."""
+    if len(whole) <= LONGEST:
+        return whole
+    *lines, last = whole.split("\n")
+    note, kept = "... the rest is in reproduce.md", []
+    room = LONGEST - len(note) - len(last) - 2
+    for line in lines:
+        room -= len(line) + 1
+        if room < 0:
+            break
+        kept.append(line)
+    return "\n".join([*kept, note, last])
+
+
+def markdown(whole: str) -> str:
+    """The page."""
+    head, _, rest = whole.partition("\n")
+    return f"# {head}\n\n```\n{rest}\n```\n"
+
+
+def last_line(log: Path) -> str:
+    """What it says last, shortened."""
+    with suppress(OSError):
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+        return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "no word")
+    return "no word"
+
+
+def _head(out: Path, document: Row) -> list[str]:
+    e, settings = document["environment"], document["settings"]
+    trained = summaries(out).values()
+    versions = ", ".join(f"{name} {version}" for name, version in e["packages"].items() if version)
+    driver = f", driver {e['gpu']['driver']}" if e.get("gpu") else ""
+    commits = {str(run.get("git_sha"))[:12] for run in trained} or {str(e["git_sha"])[:12]}
+    dirty = " with changes" if e.get("git_dirty") else ""
+    identities = {str(run.get("data_identity")) for run in trained} or {"none so far"}
+    lines = [
+        f"reproduce on {settings['device_name']}{driver}; data: {', '.join(sorted(identities))}",
+        f"{e['cores']} cores, Python {e['python']}, {versions}; commit {', '.join(sorted(commits))}{dirty}; measured "
+        "here unless a line says otherwise",
+    ]
+    if settings["small"]:
+        lines.append("SMALL: every training is a short one of the preset laptop: a look at whether it all works")
+    if len(commits) > 1:
+        lines.append("MIND: the runs are from different commits")
+    return [*lines, *_doctor(out)]
+
+
+def _doctor(out: Path) -> list[str]:
+    path = out / "doctor.log"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    found = [line for line in lines if line.startswith(("missing ", "warning "))]
+    return [f"doctor: {'; '.join(' '.join(line.split())[:110] for line in found[:6])}"] if found else []
+
+
+def _check(out: Path, document: Row) -> list[str]:
+    """The kernels that were held against float64."""
+    path = out / "check.jsonl"
+    rows = read_jsonl(path) if path.exists() else []
+    if not rows:
+        return []
+    count = collections.Counter(row["status"] for row in rows)
+    bad = [row for row in rows if row["status"] != "right"]
+    said = ", ".join(f"{n} {word}" for word, n in count.most_common())
+    lines = [f"== kernels against float64: {len(rows)} checks of {len({row['op'] for row in rows})} ops, {said}"]
+    lines += [
+        f"  {row['status']}: {row['case']}, {row['batch']} images: {str(row.get('error'))[:140]}" for row in bad[:12]
+    ]
+    return lines + ([f"  and {len(bad) - 12} more in check.jsonl"] if bad[12:] else [])
+
+
+def _ceilings(out: Path, document: Row) -> list[str]:
+    path = out / "ceilings.json"
+    if not path.exists():
+        return []
+    c = read_json(path)
+    best = max(c["gemm"] + c["convolutions"], key=lambda one: one["value"])
+    held = f"; held back by {', '.join(c['reasons'])}" if c["reasons"] else ""
+    return [
+        f"== ceilings: {best['value'] / 1e12:,.1f} TFLOP/s ({best['name']} {best['shape']}), copy "
+        f"{c['copy']['value'] / 1e9:,.0f} GB/s, {c['launch']['value'] * 1e6:.2f} us a launch{held}"
+    ]
+
+
+def _report(out: Path, document: Row) -> list[str]:
+    """The account of the profiled run."""
+    path = out / f"{OURS}-0" / "report.json"
+    if not path.exists():
+        return []
+    report = read_json(path)
+    lacks = [f"  lacks: {reason[:200]}" for reason in report.get("lacks", [])[:4]]
+    return [f"== account of {OURS}-0: {report['headline']}", *(f"  {s[:230]}" for s in report["sentences"][:5]), *lacks]
+
+
+def _kernels(out: Path, document: Row) -> list[str]:
+    lines = []
+    for path in sorted(out.glob("*/kernels.json"), reverse=True):
+        found = read_json(path)
+        lacks = f"; NOT TO BE TRUSTED: {'; '.join(found['lacks'])[:200]}" if found["lacks"] else ""
+        timed = found["timed_ms"]
+        filled = "unknown" if timed is None else f"{timed:.3f} ms, filled to {found['sum_ms'] / timed:.0%}"
+        lines.append(
+            f"== longest kernels of {path.parent.name}: {found['sum_ms']:.3f} ms a step in "
+            f"{found['kernels_a_step']:.0f} kernels; timed step {filled}; {found['source']}{lacks}"
+        )
+        for kernel in found["kernels"]:
+            share = kernel["us"] / max(1e3 * found["sum_ms"], 1e-9)
+            lines.append(f"  {kernel['us']:9.1f} us {share:6.1%} x{kernel['calls']:5.1f}  {kernel['name'][:76]}")
+    return lines
+
+
+def _tests(out: Path, document: Row) -> list[str]:
+    path = out / "tests.log"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    failed = [line[:150] for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return [f"== tests: {last_line(path)}", *(f"  {line}" for line in failed[:10])] if lines else []
+
+
+def _logs(out: Path, document: Row) -> list[str]:
+    """The last word of the steps that say it there."""
+    names = [step["name"] for step in document["steps"]]
+    said = [name for name in names if name.startswith(("tiles-", "memcheck", "racecheck"))]
+    return [f"== {name}: {last_line(out / f'{name}.log')}" for name in said if (out / f"{name}.log").exists()]
+
+
+def _predictions(out: Path, document: Row) -> list[str]:
+    path = out / "predictions-held.json"
+    sentences = read_json(path)["sentences"] if path.exists() else []
+    return [f"== predicted: {sentence[:330]}" for sentence in sentences[:4]]
+
+
+def _bench(out: Path, document: Row) -> list[str]:
+    """How our kernels compare with the best alternative, caches cold."""
+    path = out / "bench.jsonl"
+    rows = read_jsonl(path) if path.exists() else []
+    rows = [row for row in rows if row.get("provider") == "ours" and row.get("mode") == "cold"]
+    if not rows:
+        return []
+    words = collections.Counter(row["verdict"] for row in rows if row["verdict"])
+    wrong = sum(row["wrong"] for row in rows)
+    counted = ", ".join(f"{count} {word}" for word, count in words.most_common()) or "none timed beside another"
+    lines = [f"== bench, our kernels, caches cold: {counted}" + (f"; {wrong} WRONG" if wrong else "")]
+    for row in rows:
+        us, speed = row["us"], row.get("speedup")
+        took = f"{us['value']:.1f} us" if us["value"] is not None else f"unavailable: {us['source'][:100]}"
+        beside = f", {speed['value']:.2f} x {row['best_alternative']}: {row['verdict']}" if speed else ""
+        lines.append(f"  {row['case']}: {took}{beside}")
+    return lines
+
+
+def _step_modes(out: Path, document: Row) -> list[str]:
+    path = out / "step_modes.json"
+    rows = read_json(path)["rows"] if path.exists() else []
+    cells = [
+        f"{row['batch']} {row['step']} "
+        + (f"unavailable ({row['reason'][:60]})" if row["reason"] else f"{row['images_per_s']:,.0f} images/s")
+        for row in rows
+    ]
+    return [f"== step modes by batch: {'; '.join(cells)}"] if cells else []
+
+
+SECTIONS: tuple[Callable[[Path, Row], list[str]], ...] = (
+    _head,
+    runs,
+    _check,
+    _report,
+    _ceilings,
+    _tests,
+    _logs,
+    _bench,
+    _step_modes,
+    _predictions,
+    _kernels,
+)
+"""The most valuable first: what is printed may end before the last."""
+
+
+def _steps(steps: Sequence[Row], out: Path) -> Iterator[str]:
+    """What was done, what was not and why; and what is left, which is the last line."""
+    of = collections.defaultdict(list)
+    for step in steps:
+        of[step["status"]].append(step)
+    took = ", ".join(f"{step['name']} {step['seconds']:.0f}" for step in of[DONE])
+    if took:
+        yield f"== done, s: {took}"
+    for status in (FAILED, LATE, LEFT):
+        for step in of[status]:
+            if step["why"]:
+                seconds = "" if step["seconds"] is None else f" after {step['seconds']:.0f} s"
+                yield f"== {status}{seconds}: {step['name']}: {step['why'][:220]}"
+    for reason in dict.fromkeys(step["why"] for step in of[UNAVAILABLE]):
+        yield f"== unavailable, {reason}: {_named([s for s in of[UNAVAILABLE] if s['why'] == reason])}"
+    left = [step for status in (FAILED, LATE, LEFT) for step in of[status]]
+    yield f"left: {_named(left)}; the same command with --out {out} goes on" if left else "everything is done"
+
+
+def _named(steps: Sequence[Row], most: int = 12) -> str:
+    more = f" and {len(steps) - most} more" if steps[most:] else ""
+    return ", ".join(step["name"] for step in steps[:most]) + more

@@ -1,56 +1,51 @@
-"""What `reproduce` does on a device, and in what order."""
+"""What `reproduce` does on a device: three stages of bounded steps, each stage's most valuable evidence first.
 
-import collections
+`smoke` says whether anything works and how fast a step is, `numbers` is what can be quoted, `peers` is what the library
+offers and what the checkers say. A limit is what the step needs on an H100 with some room, in seconds.
+"""
+
 import importlib.util
 import os
-import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.reproduce_runs import WARM, WARM_UP, data_identity
 from experiments.study import Request
-from model.config import preset as presets
-from model.errors import RunError
-from profiling.records import read_json, read_jsonl
-from profiling.specifications import MACHINES, machine
+from profiling import ncu, specifications
+from train import PROFILE_PASS, ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
+STAGES = {"smoke": 230.0, "numbers": 440.0, "peers": 560.0}
+"""Seconds that a stage may take."""
 TILES = ROOT / "kernels" / "tiles.json"
-
-
-@dataclass(frozen=True)
-class Step:
-    """`command`'s exit codes in `accepts` mean that it is done; `weight` is its share of the budget.
-
-    `found(OUT)` says in a line what it found, and raises an OSError, ValueError, KeyError or IndexError where it did
-    not. `fresh` names a folder in OUT that an unfinished attempt leaves behind and a new one cannot use. `after(OUT,
-    done)` is called after each attempt. `environment` is added to this process's own, and the words that `given()` then
-    returns to the command. One that `repeats` reads what the others left, and is done anew by every call. With a
-    `reason` it cannot run here.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    weight: float
-    found: Callable[[Path], str] | None = None
-    accepts: tuple[int, ...] = (0,)
-    fresh: str | None = None
-    after: Callable[[Path, bool], None] | None = None
-    reason: str | None = None
-    environment: tuple[tuple[str, str], ...] = ()
-    given: Callable[[], tuple[str, ...]] = tuple
-    further: bool = False
-    repeats: bool = False
-
-    def words(self) -> list[str]:
-        """The command as it is now."""
-        return [*self.command, *self.given()]
-
-
-SMALL_CASES = (
+REFERENCE, OURS = "reference", "ours"
+MODES = {
+    REFERENCE: ("article-256", {"preprocess": "on_device"}),
+    OURS: ("fused", {"ops": "triton", "conv": "triton"}),
+    "reference-eager": ("article-256", {"preprocess": "on_device", "step": "eager"}),
+    "reference-compiled": ("article-256", {"preprocess": "on_device", "step": "compiled"}),
+    "batchnorm": ("fused", {"ops": "batchnorm"}),
+    "composed": ("fused", {"ops": "composed"}),
+}
+"""Preset and settings, in order of value. The preset's own input pipeline is one Python thread, seconds an epoch: peers
+prepare their images on the device, as ours do, so that steps compare."""
+WARMED = ("reference-compiled", "batchnorm", "composed", OURS)
+"""Modes that compile for long: all at once, before any is timed."""
+AUTOTUNED = "reference-max-autotune"
+MAX_AUTOTUNE = {"TORCHINDUCTOR_" + name: "1" for name in ("MAX_AUTOTUNE", "COORDINATE_DESCENT_TUNING", "CUDAGRAPHS")}
+"""What mode="max-autotune" sets, by the variables that torch._inductor.config reads (torch/_inductor/__init__.py)."""
+VARIED = ("ops", "conv", "step", "preprocess", "epochs")
+"""Settings in which the runs differ."""
+SMALL = {"widths": "8,8,8,8"}
+"""Of a look on a CPU; one on a GPU takes the preset `laptop` as it is."""
+SEEDS = 10
+"""Runs to the end of each kind, if there is time."""
+TUNED = ("64x32x32-64x3x3-s1", "128x16x16-128x3x3-s1")
+"""Layers of the network's stages 1 and 2, which hold most of what fusion saves."""
+CHECKED = (
     "3x32x32",
     "64x32x32-128x1x1-s2",
     "256x8x8-256x3x3-s2",
@@ -63,123 +58,259 @@ SMALL_CASES = (
 """Layers by which every op of the benchmark runs at least once, with everything that can be fused into it."""
 
 
-def plan(out: Path, request: Request, small: bool, gpu: str | None) -> list[Step]:
-    """The steps in order of value, in small or whole, for the absolute folder `out`; the further ones come last.
+@dataclass(frozen=True)
+class Step:
+    """`command`'s exit codes in `accepts` mean that it is done; `limit_s` is the most that it may take.
 
-    `gpu` is the GPU's name, None where there is none.
+    It is not begun with less than `least_s`. Consecutive steps `together` run at once. `fresh` names a folder in OUT
+    that an attempt leaves behind and a new one cannot use. It `needs` a file in OUT that an earlier step leaves.
+    `given()` returns more words when it begins, and `after(OUT)` is called when it has ended. `environment` is added
+    to this process's own. One that `repeats` reads what the others left, and is done anew by every call, at its end.
+    With a `reason` it cannot run here.
     """
-    python, data = sys.executable, ["--synthetic"] if request.synthetic else []
-    if request.data_dir:
-        data = ["--data-dir", str(request.data_dir.absolute())]
-    settings = [f"--set={setting}" for setting in request.settings]
-    settings += [] if request.seed is None else ["--seed", str(request.seed)]
-    no_gpu = None if gpu else "it needs a CUDA GPU"
 
-    def module(*words: str) -> tuple[str, ...]:
-        return python, "-m", *words
+    name: str
+    stage: str
+    command: tuple[str, ...]
+    limit_s: float
+    least_s: float = 5.0
+    accepts: tuple[int, ...] = (0,)
+    together: bool = False
+    fresh: str | None = None
+    needs: str | None = None
+    given: Callable[[], Sequence[str]] = tuple
+    after: Callable[[Path], None] | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+    repeats: bool = False
+    reason: str | None = None
 
-    def suite(name: str, **more: Any) -> Step:
-        tests = ["tests/test_config.py", "tests/test_schedule.py", "tests/test_timing.py"] if small else _gpu_tests()
-        spread = [] if small else _spread()
-        command = module("pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={out / name}.xml", *spread, *tests)
-        return Step(name, command, 150, last_line(name), accepts=(0, 1), **more)
+    def words(self) -> list[str]:
+        """The command as it is now."""
+        return [*self.command, *self.given()]
 
-    def trained(name: str, preset: str, weight: float, *more: str, **options: Any) -> Step:
-        network = ["--preset", "laptop", "--epochs", "1"] if small else ["--preset", preset]
-        command = (python, "train.py", *data, *settings, *network, *more, "--out", str(out / name))
-        return Step(name, command, weight, after=_drop_checkpoints(name), **options)
 
-    def profiled(name: str, preset: str, **more: Any) -> Step:
-        measured = out / "ceilings.json"
+def plan(out: Path, request: Request, small: bool, gpu: str | None) -> list[Step]:
+    """The steps of all stages, in order, for the absolute folder `out`; `gpu` is its name, None where there is none."""
+    return _Plan(out, request, small, gpu).steps()
 
-        def given() -> tuple[str, ...]:
-            fit = _ceilings_fit(measured, request, "laptop" if small else preset)
-            return ("--ceilings", str(measured)) if fit else ()
 
-        return trained(name, preset, 120, "--profile", found=_headline(name), fresh=name, given=given, **more)
+class _Plan:
+    def __init__(self, out: Path, request: Request, small: bool, gpu: str | None):
+        self.out, self.request, self.small, self.gpu = out, request, small, gpu
+        self.no_gpu = None if gpu else "it needs a CUDA GPU"
 
-    def accuracy(name: str, preset: str, runs: int, **more: Any) -> Step:
-        target = () if small else ("--target-accuracy", "0.94")
-        several = ("--runs", "2" if small else str(runs), "--resume", "auto")
-        return trained(name, preset, 80, *target, *several, found=_claim(name), accepts=(0, 7), **more)
+    def steps(self) -> list[Step]:
+        return [*self.smoke(), *self.numbers(), *self.peers(), self.predictions()]
 
-    def held(name: str, **more: Any) -> Step:
-        command = module("experiments", "predictions", "--against", str(out))
-        another = None if machine(gpu) else f"the predictions are for {' and '.join(one.name for one in MACHINES)}"
-        return Step(name, command, 10, last_line(name), reason=no_gpu or another, repeats=True, **more)
+    def smoke(self) -> list[Step]:
+        """Facts, every kernel against float64 and compilers' caches at once; then what is timed, one by one."""
+        stage, steps = "smoke", []
+        absent = None if shutil.which("nvidia-smi") else "it is not on the PATH"
+        steps.append(Step("nvidia-smi", stage, ("nvidia-smi",), 20, together=True, reason=absent))
+        steps.append(Step("doctor", stage, _module("profiling", "doctor"), 60, together=True))
+        steps.append(self.check())
+        for mode in WARMED:
+            steps.append(self.train(f"{WARM}{mode}", stage, 120, *MODES[mode], epochs=1, together=True))
+        for mode, (preset, settings) in MODES.items():
+            steps.append(self.train(mode, stage, 40, preset, settings, epochs=2))
+            if mode in (REFERENCE, OURS):
+                steps.append(self.kernels(mode))
+        return steps
 
-    def sanitized(tool: str) -> Step:
+    def numbers(self) -> list[Step]:
+        """Ceilings, a run that is accounted for and its peer's, the tests, tiles; then further seeds of both."""
+        stage, steps = "numbers", [self.ceilings()]
+        for number in range(SEEDS):
+            if number == 1:
+                steps += [self.tests(), *self.tiles()]
+            for mode in (OURS, REFERENCE):
+                preset, settings = MODES[mode]
+                settings = {name: value for name, value in settings.items() if name != "conv"}  # the faster by layer
+                name = f"{'fused' if mode == OURS else mode}-{number}"
+                profile = mode == OURS and number == 0
+                limit_s, least_s = (110.0, 30.0) if profile else (60.0, 15.0)
+                seed = (self.request.seed or 0) + number
+                more: dict[str, Any] = {"seed": seed, "profile": profile, "least_s": least_s}
+                steps.append(self.train(name, stage, limit_s, preset, settings, **more))
+        return steps
+
+    def peers(self) -> list[Step]:
+        """What the library can do at its best, op by op and step by step; then the checkers and the counters."""
+        stage = "peers"
+        preset, settings = MODES["reference-compiled"]
+        return [
+            self.train(AUTOTUNED, stage, 180, preset, settings, epochs=2, environment=tuple(MAX_AUTOTUNE.items())),
+            self.bench(),
+            Step(
+                "step-modes",
+                stage,
+                _module("experiments.step_modes", "--quick", "--out", str(self.out)),
+                120,
+                reason=self.no_gpu,
+            ),
+            self.sanitized("memcheck"),
+            self.sanitized("racecheck"),
+            *self.counters(),
+        ]
+
+    def data(self) -> list[str]:
+        """The words for the data. Where no run found any, none looks for it again: it takes ten seconds to be sure."""
+        if self.request.data_dir:
+            return ["--data-dir", str(self.request.data_dir.absolute())]
+        synthetic = self.request.synthetic or data_identity(self.out) == "synthetic"
+        return ["--synthetic"] if synthetic else []
+
+    def train(
+        self,
+        name: str,
+        stage: str,
+        limit_s: float,
+        preset: str,
+        settings: dict[str, str],
+        epochs: int | None = None,
+        seed: int | None = None,
+        profile: bool = False,
+        **options: Any,
+    ) -> Step:
+        """A training, in the folder of its name; without `epochs` to the end of its preset."""
+        reason = self.unable(settings)
+        if self.small:
+            preset, epochs = "laptop", epochs or 1
+            settings = {key: value for key, value in settings.items() if key != "preprocess"}
+            settings = settings if self.gpu else {**SMALL, **settings}
+        settings = settings | dict(setting.split("=", 1) for setting in self.request.settings)
+        words = ["--preset", preset, *(word for pair in settings.items() for word in ("--set", "=".join(pair)))]
+        words += ["--epochs", str(epochs)] if epochs else []
+        words += ["--seed", str(self.request.seed or 0 if seed is None else seed)]
+        measured = self.out / "ceilings.json"
+
+        def given() -> list[str]:
+            ceilings = ["--ceilings", str(measured)] if profile and measured.exists() else []
+            return [*self.data(), *ceilings]
+
+        return Step(
+            name,
+            stage,
+            (sys.executable, "train.py", *words, *(["--profile"] if profile else []), "--out", str(self.out / name)),
+            limit_s,
+            fresh=name,
+            given=given,
+            after=lambda out: _keep_results(out / name),
+            reason=reason,
+            **options,
+        )
+
+    def check(self) -> Step:
+        """Every kernel against float64, each op in a process that is given up when it says nothing for 40 s.
+
+        On a CPU one op in the interpreter, which shows that the step works.
+        """
+        command = _module("profiling", "bench", "--check", "--out", str(self.out / "check.jsonl"))
+        environment = () if self.gpu else (("TRITON_INTERPRET", "1"),)
+        chosen = ("--limit", "40") if self.gpu else ("bn_finalize",)
+        return Step(
+            "check",
+            "smoke",
+            (*command, *chosen),
+            110,
+            accepts=(0, 1),
+            together=True,
+            fresh="check.jsonl",
+            environment=environment,
+        )
+
+    def kernels(self, mode: str) -> Step:
+        """The longest kernels of a mode's step."""
+        command = _module("experiments.longest_kernels", str(self.out / mode))
+        needs, reason = f"{mode}/summary.json", self.unable(MODES[mode][1])
+        return Step(f"kernels-{mode}", "smoke", command, 40, needs=needs, given=self.data, reason=reason)
+
+    def unable(self, settings: dict[str, str]) -> str | None:
+        """Why a run with these settings cannot be had here."""
+        if settings.get("step") == "compiled" and not self.gpu:
+            return "torch.compile takes minutes on a CPU"
+        return self.no_gpu if settings.get("ops") else None
+
+    def ceilings(self) -> Step:
+        seconds = "0.05" if self.small else "0.4"
+        dtype = [setting.split("=", 1)[1] for setting in self.request.settings if setting.startswith("dtype=")]
+        words = ["--out", str(self.out / "ceilings.json"), "--seconds", seconds]
+        words += ["--dtype", dtype[0]] if dtype and dtype[0] != "auto" else []
+        return Step("ceilings", "numbers", _module("profiling", "device", *words), 60)
+
+    def tests(self) -> Step:
+        """Those whose result a GPU decides; on a CPU some that are quick."""
+        report = f"--junitxml={self.out / 'tests.xml'}"
+        chosen = ["-m", "gpu", *_spread()] if self.gpu else ["tests/test_config.py", "tests/test_schedule.py"]
+        command = _module("pytest", "-q", "-p", "no:cacheprovider", "--tb=line", report, *chosen)
+        return Step("tests", "numbers", command, 130, accepts=(0, 1))
+
+    def tiles(self) -> list[Step]:
+        """Of the convolutions that matter most, into kernels/tiles.json: what comes after is measured with them."""
+        shapes = [word for shape in TUNED for word in ("--shape", shape)]
+        return [
+            Step(
+                f"tiles-{op}",
+                "numbers",
+                _module("profiling", "bench", f"conv_{op}", "--tune", "--quick", *shapes),
+                35,
+                after=keep_tiles,
+                reason=self.no_gpu,
+            )
+            for op in ("fprop", "dgrad", "wgrad")
+        ]
+
+    def bench(self) -> Step:
+        """A dozen cases beside the best of the library; on a CPU one."""
+        words = ["--short"] if self.gpu else ["bn_finalize", "--quick"]
+        command = _module("profiling", "bench", *words, "--out", str(self.out / "bench.jsonl"), "--resume")
+        return Step("bench", "peers", command, 150, accepts=(0, 1))
+
+    def sanitized(self, tool: str) -> Step:
         """Our kernels under a checker; without the caching allocator an access outside of a tensor is one of memory."""
-        shapes, checked = [f"--shape={shape}" for shape in SMALL_CASES], module("profiling", "bench", "--check")
+        shapes = [f"--shape={shape}" for shape in CHECKED]
+        checked = _module("profiling", "bench", "--check", "--jobs", "1", "--images", "2", *shapes)
         found = shutil.which("compute-sanitizer")
         absent = None if found else "compute-sanitizer is not on the PATH; it comes with the CUDA toolkit"
         return Step(
             tool,
-            ("compute-sanitizer", f"--tool={tool}", "--error-exitcode=1", *checked, *shapes),
-            120,
-            last_line(tool),
-            reason=no_gpu or absent,
+            "peers",
+            ("compute-sanitizer", f"--tool={tool}", "--error-exitcode=1", *checked),
+            90,
+            reason=self.no_gpu or absent,
             environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
-            further=True,
         )
 
-    ladder = module("experiments", "ladder", *data, *settings, "--out", str(out / "ladder"), "--epochs-per-rung", "4")
-    ceilings = module("profiling", "device", "--out", str(out / "ceilings.json"), "--seconds", "0.1" if small else "1")
-    bench = module("profiling", "bench", "--out", str(out / "bench.jsonl"), "--resume")
-    tune = module("profiling", "bench", "--tune", *(["--quick"] if small else []))
-    quick = ("bn_finalize", "--quick") if small else ()
-    return [
-        suite("suite"),
-        Step("doctor", module("profiling", "doctor"), 20, _doctor_says),
-        Step("ceilings", ceilings, 90, _ceilings_say),
-        Step("tiles", tune, 90, after=_keep_tiles, reason=no_gpu),
-        Step("bench", (*bench, *quick), 90, _bench_says, accepts=(0, 1)),
-        Step("ladder", (*ladder, *(["--small"] if small else [])), 120, _ladder_says),
-        profiled("profiled", "fused"),
-        accuracy("accuracy", "fused", 5),
-        held("predictions"),
-        suite("suite-again", further=True),
-        sanitized("memcheck"),
-        sanitized("racecheck"),
-        profiled("profiled-article", "article-256", further=True),
-        accuracy("accuracy-article", "article-256", 3, further=True),
-        accuracy("accuracy-resnet9", "resnet9", 3, further=True),
-        Step(
-            "step-modes",
-            module("experiments.step_modes", "--out", str(out)),
-            80,
-            last_line("step-modes"),
-            further=True,
-            reason=no_gpu,
-        ),
-        held("predictions-again", further=True),
-    ]
+    def counters(self) -> list[Step]:
+        """Nsight Compute reads the counters of a step of the accounted run, whose report then has them."""
+        run, reason = "fused-0", ncu.probe()
+        records = self.out / run / "records"
+        command = ncu.command([*PROFILE_PASS, str(self.out / run), "--ncu"], records / "ncu.csv")
+        more: dict[str, Any] = {"needs": f"{run}/records/trace.json.gz", "reason": reason}
+        return [
+            Step("ncu", "peers", tuple(command), 90, given=self.data, **more),
+            Step("report", "peers", _module("profiling", "report", str(self.out / run)), 20, **more),
+        ]
+
+    def predictions(self) -> Step:
+        """What was predicted for this GPU, beside what was measured."""
+        command = _module("experiments", "predictions", "--against", str(self.out))
+        known = self.gpu and specifications.machine(self.gpu)
+        none = None if known else f"nothing was predicted for {self.gpu}"
+        return Step("predictions", "numbers", command, 15, repeats=True, reason=self.no_gpu or none)
+
+
+def _module(*words: str) -> tuple[str, ...]:
+    return sys.executable, "-m", *words
 
 
 def _spread() -> list[str]:
     """What makes pytest use several processes, where its plugin is installed: most of the time the compiler works."""
-    processes = min(8, (os.cpu_count() or 1) // 2)
-    return ["-n", str(processes)] if processes > 1 and importlib.util.find_spec("xdist") else []
+    processes = min(12, (os.cpu_count() or 1) // 2)
+    return ["-n", str(processes), "--dist", "worksteal"] if processes > 1 and importlib.util.find_spec("xdist") else []
 
 
-def _gpu_tests() -> list[str]:
-    """The test files of which a GPU computes something: those marked for one, and those that ask for the device."""
-    asks = re.compile(r"mark\.gpu|def test\w*\([^)]*\bdevice\b")
-    files = sorted((ROOT / "tests").glob("test_*.py"))
-    return [str(path.relative_to(ROOT)) for path in files if asks.search(path.read_text(encoding="utf-8"))]
-
-
-def last_line(name: str) -> Callable[[Path], str]:
-    """The last line of a step's log."""
-
-    def read(out: Path) -> str:
-        lines = (out / f"{name}.log").read_text(encoding="utf-8", errors="replace").split("\n")
-        return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
-
-    return read
-
-
-def _keep_tiles(out: Path, done: bool) -> None:
+def keep_tiles(out: Path) -> None:
     """What was tuned before time ran out is in the table too."""
     shutil.copyfile(TILES, out / "tiles.json")
 
@@ -197,67 +328,9 @@ def take_tiles(out: Path) -> bool:
     return other
 
 
-def _drop_checkpoints(folder: str) -> Callable[[Path, bool], None]:
-    """Weights of finished runs are not results: a folder without them is small enough to be committed."""
-
-    def drop(out: Path, done: bool) -> None:
-        for path in (out / folder).rglob("checkpoint-*") if done else ():
-            path.unlink()
-
-    return drop
-
-
-def _doctor_says(out: Path) -> str:
-    lines = (out / "doctor.log").read_text(encoding="utf-8").splitlines()
-    missing = [re.split(r"\s{2,}", line.removeprefix("missing "))[0] for line in lines if line.startswith("missing ")]
-    return f"missing: {', '.join(missing)}" if missing else "nothing is missing"
-
-
-def _ceilings_fit(path: Path, request: Request, preset: str) -> bool:
-    """Whether they were measured on this machine in this run's dtype: a folder may have been begun on another."""
-    from model.trainer import choose_device, choose_dtype
-    from profiling.ceilings import reread
-
-    try:
-        config = request.configure(presets(preset))
-        device = choose_device(config.device)
-        reread(path, device, choose_dtype(config.dtype, device, config.ops))
-    except (OSError, ValueError, RunError):
-        return False
-    return True
-
-
-def _ceilings_say(out: Path) -> str:
-    from profiling.ceilings import Ceilings, in_words
-
-    found = Ceilings.from_json(read_json(out / "ceilings.json"))
-    return f"{in_words(found.flops_per_s, 'FLOP/s')}, {in_words(found.bytes_per_s, 'B/s')} read plus written"
-
-
-def _bench_says(out: Path) -> str:
-    """How our kernels compare with the best alternative, caches cold."""
-    rows = [row for row in read_jsonl(out / "bench.jsonl") if row.get("provider") == "ours" and row["mode"] == "cold"]
-    words = collections.Counter(row["verdict"] for row in rows if row["verdict"])
-    wrong = sum(row["wrong"] for row in rows)
-    counted = ", ".join(f"{count} {word}" for word, count in words.most_common()) or "none timed beside another"
-    return f"our kernels: {counted}" + (f"; {wrong} WRONG" if wrong else "")
-
-
-def _ladder_says(out: Path) -> str:
-    return str(read_json(out / "ladder" / "ladder.json")["sentences"][0])
-
-
-def _headline(folder: str) -> Callable[[Path], str]:
-    """What the report of a profiled run says first."""
-    return lambda out: str(read_json(out / folder / "report.json")["headline"])
-
-
-def _claim(folder: str) -> Callable[[Path], str]:
-    """What several runs reached."""
-
-    def read(out: Path) -> str:
-        from profiling.statistics import claim_in_words
-
-        return claim_in_words(read_json(out / folder / "summary.json"))
-
-    return read
+def _keep_results(folder: Path) -> None:
+    """Weights are not results: a folder without them is small enough to be committed. Nor is a warm-up one."""
+    for path in folder.rglob("checkpoint-*"):
+        path.unlink()
+    if folder.name.startswith(WARM) and (folder / "summary.json").exists():
+        (folder / "summary.json").rename(folder / WARM_UP)

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import sysconfig
 import tempfile
 import textwrap
 import tomllib
@@ -82,6 +83,7 @@ def checks() -> Iterator[Check]:
         yield from _guarded(gpu.name or gpu.uuid, lambda gpu=gpu: _of_gpu(gpu))
     yield from _guarded("Nsight Compute", _ncu)
     yield from _guarded("versions", _versions)
+    yield from _guarded("C compiler", _compiler)
     yield from _guarded("CPU threads", _threads)
     yield from _guarded("disk", _disk)
     yield from _guarded("compiler caches", _caches)
@@ -260,6 +262,19 @@ def _release(version: str) -> tuple[int, ...]:
     while numbers[1:] and numbers[-1] == 0:
         numbers.pop()
     return tuple(numbers)
+
+
+def _compiler() -> Iterator[Check]:
+    """Triton compiles the launcher of every kernel with it, and looks for it so (triton/runtime/build.py)."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = Path(sysconfig.get_paths(scheme=scheme)["include"], "Python.h")
+    absent = [name for name, there in (("gcc or clang", compiler), (str(header), header.exists())) if not there]
+    if absent:
+        remedy = "Install gcc and Python's headers, or name a compiler in CC: without them Triton launches no kernel."
+        yield Check("C compiler", MISSING, f"no {' and no '.join(absent)}", remedy)
+    else:
+        yield Check("C compiler", OK, f"{compiler}, and {header}")
 
 
 def _threads() -> Iterator[Check]:

@@ -174,6 +174,19 @@ def test_every_dependency_is_held_against_the_project_s_bounds(monkeypatch):
     assert found("numpy").status == "missing"
 
 
+def test_what_triton_compiles_its_launchers_with(monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: {"clang": "/usr/bin/clang"}.get(name))
+    assert (found("C compiler").status, found("C compiler").found) == ("missing", f"no {tmp_path}/Python.h")
+    (tmp_path / "Python.h").touch()
+    assert found("C compiler").status == "ok"
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert found("C compiler").found == "no gcc or clang"
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert found("C compiler").found.startswith("/opt/cc, and ")
+
+
 def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "new" / "cache"))
     assert found("Triton's cache").status == "ok"

@@ -1,38 +1,36 @@
-import itertools
 import json
+import os
+import signal
+import subprocess
 import sys
+import tarfile
 import time
+from pathlib import Path
 
 import pytest
-import torch
 
-from experiments import reproduce, reproduce_page, reproduce_plan
-from experiments.reproduce_plan import Step, last_line
-from experiments.study import Request, Study
-from kernels.conv_shape import RESNET_LAYERS
-from model.errors import RunError, UsageError
+from experiments import reproduce
+from experiments.reproduce import limits
+from experiments.reproduce_plan import STAGES, Step
+from experiments.study import Request
+from model.errors import DeviceError, RunError, UsageError
 from model.interrupts import Interrupted, Interrupts
-from profiling import cases
-from profiling.bench_records import fingerprint, machine
-from profiling.ceilings import GEMMS, Ceiling, Ceilings
 from profiling.console import Terminal
-from profiling.environment import device_name, environment
-from profiling.records import append_jsonl, read_json, write_json
+from profiling.records import read_json
 
 QUIET = Terminal(speaks=False)
-FINISH = Study.finish
-GPU = "NVIDIA H200"
+ROOT = Path(__file__).parent.parent
+CPU = {
+    "device_name": "a CPU",
+    "on_gpu": False,
+    "machine": {"device": "cpu"},
+    "environment": {"cores": 2, "python": "3.11.7", "packages": {"torch": "2.13.0"}, "git_sha": "abc", "gpu": None},
+}
 
 
-@pytest.fixture(autouse=True)
-def no_page(monkeypatch):
-    """A page takes longer than most of these steps."""
-    monkeypatch.setattr(Study, "finish", lambda *arguments: None)
-
-
-def script(name: str, code: str, weight: float = 1, **more) -> Step:
+def script(name: str, code: str, limit_s: float = 60, stage: str = "smoke", **more) -> Step:
     """A step that runs a line of Python."""
-    return Step(name, (sys.executable, "-c", code), weight, **more)
+    return Step(name, stage, (sys.executable, "-c", code), limit_s, **more)
 
 
 def once(path) -> str:
@@ -40,366 +38,442 @@ def once(path) -> str:
     return f"open({str(path)!r}, 'a').write('ran\\n')"
 
 
-def run(out, steps, budget: float = 60, **more) -> dict:
-    request = Request(out=out, synthetic=True, **more)
-    return reproduce.run(request, QUIET, Interrupts(), budget, steps)
+@pytest.fixture
+def run(monkeypatch):
+    """Run these steps in a folder, as the command would."""
+
+    def call(out, steps, stage="smoke", terminal=QUIET, budget=None, pack=None, **more) -> dict:
+        monkeypatch.setattr(reproduce, "facts", lambda: CPU)
+        monkeypatch.setattr(reproduce, "plan", lambda *arguments: steps)
+        request = Request(out=out, synthetic=True, **more)
+        return reproduce.run(request, terminal, Interrupts(), stage, budget, pack)
+
+    return call
 
 
-def statuses(status: dict) -> dict:
-    return {row["name"]: row["status"] for row in status["steps"]}
+def statuses(document: dict) -> dict:
+    return {row["name"]: row["status"] for row in document["steps"]}
 
 
-def test_steps_are_done_in_order_and_their_findings_kept(tmp_path):
+def whys(document: dict) -> dict:
+    return {row["name"]: row["why"] for row in document["steps"] if row["why"]}
+
+
+def test_steps_are_done_in_order_and_what_came_of_them_is_kept(tmp_path, run):
     steps = [
-        script("first", "print('a b c')", found=last_line("first")),
-        script("missed", "raise SystemExit(7)", accepts=(0, 7)),
+        script("first", "print('a b c')"),
+        script("wrong", "raise SystemExit(1)", accepts=(0, 1)),
         script("nothing", "pass", reason="no GPU"),
         script("broken", "import sys; print('it broke'); sys.exit(3)"),
+        script("killed", "import os, signal; print('on its way', flush=True); os.kill(os.getpid(), signal.SIGKILL)"),
+        script("after", "pass"),
     ]
-    status = run(tmp_path, steps)
-    assert statuses(status) == {"first": "done", "missed": "done", "nothing": "unavailable", "broken": "failed"}
-    found = {row["name"]: row["found"] for row in status["steps"]}
-    assert found == {"first": "a b c", "missed": "", "nothing": "no GPU", "broken": "exit code 3: it broke"}
-    assert json.loads((tmp_path / "status.json").read_text()) == status
+    document = run(tmp_path, steps)
+    expected = {"first": "done", "wrong": "done", "nothing": "unavailable", "broken": "failed", "killed": "failed"}
+    assert statuses(document) == expected | {"after": "done"}
+    assert whys(document) == {
+        "nothing": "no GPU",
+        "broken": "exit code 3: it broke",
+        "killed": "killed by SIGKILL: on its way",
+    }
+    assert (tmp_path / "first.log").read_text() == "a b c\n"
+    assert read_json(tmp_path / "reproduce.json") == document
 
 
-def test_what_is_done_is_not_done_again_and_what_failed_is(tmp_path):
+def test_each_result_is_on_the_disk_before_the_next_step_begins(tmp_path, run):
+    out, pack = tmp_path / "out", tmp_path / "out.tar.gz"
+    look = (
+        f"import json, tarfile; rows = json.load(open({str(out / 'reproduce.json')!r}))['steps']\n"
+        f"page, names = open({str(out / 'reproduce.md')!r}).read(), tarfile.open({str(pack)!r}).getnames()\n"
+        "print(rows[0]['status'], 'done, s: first' in page, 'out/first.log' in names)"
+    )
+    run(out, [script("first", "pass"), script("look", look)], pack=pack)
+    assert (out / "look.log").read_text() == "done True True\n"
+
+
+def test_what_is_done_is_not_done_again_and_what_failed_is(tmp_path, run):
     steps = [script("good", once(tmp_path / "good.txt")), script("bad", once(tmp_path / "bad.txt") + "; exit(1)")]
-    out = tmp_path / "out"
-    run(out, steps)
-    status = run(out, steps)
+    steps.append(script("later", once(tmp_path / "later.txt"), stage="numbers"))
+    run(tmp_path / "out", steps)
+    document = run(tmp_path / "out", steps)
     assert (tmp_path / "good.txt").read_text() == "ran\n"
     assert (tmp_path / "bad.txt").read_text() == "ran\nran\n"
-    assert statuses(status) == {"good": "done", "bad": "failed"}
+    assert statuses(document) == {"good": "done", "bad": "failed", "later": "left"}
+    document = run(tmp_path / "out", steps, stage="numbers")
+    assert statuses(document) == {"good": "done", "bad": "failed", "later": "done"}
+    assert (tmp_path / "bad.txt").read_text() == "ran\nran\n", "a stage does its own steps"
 
 
-def test_what_reads_the_results_of_others_is_done_by_every_call(tmp_path):
-    """The predictions are held against the article's run too, which comes after them, maybe only in a later call."""
-    steps = [script("read", once(tmp_path / "read.txt"), repeats=True), script("measured", "pass")]
-    for lines in ("ran\n", "ran\nran\n"):
+def test_what_reads_the_results_of_others_is_done_last_by_every_call(tmp_path, run):
+    code = f"open({str(tmp_path / 'read.txt')!r}, 'a').write(str(int(__import__('os').path.exists({{!r}}))))"
+    read = script("read", code.format(str(tmp_path / "made")), stage="numbers", repeats=True)
+    steps = [read, script("make", f"open({str(tmp_path / 'made')!r}, 'w')")]
+    for seen in ("1", "11"):
         assert set(statuses(run(tmp_path / "out", steps)).values()) == {"done"}
-        assert (tmp_path / "read.txt").read_text() == lines
-    plan = reproduce_plan.plan(tmp_path, Request(), False, GPU)
-    assert [step.name for step in plan if step.repeats] == ["predictions", "predictions-again"]
-    assert plan[-1].name == "predictions-again"
+        assert (tmp_path / "read.txt").read_text() == seen
 
 
-def test_a_step_that_runs_out_of_time_is_interrupted_and_saves(tmp_path):
-    """It gets its share of the time, SIGINT, and some seconds to save."""
+def test_a_step_that_runs_out_of_time_is_interrupted_and_saves(tmp_path, run):
     code = (
         "import time\n"
-        "try:\n    time.sleep(60)\n"
+        "try:\n    time.sleep(600)\n"
         f"except KeyboardInterrupt:\n    open({str(tmp_path / 'saved')!r}, 'w').write('saved')\n"
         "    raise SystemExit(130)"
     )
-    begun_s = time.monotonic()
-    status = run(tmp_path / "out", [script("slow", code)], budget=12)
-    assert time.monotonic() - begun_s < 60  # or it has slept to its end
-    assert statuses(status)["slow"] == "out of time"
+    document = run(tmp_path / "out", [script("slow", code, limit_s=8), script("next", "pass")])
+    assert statuses(document) == {"slow": "out of time", "next": "done"}
+    assert whys(document)["slow"] == "exit code 130: no word"
     assert (tmp_path / "saved").read_text() == "saved"
 
 
-def test_a_step_that_was_just_done_when_time_ran_out_is_done(tmp_path):
-    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('done')"
-    assert statuses(run(tmp_path, [script("late", code)], budget=12)) == {"late": "done"}
+def test_a_step_that_was_just_done_when_time_ran_out_is_done(tmp_path, run):
+    code = "import time\ntry:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    print('done')"
+    assert statuses(run(tmp_path, [script("late", code, limit_s=8)])) == {"late": "done"}
 
 
-def test_a_step_that_ignores_the_signal_is_ended(tmp_path, monkeypatch):
-    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-    monkeypatch.setattr(reproduce, "GRACE_S", 0.2)
-    monkeypatch.setattr(reproduce, "LEAST_S", 0.5)
-    row = run(tmp_path, [script("deaf", code)], budget=1.5)["steps"][0]
-    assert row["status"] == "out of time"
-    assert row["exit_code"] == -9
+def test_a_step_that_ignores_the_signal_is_ended(tmp_path, run):
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True)\n"
+    document = run(tmp_path, [script("deaf", code + "time.sleep(600)", limit_s=8)])
+    assert statuses(document) == {"deaf": "out of time"}
+    assert whys(document) == {"deaf": "killed by SIGKILL: deaf"}
+    assert document["steps"][0]["exit_code"] == -9
 
 
-def test_a_full_disk_is_one_line(tmp_path):
-    def full(out, done):
-        raise OSError(28, "No space left on device")
+def test_steps_run_at_once_and_each_has_its_own_limit(tmp_path, run):
+    """Each of two waits for the other; the third of them never ends, and is not waited for longer than its limit."""
 
-    with pytest.raises(RunError, match=r"No space left on device; free some space"):
-        run(tmp_path, [script("tiles", "pass", after=full)])
+    def meets(mine: str, other: str) -> str:
+        paths = [str(tmp_path / name) for name in (mine, other)]
+        return f"import os, time; open({paths[0]!r}, 'w')\nwhile not os.path.exists({paths[1]!r}): time.sleep(0.01)"
+
+    steps = [
+        script("one", meets("a", "b"), together=True),
+        script("hangs", "import time; time.sleep(600)", limit_s=6, together=True),
+        script("other", meets("b", "a"), together=True),
+        script("alone", f"import os; print(os.path.exists({str(tmp_path / 'a')!r}))"),
+    ]
+    document = run(tmp_path / "out", steps)
+    assert statuses(document) == {"one": "done", "hangs": "out of time", "other": "done", "alone": "done"}
+    assert (tmp_path / "out" / "alone.log").read_text() == "True\n"
 
 
-def test_nothing_of_a_step_outlives_it(tmp_path, monkeypatch):
-    """Not even a child that ignores the signal at which its parent ends."""
+def test_nothing_of_a_step_outlives_it(tmp_path, run):
+    """Not even a child that ignores the signal at which its parent ends, and not until those beside it have ended."""
     alive = tmp_path / "alive"
     child = f"import time\nwhile True:\n    open({str(alive)!r}, 'a').write('x')\n    time.sleep(0.02)"
     code = (
         "import signal, subprocess, sys, time\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         f"subprocess.Popen([sys.executable, '-c', {child!r}])\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "time.sleep(60)"
+        f"while not __import__('os').path.exists({str(alive)!r}): time.sleep(0.01)\n"
+        "raise SystemExit(4)"
     )
-    monkeypatch.setattr(reproduce, "LEAST_S", 0.5)
-    assert run(tmp_path / "out", [script("parent", code)], budget=4)["steps"][0]["status"] == "out of time"
-    size = alive.stat().st_size
-    time.sleep(0.3)
-    assert alive.stat().st_size == size > 0
+    beside = (
+        f"import json, os, time\nrecord, alive = {str(tmp_path / 'out' / 'reproduce.json')!r}, {str(alive)!r}\n"
+        "while json.load(open(record))['steps'][0]['status'] == 'left': time.sleep(0.05)\n"
+        "size = os.path.getsize(alive); time.sleep(0.3); print(os.path.getsize(alive) == size)"
+    )
+    steps = [script("parent", code, together=True), script("beside", beside, together=True)]
+    assert statuses(run(tmp_path / "out", steps)) == {"parent": "failed", "beside": "done"}
+    assert (tmp_path / "out" / "beside.log").read_text() == "True\n"
+    assert alive.stat().st_size > 0
 
 
-def test_a_budget_is_shared_by_weight_and_what_is_not_needed_goes_on(tmp_path, monkeypatch):
-    clock = itertools.count(0, 0)
-    monkeypatch.setattr(reproduce.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(reproduce.Reproduction, "_execute", lambda self, step, limit_s: (0, False))
-    steps = [script("a", "", 3), script("none", "", 5, reason="no GPU"), script("b", "", 1), script("c", "", 1)]
-    limits = [row["limit_s"] for row in run(tmp_path, steps, budget=100)["steps"]]
-    assert limits == [60, None, 50, 100]
+def test_a_step_is_not_begun_with_less_than_it_needs(tmp_path, run):
+    steps = [script("long", "pass", least_s=1000), script("short", "pass")]
+    assert statuses(run(tmp_path, steps)) == {"long": "left", "short": "done"}
+    assert statuses(run(tmp_path, steps, budget=5.0)) == {"long": "left", "short": "done"}
+    assert statuses(run(tmp_path / "other", steps, budget=5.0)) == {"long": "left", "short": "left"}
 
 
-def test_too_little_time_leaves_the_rest_and_a_new_budget_goes_on(tmp_path):
-    ran = tmp_path / "ran.txt"
-    steps = [script("a", once(ran), 1), script("b", once(ran), 100)]
-    out = tmp_path / "out"
-    assert statuses(run(out, steps, budget=6))["a"] == "left"
-    assert set(statuses(run(out, steps, budget=1000)).values()) == {"done"}
+def test_no_step_goes_beyond_the_budget(tmp_path, run):
+    steps = [script("slow", "import time; time.sleep(600)", limit_s=500), script("more", "pass")]
+    document = run(tmp_path, steps, budget=12.0)
+    assert statuses(document) == {"slow": "out of time", "more": "left"}
+    assert document["steps"][0]["limit_s"] < 12 - reproduce.CLOSE_S
 
 
-def test_ctrl_c_ends_the_step_and_leaves_it_for_the_next_time(tmp_path, monkeypatch):
-    ended = []
-    monkeypatch.setattr(reproduce, "_end", lambda process, grace_s: ended.append(process.kill() or process.wait()))
-
-    def interrupted(self, timeout=None):
-        raise Interrupted(2)
-
-    steps = [script("first", "pass"), script("second", "import time; time.sleep(60)")]
-    run(tmp_path, steps[:1])
-    original = reproduce.subprocess.Popen.wait
-    calls = []
-
-    def wait(self, timeout=None):
-        calls.append(timeout)
-        return interrupted(self) if len(calls) == 1 else original(self, timeout)
-
-    monkeypatch.setattr(reproduce.subprocess.Popen, "wait", wait)
-    with pytest.raises(Interrupted):
-        run(tmp_path, steps)
-    assert ended == [-9]
-    status = json.loads((tmp_path / "status.json").read_text())
-    assert statuses(status) == {"first": "done", "second": "left"}
+def test_a_step_waits_for_what_it_needs(tmp_path, run):
+    steps = [script("reads", "pass", needs="made.txt")]
+    document = run(tmp_path, steps)
+    assert (statuses(document), whys(document)) == ({"reads": "left"}, {"reads": "it needs made.txt"})
+    (tmp_path / "made.txt").touch()
+    document = run(tmp_path, steps)
+    assert (statuses(document), whys(document)) == ({"reads": "done"}, {})
 
 
-def test_an_attempt_that_cannot_go_on_begins_afresh(tmp_path):
+def test_an_attempt_that_cannot_go_on_begins_afresh(tmp_path, run):
     run_folder, ok = str(tmp_path / "out" / "run"), str(tmp_path / "ok")
-    code = f"import os; os.mkdir({run_folder!r}); exit(not os.path.exists({ok!r}))"
-    step = script("profiled", code, fresh="run")
-    assert statuses(run(tmp_path / "out", [step])) == {"profiled": "failed"}
+    step = script("trained", f"import os; os.mkdir({run_folder!r}); exit(not os.path.exists({ok!r}))", fresh="run")
+    assert statuses(run(tmp_path / "out", [step])) == {"trained": "failed"}
     (tmp_path / "ok").touch()
-    assert statuses(run(tmp_path / "out", [step])) == {"profiled": "done"}
+    assert statuses(run(tmp_path / "out", [step])) == {"trained": "done"}
 
 
-def test_what_was_done_is_a_page_that_says_what_is_left(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Study, "finish", FINISH)
-    summary = '{"data_identity": "copy", "status": "complete"}'
-    write = f"import os; os.mkdir({str(tmp_path / 'run')!r}); open({str(tmp_path / 'run/summary.json')!r}, 'w')"
-    steps = [
-        script("first", f"{write}.write({summary!r}); print('ten to one')", found=last_line("first")),
-        script("broken", "raise SystemExit(3)"),
-        script("nothing", "pass", reason="no GPU"),
-    ]
-    reproduce.run(Request(out=tmp_path, synthetic=True), Terminal(), Interrupts(), 60, steps)
-    document = read_json(tmp_path / "reproduce.json")
-    assert document["data_identity"] == "copy"
-    assert document["environment"]["git_sha"]
-    headline, *said = document["sentences"]
-    assert "1 of 2 steps are done" in headline
-    assert said[0] == "first: ten to one."
-    assert said[1:] == ["Failed: broken (exit code 3: no output).", "Unavailable here, nothing: no GPU."]
-    assert [row[:2] for row in document["tables"][0]["rows"]] == [
-        ["first", "done"],
-        ["broken", "failed"],
-        ["nothing", "unavailable"],
-    ]
-    page = (tmp_path / "reproduce.html").read_text(encoding="utf-8")
-    assert "A COPY OF CIFAR-10" in page
-    assert "ten to one" in page
-    assert "left: broken; the same command with --out" in " ".join(capsys.readouterr().out.split())
+def test_what_an_earlier_step_measured_is_given_to_a_later_one(tmp_path, run):
+    file = tmp_path / "measured"
+    later = script("later", "import sys; print(len(sys.argv))", given=lambda: ("--with", "it") if file.exists() else ())
+    run(tmp_path / "without", [later])
+    run(tmp_path / "with", [script("first", once(file)), later])
+    assert [(tmp_path / name / "later.log").read_text() for name in ("without", "with")] == ["1\n", "3\n"]
 
 
-def test_nothing_begun_is_no_picture():
-    plot = reproduce_page.plot([{"name": "a", "status": "left", "seconds": None, "found": ""}])
-    assert not plot.chart.data
-    assert plot.chart.reason == "no step was begun"
+def test_a_steps_environment_is_added_to_ours(tmp_path, monkeypatch, run):
+    monkeypatch.setenv("OURS", "here")
+    code = "import os; print(os.environ['OURS'], os.environ['ITS'])"
+    run(tmp_path, [script("env", code, environment=(("ITS", "too"),))])
+    assert (tmp_path / "env.log").read_text() == "here too\n"
 
 
-def test_a_folder_of_another_plan_is_refused(tmp_path):
-    run(tmp_path, [])
-    with pytest.raises(UsageError, match="seed: None, now 3"):
-        run(tmp_path, [], seed=3)
+def test_a_command_that_is_not_there_is_a_failed_step(tmp_path, run):
+    document = run(tmp_path, [Step("absent", "smoke", ("no-such-command",), 10), script("next", "pass")])
+    assert statuses(document) == {"absent": "failed", "next": "done"}
+    assert "no-such-command" in whys(document)["absent"]
 
 
-@pytest.mark.parametrize("budget", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_budget_that_is_none_is_refused(budget):
-    with pytest.raises(UsageError, match="--budget"):
-        reproduce.check(Request(), budget)
+def test_a_full_disk_costs_no_step_and_is_one_line_at_the_end(tmp_path, monkeypatch, run, capsys):
+    def full(path, value):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reproduce, "write_json", full)
+    with pytest.raises(RunError, match=r"No space left on device\); free some space"):
+        run(
+            tmp_path,
+            [script("one", once(tmp_path / "ran")), script("two", once(tmp_path / "ran"))],
+            terminal=Terminal(),
+        )
+    assert (tmp_path / "ran").read_text() == "ran\nran\n"
+    assert "done, s: one" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("small", "gpu"), [(True, None), (False, GPU), (True, GPU)], ids=["cpu", "gpu", "look"])
-def test_the_plan_is_the_same_list_in_order_of_value(tmp_path, small, gpu):
-    request = Request(data_dir=tmp_path, settings=("momentum=0.8",), seed=4)
-    steps = {step.name: step for step in reproduce_plan.plan(tmp_path, request, small, gpu)}
-    first = ["suite", "doctor", "ceilings", "tiles", "bench", "ladder", "profiled", "accuracy", "predictions"]
-    further = ["suite-again", "memcheck", "racecheck", "profiled-article", "accuracy-article", "accuracy-resnet9"]
-    assert list(steps) == [*first, *further, "step-modes", "predictions-again"]
-    assert [name for name, step in steps.items() if not step.further] == first
-    unavailable = {name for name, step in steps.items() if step.reason} - {"memcheck", "racecheck"}
-    assert unavailable == (set() if gpu else {"tiles", "predictions", "step-modes", "predictions-again"})
-    for name in ("ladder", "profiled", "accuracy", "profiled-article", "accuracy-article", "accuracy-resnet9"):
-        assert {"--set=momentum=0.8", "--seed", "4", "--data-dir", str(tmp_path)} <= set(steps[name].command)
-    assert ("--small" in steps["ladder"].command) == small
-    assert ("article-256" in steps["accuracy-article"].command) == (not small)
-    assert ("tests/test_conv_fprop.py" in steps["suite"].command) == (not small)
-    assert "tests/test_config.py" in steps["suite"].command or not small
+def test_ctrl_c_ends_the_step_and_leaves_it_for_the_next_time(tmp_path, run):
+    code = (
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getppid(), signal.SIGINT); time.sleep(600)\n"
+        f"except KeyboardInterrupt:\n    open({str(tmp_path / 'saved')!r}, 'w'); raise"
+    )
+    interrupts = Interrupts()
+    before = signal.signal(signal.SIGINT, interrupts.handle)
+    try:
+        with pytest.raises(Interrupted):
+            run(tmp_path / "out", [script("first", "pass"), script("second", code), script("third", "pass")])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    document = read_json(tmp_path / "out" / "reproduce.json")
+    assert statuses(document) == {"first": "done", "second": "left", "third": "left"}
+    assert whys(document) == {"second": "interrupted"}
+    assert (tmp_path / "saved").exists()
 
 
-def test_the_checkers_need_a_gpu_and_their_program(tmp_path, monkeypatch):
-    def reasons(gpu: str | None) -> set:
-        steps = reproduce_plan.plan(tmp_path, Request(), False, gpu)
-        return {step.reason for step in steps if step.name in ("memcheck", "racecheck")}
+def test_a_command_that_is_killed_loses_nothing_and_leaves_nobody_behind(tmp_path):
+    """Its page and its archive are there, the step that ran ends with it, and the same command goes on."""
+    out, pack, number = tmp_path / "out", tmp_path / "out.tar.gz", tmp_path / "number"
+    code = f"import os, time; open({str(number)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    driver = (
+        "import sys; from pathlib import Path; sys.path[:0] = ['.', 'tests']\n"
+        "from experiments import reproduce; from test_reproduce import *\n"
+        "reproduce.facts = lambda: CPU\n"
+        f"reproduce.plan = lambda *a: [script('first', {once(tmp_path / 'first')!r}), script('second', {code!r})]\n"
+        "from experiments.__main__ import app\n"
+        f"app(['reproduce', '--stage=smoke', '--synthetic', '--out', {str(out)!r}, '--pack', {str(pack)!r}])"
+    )
+    process = subprocess.Popen([sys.executable, "-c", driver], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (number.exists() and number.read_text()):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    step = int(number.read_text())
+    for _ in range(600):
+        if not running(step):
+            break
+        time.sleep(0.05)
+    assert not running(step)
+    assert statuses(read_json(out / "reproduce.json")) == {"first": "done", "second": "left"}
+    assert "done, s: first" in (out / "reproduce.md").read_text()
+    with tarfile.open(pack) as kept:
+        assert {"out/reproduce.json", "out/reproduce.md", "out/first.log"} <= set(kept.getnames())
+    again = subprocess.run(
+        [sys.executable, "-c", driver.replace(repr(code), repr(once(tmp_path / "second")))], cwd=ROOT, timeout=120
+    )
+    assert again.returncode == 0
+    assert statuses(read_json(out / "reproduce.json")) == {"first": "done", "second": "done"}
+    assert (tmp_path / "first").read_text() == "ran\n"
 
-    monkeypatch.setattr(reproduce_plan.shutil, "which", lambda name: None)
-    assert reasons(None) == {"it needs a CUDA GPU"}
-    assert reasons(GPU) == {"compute-sanitizer is not on the PATH; it comes with the CUDA toolkit"}
-    monkeypatch.setattr(reproduce_plan.shutil, "which", lambda name: f"/usr/bin/{name}")
-    assert reasons(GPU) == {None}
+
+def running(process: int) -> bool:
+    """Whether there is such a process, other than as a name that waits for its parent."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_table_is_printed_last_and_is_not_too_long(tmp_path, run, capsys):
+    def wordy(number: int) -> Step:
+        return script(f"step-{number:03d}", f"print('x' * 190 + '{number}'); exit(9)")
+
+    run(tmp_path, [wordy(number) for number in range(60)], terminal=Terminal(), budget=600.0)
+    printed = capsys.readouterr().out.partition("reproduce on a CPU")[2]
+    assert 9_000 < len(printed) < 11_000
+    assert printed.rstrip().split("\n")[-1].startswith("left: step-000, step-001")
+    assert "the rest is in reproduce.md" in printed
+    assert "step-059: exit code 9" in (tmp_path / "reproduce.md").read_text()
 
 
 @pytest.mark.parametrize(
-    ("cores", "plugin", "words"),
-    [(16, True, ["-n", "8"]), (6, True, ["-n", "3"]), (2, True, []), (16, False, []), (None, True, [])],
-    ids=["many_cores", "some", "two", "no_plugin", "unknown"],
+    ("stage", "budget", "ends"),
+    [
+        ("smoke", None, {"smoke": (230, 1)}),
+        ("numbers", 100.0, {"numbers": (100, 1)}),
+        ("numbers", 880.0, {"numbers": (880, 2)}),
+        (None, 600.0, {"smoke": (230, 1), "numbers": (600, 1), "peers": (600, 1)}),
+        (None, None, {"smoke": (230, 1), "numbers": (670, 1), "peers": (1230, 1)}),
+        (None, 3690.0, {"smoke": (690, 3), "numbers": (2010, 3), "peers": (3690, 3)}),
+    ],
+    ids=["its_own", "less", "more", "ten_minutes", "all", "an_hour"],
 )
-def test_the_suite_uses_the_cores_that_there_are(tmp_path, monkeypatch, cores, plugin, words):
-    monkeypatch.setattr(reproduce_plan.os, "cpu_count", lambda: cores)
-    monkeypatch.setattr(reproduce_plan.importlib.util, "find_spec", lambda name: plugin or None)
-    suite = reproduce_plan.plan(tmp_path, Request(), False, GPU)[0].command
-    assert [word for word in suite if word == "-n" or word.isdigit()] == words
+def test_a_stage_ends_by_its_limit_or_by_the_budget(stage, budget, ends):
+    assert limits(stage, budget) == ends
 
 
-def test_on_another_gpu_nothing_was_predicted(tmp_path):
-    steps = {step.name: step for step in reproduce_plan.plan(tmp_path, Request(), False, "NVIDIA A100-SXM4-40GB")}
-    assert steps["predictions"].reason == "the predictions are for NVIDIA H100 80GB HBM3 and NVIDIA H200"
-    assert not steps["bench"].reason
+def test_stages_come_in_their_order(tmp_path, run):
+    steps = [script(name, "pass", stage=name) for name in STAGES]
+    assert set(statuses(run(tmp_path, steps, stage=None)).values()) == {"done"}
+    assert list(STAGES) == ["smoke", "numbers", "peers"]
 
 
-def test_every_op_is_among_the_small_cases():
-    """With all that can be fused into it."""
-    small = [case for case in cases.cases() if case.shape in reproduce_plan.SMALL_CASES]
-    assert {(case.op, case.variant) for case in small} == {(case.op, case.variant) for case in cases.cases()}
-    assert set(reproduce_plan.SMALL_CASES) == {case.shape for case in small}
+def test_the_archive_holds_results_and_neither_weights_nor_data(tmp_path):
+    out = tmp_path / "out"
+    (out / "run" / "records").mkdir(parents=True)
+    (out / "cifar-10-batches-bin").mkdir()
+    for name in ("summary.json", "checkpoint-98.safetensors", "records/trace.json.gz"):
+        (out / "run" / name).touch()
+    (out / "cifar-10-batches-bin" / "data_batch_1.bin").touch()
+    reproduce.archive(out, out / "all.tar.gz")
+    reproduce.archive(out, out / "all.tar.gz")
+    with tarfile.open(out / "all.tar.gz") as kept:
+        files = sorted(member.name for member in kept if member.isfile())
+    assert files == ["out/run/records/trace.json.gz", "out/run/summary.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["all.tar.gz", "cifar-10-batches-bin", "run"]
 
 
-def test_what_is_further_shares_what_is_left_by_all_else(tmp_path, monkeypatch):
-    clock = itertools.count(0, 0)
-    monkeypatch.setattr(reproduce.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(reproduce.Reproduction, "_execute", lambda self, step, limit_s: (0, False))
-    steps = [script("a", "", 1), script("b", "", 3), script("c", "", 100, further=True)]
-    assert [row["limit_s"] for row in run(tmp_path, steps, budget=100)["steps"]] == [25, 100, 100]
+def test_a_folder_of_another_plan_or_machine_is_refused(tmp_path, monkeypatch, run):
+    run(tmp_path, [])
+    with pytest.raises(UsageError, match="seed: None, now 3"):
+        run(tmp_path, [], seed=3)
+    monkeypatch.setitem(CPU, "machine", {"device": "cpu", "torch": "2.14"})
+    with pytest.raises(UsageError, match=r"torch: None, now '2\.14'"):
+        run(tmp_path, [])
 
 
-def ceilings(**about) -> Ceilings:
-    one = Ceiling("one", "1", 1.0, 1.0, "FLOP/s", 1, 1.0)
-    return Ceilings(gemm=[one], convolutions=[], copy=one, launch=one, sm_clock_mhz=None, reasons=(), lacks=(), **about)
+def test_a_damaged_record_is_refused(tmp_path, run):
+    run(tmp_path, [])
+    (tmp_path / "reproduce.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"reproduce\.json is damaged"):
+        run(tmp_path, [])
 
 
-def test_what_an_earlier_step_measured_is_given_to_a_later_one(tmp_path):
-    code, file = "import sys; print(len(sys.argv))", tmp_path / "measured"
-    given = {"given": lambda: ("--with", "it") if file.exists() else ()}
-    later = script("later", code, found=last_line("later"), **given)
-    assert run(tmp_path / "without", [later])["steps"][0]["found"] == "1"
-    assert run(tmp_path / "with", [script("first", once(file)), later])["steps"][1]["found"] == "3"
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stage": "fast"}, "--stage fast is unknown; expected smoke, numbers, peers"),
+        ({"budget": 0.0}, "--budget 0: expected seconds, at least 5"),
+        ({"budget": float("inf")}, "--budget inf"),
+        ({"budget": float("nan")}, "--budget nan"),
+        ({"pack": Path("/no/such/folder/x.tar.gz")}, "--pack /no/such/folder"),
+        ({"pack": Path(".")}, "--pack ."),
+    ],
+    ids=["stage", "none", "infinite", "no_number", "no_folder", "a_folder"],
+)
+def test_a_slip_of_the_finger_is_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        reproduce.check(Request(), **options)
 
 
-@pytest.mark.parametrize("changes", [{}, {"fingerprint": "of another driver"}, None], ids=["here", "elsewhere", "none"])
-def test_ceilings_are_given_to_the_runs_that_they_fit(tmp_path, changes):
-    """Others are measured again: a folder may have been begun on another machine, and train.py refuses its ceilings."""
-    device = torch.device("cpu")
-    here = fingerprint(machine(environment(device, reproduce_plan.ROOT)))
-    about = {"device": device_name(device), "dtype": "float32", "fingerprint": here}
-    if changes is not None:
-        write_json(tmp_path / "ceilings.json", ceilings(**about | changes).to_json())
-
-    def given(*settings: str) -> set:
-        steps = reproduce_plan.plan(tmp_path, Request(settings=settings), True, None)
-        return {step.given() for step in steps if step.name in ("profiled", "profiled-article")}
-
-    fits = ("--ceilings", str(tmp_path / "ceilings.json"))
-    assert given("dtype=float32") == {fits if changes == {} else ()}
-    assert given("dtype=bfloat16") == {()}
+def test_settings_that_the_runs_differ_in_are_refused():
+    with pytest.raises(UsageError, match="--set ops would make runs alike"):
+        reproduce.check(Request(settings=("momentum=0.8", "ops=reference")))
 
 
-def test_a_steps_environment_is_added_to_ours(tmp_path, monkeypatch):
-    monkeypatch.setenv("OURS", "here")
-    code = "import os; print(os.environ['OURS'], os.environ['ITS'])"
-    step = script("env", code, environment=(("ITS", "too"),), found=last_line("env"))
-    assert run(tmp_path, [step])["steps"][0]["found"] == "here too"
+def test_the_machine_is_asked_in_a_process_of_its_own(monkeypatch):
+    """A context on the device would stay open, and a device may never answer."""
+    here = reproduce.facts()
+    assert here["environment"]["python"]
+    assert here["machine"]["torch"]
+    assert isinstance(here["on_gpu"], bool)
+    monkeypatch.setattr(reproduce, "PATIENCE_S", 0.01)
+    with pytest.raises(DeviceError, match=r"did not answer within 0\.01 s"):
+        reproduce.facts()
+    monkeypatch.setattr(reproduce, "PATIENCE_S", 60)
+    monkeypatch.setenv("PYTHONPATH", os.devnull)
+    monkeypatch.setattr(reproduce, "ROOT", Path("/"))
+    with pytest.raises(DeviceError, match=r"cannot be asked for its name: .*experiments"):
+        reproduce.facts()
 
 
-def test_what_the_doctor_misses_is_found(tmp_path):
-    (tmp_path / "doctor.log").write_text(
-        "ok      rich     15\nmissing CIFAR-10          not in data\nmissing CUDA GPU  no\n"
+def test_the_command_prints_its_record_for_a_script(tmp_path):
+    driver = (
+        "import sys; sys.path[:0] = ['.', 'tests']\n"
+        "from experiments import reproduce; from test_reproduce import *\n"
+        "reproduce.facts, reproduce.plan = lambda: CPU, lambda *a: [script('first', 'pass')]\n"
+        "from experiments.__main__ import app\n"
+        f"app(['reproduce', '--stage=smoke', '--json', '--out', {str(tmp_path / 'out')!r}])"
     )
-    assert reproduce_plan._doctor_says(tmp_path) == "missing: CIFAR-10, CUDA GPU"
-    (tmp_path / "doctor.log").write_text("ok      rich     15\n")
-    assert reproduce_plan._doctor_says(tmp_path) == "nothing is missing"
+    done = subprocess.run([sys.executable, "-c", driver], cwd=ROOT, capture_output=True, text=True)
+    assert json.loads(done.stdout) == read_json(tmp_path / "out" / "reproduce.json")
+    assert done.stderr.rstrip().endswith("everything is done")
 
 
-def test_the_benchmarks_verdicts_are_counted(tmp_path):
-    def row(verdict: str | None, mode: str = "cold", provider: str = "ours", wrong: bool = False) -> None:
-        row = {"kind": "timing", "provider": provider, "mode": mode, "verdict": verdict, "wrong": wrong}
-        append_jsonl(tmp_path / "bench.jsonl", row)
-
-    row(None)
-    append_jsonl(tmp_path / "bench.jsonl", {"kind": "facts"})
-    assert reproduce_plan._bench_says(tmp_path) == "our kernels: none timed beside another"
-    for verdict in ("FAST", "SLOW", "FAST"):
-        row(verdict)
-    row("SLOW", mode="hot")
-    row("SLOW", provider="torch.compile")
-    row(None, wrong=True)
-    assert reproduce_plan._bench_says(tmp_path) == "our kernels: 2 FAST, 1 SLOW; 1 WRONG"
-
-
-def test_finished_runs_keep_no_weights(tmp_path):
-    (tmp_path / "accuracy" / "run-000").mkdir(parents=True)
-    run_folder = tmp_path / "accuracy" / "run-000"
-    for name in ("checkpoint-1.safetensors", "checkpoint-1.json", "summary.json"):
-        (run_folder / name).touch()
-    for done in (False, True):
-        assert (run_folder / "checkpoint-1.json").exists()
-        reproduce_plan._drop_checkpoints("accuracy")(tmp_path, done)
-    assert [path.name for path in run_folder.iterdir()] == ["summary.json"]
+ILL = """
+import sys; sys.path[:0] = [".", "tests"]
+from dataclasses import replace
+from experiments import reproduce, reproduce_plan
+ill = {
+    "doctor": (sys.executable, "-c", "import time; print('waiting', flush=True); time.sleep(600)"),
+    "check": ("no-such-command",),
+    "reference-eager": (sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"),
+    "tests": (sys.executable, "-c", "print('1 failed'); raise SystemExit(1)"),
+}
+def tiny(step):
+    words = ["tests/runs.py" if word == "train.py" else word for word in step.command if word != "--profile"]
+    limit_s = 5.0 if step.name == "doctor" else 300.0
+    return replace(step, command=ill.get(step.name, tuple(words)), limit_s=limit_s)
+def plan(*arguments):
+    chosen = (*ill, "reference", "ours", "fused-0", "reference-0", "memcheck")
+    return [tiny(step) for step in reproduce_plan.plan(*arguments) if step.name in chosen]
+reproduce.plan = plan
+from experiments.__main__ import app
+app(["reproduce", "--small", "--synthetic", "--budget", "1230", *sys.argv[1:]])
+"""
 
 
-def test_the_tiles_of_a_tuning_without_an_end_are_kept(tmp_path):
-    """Of the machine it ran on, nothing but OUT may be left."""
-    steps = {step.name: step for step in reproduce_plan.plan(tmp_path, Request(), False, GPU)}
-    interrupted = script("tiles", "raise SystemExit(130)", after=steps["tiles"].after)
-    assert statuses(run(tmp_path / "out", [interrupted])) == {"tiles": "failed"}
-    table = reproduce_plan.TILES.read_text()
-    assert (tmp_path / "out" / "tiles.json").read_text() == table
-
-
-def test_a_folder_that_goes_on_in_another_checkout_brings_its_tiles(tmp_path, monkeypatch):
-    table, out = tmp_path / "tiles.json", tmp_path / "out"
-    monkeypatch.setattr(reproduce_plan, "TILES", table)
-    monkeypatch.setattr(reproduce, "_device", lambda: ("NVIDIA H200", True))
-    table.write_text("tuned")
-    run(out, [script("tiles", "pass", after=reproduce_plan._keep_tiles)])
-    table.write_text("as committed")
-    run(out, [])
-    assert table.read_text() == "tuned"
-
-
-def test_the_ceilings_have_the_time_that_they_must_take(tmp_path):
-    """They keep nothing of an attempt without an end, and without them each profiled run measures its own, for longer.
-
-    A candidate runs for a quarter more than its seconds; a process is given ten to begin, and a call 540 in all.
-    """
-    steps = {step.name: step for step in reproduce_plan.plan(tmp_path, Request(), False, GPU)}
-    first, command = [step.weight for step in steps.values() if not step.further], steps["ceilings"].command
-    candidates = len(GEMMS["cuda"]) + 3 * sum(layer.R == 3 for layer in RESNET_LAYERS) + 2
-    takes_s = 10 + 1.25 * candidates * float(command[command.index("--seconds") + 1])
-    limit_s = 540 * steps["ceilings"].weight / sum(first)
-    assert limit_s - min(reproduce.GRACE_S, limit_s / 4) > takes_s
+def test_with_a_step_that_hangs_one_that_fails_and_one_that_is_killed_the_table_comes(tmp_path):
+    """Both stages on this machine with trainings on a tiny data set: nothing that was finished is lost."""
+    out, pack = tmp_path / "out", tmp_path / "kept.tar.gz"
+    words = ["--out", str(out), "--pack", str(pack)]
+    done = subprocess.run([sys.executable, "-c", ILL, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    document = read_json(out / "reproduce.json")
+    became = {name: status for name, status in statuses(document).items() if status != "unavailable"}
+    assert became == {
+        **{"doctor": "out of time", "check": "failed", "reference": "done", "reference-eager": "failed"},
+        **{"reference-0": "done", "tests": "done"},
+    }
+    table = done.stdout.partition("reproduce on ")[2]
+    assert len(table) < 11_000
+    for name in ("reference", "reference-0"):
+        (line,) = (line for line in table.split("\n") if line.startswith(f"{name} "))
+        assert "eager/reference" in line
+    assert "data: synthetic" in table
+    assert "reference: n = 1, mean accuracy" in table
+    assert "== tests: 1 failed" in table
+    assert "doctor: killed by SIGINT: KeyboardInterrupt" in table
+    assert "reference-eager: killed by SIGKILL" in table
+    assert table.rstrip().split("\n")[-1].startswith("left: check, ")
+    with tarfile.open(pack) as kept:
+        names = set(kept.getnames())
+        page = kept.extractfile("out/reproduce.md").read().decode()
+    assert {f"out/{name}/summary.json" for name in ("reference", "reference-0")} <= names
+    assert not any("checkpoint" in name for name in names)
+    assert table.partition("\n")[2].strip() in page
