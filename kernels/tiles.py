@@ -103,7 +103,8 @@ def default_tile(op: str, shape: ConvShape, dtype: torch.dtype, capability: tupl
     one, to wrong numbers on an H100, without a word (pytorch/pytorch#173068, #177823; PyTorch keeps to four since).
     More warps are for the table's entries, which were right on the GPU that measured them. Of a 128x128 block four
     warps hold 128 accumulators a thread: wgrad has registers left, and so has fprop on 9.x; on other GPUs fprop spills,
-    and dgrad with its mask and sums on all, hence 64 columns there.
+    and dgrad with its mask and sums on all, hence 64 columns there. A 1x1 filter's loop may be of a single step, in
+    which ptxas adds waits of its own on 9.x unless there are but 64 rows.
 
     The interpreter's time is per program and not per element, so its tiles are as large as the small maps of a test.
     fp32 has no matrix instruction that keeps fp32's accuracy, hence small tiles of plain multiply-adds.
@@ -117,10 +118,10 @@ def default_tile(op: str, shape: ConvShape, dtype: torch.dtype, capability: tupl
         return Tile(1024, _divisor(n, 256), _divisor(k, 256), num_warps=4, num_stages=1)
     if dtype == torch.float32:
         return Tile(64, _divisor(n, 32), _divisor(k, 32), num_warps=4, num_stages=2)
-    widest = 128 if op == "conv_fprop" and capability[0] == 9 else 64
+    wide = op == "conv_fprop" and capability[0] == 9
     return Tile(
-        128,
-        _divisor(n, widest),
+        64 if wide and shape.R == 1 else 128,
+        _divisor(n, 128 if wide else 64),
         _divisor(k, 64),
         num_warps=4,
         num_stages=3,
