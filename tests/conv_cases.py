@@ -27,8 +27,9 @@ CASES = {  # images, layer; tiles of 32 rows and 16 channels unless the case is 
 DEFAULT = {"c_not_multiple_of_tile"}
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 # Instructions that a warp issues in the main loop for each matrix instruction. A 128x128x64 step of 8 warps has 4 and
-# keeps an H200's tensor cores busy for 512 clocks; at 64 its schedulers, which issue one a clock, are as busy.
-INSTRUCTION_BUDGET = {80: 12, 90: 80, 100: 100}
+# keeps an H200's tensor cores busy for 512 clocks; at 64 its schedulers, which issue one a clock, are as busy;
+# so they are with 128x64x64 and 4 warps, which do half as much in half the time.
+INSTRUCTION_BUDGET = {80: 12, 90: 80, 100: 101}
 
 
 def use_tile(monkeypatch, case: str, descriptors: bool = False) -> None:
