@@ -4,7 +4,9 @@ A kernel file begins with `from kernels.jit import tl, triton`. Without Triton i
 and its cost work on a Mac or on Windows; its op then raises from `kernels.contract.check_device`, before any launch.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 
@@ -54,3 +56,23 @@ def unavailable(device: torch.device) -> str | None:
     if device.type == "cpu" and INTERPRETED:
         return None
     return f"they run on a CUDA GPU, not on {device.type} (on a CPU only in Triton's interpreter, TRITON_INTERPRET=1)"
+
+
+@contextlib.contextmanager
+def nothing_launched() -> Iterator[list]:
+    """Kernels are compiled instead of launched; yields the list of what they were, or will be, compiled to.
+
+    What an op computes within is memory as it came.
+    """
+    from triton.runtime.jit import JITFunction
+
+    launch, kernels = JITFunction.run, []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        kernels.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
+
+    JITFunction.run = run
+    try:
+        yield kernels
+    finally:
+        JITFunction.run = launch

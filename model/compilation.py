@@ -1,18 +1,20 @@
 """Compile kernels in parallel, before the first step needs them."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
+from kernels.jit import nothing_launched
+
 
 def compile_kernels(run: Callable[[], Any], device: torch.device) -> None:
     """Compile the kernels that `run` would launch on `device`, on all cores, and load them; none is launched.
 
-    What `run` computes is therefore of no meaning: the kernels' results are memory as it came. Kernels are not
-    specialised on the size of a batch, so that any size stands for all. Triton compiles outside of Python's lock, and
+    What `run` computes is therefore of no meaning. Kernels are not specialised on the size of a batch, so that any size
+    stands for all. Triton compiles outside of Python's lock, and
     assembles in another process, so that threads suffice. A kernel that fails is left for the step that needs it, which
     says so; what `run` itself raises is passed on.
     """
@@ -31,25 +33,8 @@ def compile_kernels(run: Callable[[], Any], device: torch.device) -> None:
         with (
             on_device(),
             torch.autograd.set_multithreading_enabled(False),
-            _compiled_instead() as kernels,
+            nothing_launched() as kernels,
             AsyncCompileMode(threads, ignore_errors=True),
         ):
             run()
         list(threads.map(load, {id(kernel): kernel for kernel in kernels}.values()))
-
-
-@contextlib.contextmanager
-def _compiled_instead() -> Iterator[list]:
-    """What is launched within is compiled only: yields what it was, or will be, compiled to."""
-    from triton.runtime.jit import JITFunction
-
-    launch, kernels = JITFunction.run, []
-
-    def run(self, *args, grid, warmup, **kwargs):
-        kernels.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
-
-    JITFunction.run = run
-    try:
-        yield kernels
-    finally:
-        JITFunction.run = launch

@@ -9,7 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from concurrent.futures.process import BrokenProcessPool
 
 MOST = 8
@@ -45,16 +45,3 @@ class Precompiler:
 
 def _leave_interrupts_to_the_caller() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def nothing_launched() -> Iterator[None]:
-    """Kernels are compiled instead of launched, as by their `warmup`; results of ops are memory as it came."""
-    from triton.runtime.jit import JITFunction
-
-    run = JITFunction.run
-    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: run(self, *args, grid=grid, warmup=True, **kwargs)
-    try:
-        yield
-    finally:
-        JITFunction.run = run

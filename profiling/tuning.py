@@ -16,6 +16,7 @@ import torch
 
 from kernels import tiles
 from kernels.conv_shape import ConvShape, boxes_fit
+from kernels.jit import nothing_launched
 from kernels.tiles import Entry, Gpu, Tile
 from profiling.ahead_of_time import LIMITS
 from profiling.bench import Setup, lost, searching
@@ -23,7 +24,7 @@ from profiling.case import Case, Draw, tensors
 from profiling.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
 from profiling.gate import Gate
 from profiling.loaded_kernels import launched, local_bytes
-from profiling.precompile import Precompiler, nothing_launched
+from profiling.precompile import Precompiler
 from profiling.timing import QUICK, Samples, first_line, interleave, summarise
 
 FINALISTS = 3

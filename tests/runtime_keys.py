@@ -16,11 +16,11 @@ from triton.compiler import make_backend
 from triton.runtime import driver
 
 from kernels import contract, tiles
+from kernels.jit import nothing_launched
 from kernels.sgd import sgd
 from profiling.ahead_of_time import launches, source
 from profiling.case import Draw
 from profiling.cases import cases
-from profiling.precompile import nothing_launched
 
 GPU, TARGET = tiles.Gpu("NVIDIA H100 80GB HBM3", (9, 0)), GPUTarget("cuda", 90, 32)
 

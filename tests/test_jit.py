@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from triton.runtime.jit import JITFunction
 
 from kernels import jit
 
@@ -62,3 +63,20 @@ def test_old_gpus_are_refused(monkeypatch):
         reason = jit.unavailable.__wrapped__(torch.device("cuda"))
         assert (reason is None) == usable
         assert usable or "Tesla V100 has compute capability 7." in reason
+
+
+def test_kernels_are_compiled_and_not_launched(monkeypatch):
+    calls = []
+
+    def launch(self, *args, grid, warmup):
+        calls.append((args, warmup))
+        return "compiled"
+
+    monkeypatch.setattr(JITFunction, "run", launch)
+    original = JITFunction.run
+    with jit.nothing_launched() as kernels:
+        JITFunction.run(None, 1, 2, grid=(1,), warmup=False)
+    JITFunction.run(None, 3, grid=(1,), warmup=False)
+    assert kernels == ["compiled"]
+    assert calls == [((1, 2), True), ((3,), False)]
+    assert JITFunction.run is original
