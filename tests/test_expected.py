@@ -194,7 +194,9 @@ def test_the_fused_step_is_predicted_kernel_by_kernel():
     ours = [row for row in rows if row.launches]
     assert {row.op for row in ours} >= {"augment", "fprop", "dgrad", "wgrad", "bn_finalize", "bn_backward_apply"}
     for row in ours:
-        kernel = {"fprop": "conv_fprop", "dgrad": "conv_dgrad", "wgrad": "conv_wgrad"}.get(row.op, row.op)
+        kernel = {"fprop": "conv_fprop", "dgrad": "conv_dgrad", "wgrad": "conv_wgrad", "optimiser": "sgd"}.get(
+            row.op, row.op
+        )
         assert all(one.kernel.startswith(kernel.removesuffix("_add")) for one in row.launches), row
         assert (row.launches[row.main].block is not None) == (row.op in expected.CONVOLUTIONS)
     assert sum(row.op == "fprop" for row in rows) == sum(row.op == "wgrad" for row in rows)
