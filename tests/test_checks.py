@@ -82,9 +82,10 @@ def test_a_disk_that_is_full_is_its_own_error():
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
 from pathlib import Path
 from profiling.checks import Check, Pool
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 worker, groups = sys.argv[1], [[Check("a", 2), Check("hangs", 2)], [Check("hangs", 2)]]
 def report(row):
     print(row[2], flush=True)
