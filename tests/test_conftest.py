@@ -5,10 +5,15 @@ import sys
 import types
 from pathlib import Path
 
-import conftest
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def conftest(pytestconfig):
+    """The module: of its name there is another one in a folder below."""
+    return pytestconfig.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
 
 
 def test_a_gpu_decides_the_tests_that_ask_for_the_device_and_those_marked_for_it():
@@ -19,6 +24,7 @@ def test_a_gpu_decides_the_tests_that_ask_for_the_device_and_those_marked_for_it
     assert [line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line] == [
         "tests/test_sustained.py::test_a_captured_call_is_replayed",
         "tests/test_tuning.py::test_the_backend_refuses_wrong_and_spilling_tiles_and_times_the_others",
+        "tests/test_tuning.py::test_a_library_that_fails_is_named_beside_the_tiles_that_are_refused",
     ], done.stdout + done.stderr
 
 
@@ -31,7 +37,7 @@ def test_a_gpu_decides_the_tests_that_ask_for_the_device_and_those_marked_for_it
     ],
     ids=["neither", "asks", "marked"],
 )
-def test_a_file_without_such_a_test_is_not_even_imported(tmp_path, text, ignored):
+def test_a_file_without_such_a_test_is_not_even_imported(conftest, tmp_path, text, ignored):
     """A GPU machine may lack what it needs, and a file that cannot be imported ends the whole collection."""
     path = tmp_path / "test_x.py"
     path.write_text(text)
@@ -56,7 +62,7 @@ class Item:
 
 
 @pytest.mark.parametrize("gpu", [True, False], ids=["gpu", "no_gpu"])
-def test_on_a_gpu_a_test_that_it_decides_is_bounded(monkeypatch, gpu):
+def test_on_a_gpu_a_test_that_it_decides_is_bounded(conftest, monkeypatch, gpu):
     monkeypatch.setattr(conftest, "HAS_GPU", gpu)
     asking, other = Item("device", "tmp_path"), Item("tmp_path")
     conftest.pytest_collection_modifyitems([asking, other])
