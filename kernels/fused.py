@@ -29,7 +29,7 @@ __all__ = ["augment", "conv_bn_relu", "implementation", "preact_block", "sgd", "
 def implementation(conv: str = "table") -> SimpleNamespace:
     """An implementation whose convolutions are chosen by the tile "table", or all ours: "triton".
 
-    Its functions are plain values: a network that keeps them can be copied. Raises ValueError for any other choice.
+    Its blocks are plain values: a network that keeps them can be copied. Raises ValueError for any other choice.
     """
     if conv not in CONVOLUTIONS:
         raise ValueError(f"conv is {conv!r}, expected one of {', '.join(CONVOLUTIONS)}")

@@ -17,14 +17,14 @@ class TwoBlocks(nn.Module):
 
     def __init__(self, ops, prep_bn: bool = False):
         super().__init__()
-        self.ops = ops
+        self.stem = ops.stem
         self.prep = conv_weight(3, 16)
         self.prep_bn = BatchNorm(16) if prep_bn else None
         self.blocks = nn.ModuleList([PreactBlock(ops, 16, 16, 1, True), PreactBlock(ops, 16, 32, 2, True)])
         self.linear = nn.Linear(32, 10)
 
     def forward(self, x):
-        x, statistics = self.ops.stem(x, self.prep, self.prep_bn and self.prep_bn())
+        x, statistics = self.stem(x, self.prep, self.prep_bn and self.prep_bn())
         for block in self.blocks:
             x, statistics = block(x, statistics)
         return F.linear(x.mean((2, 3)), self.linear.weight.to(x.dtype), self.linear.bias.to(x.dtype))
