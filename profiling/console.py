@@ -106,7 +106,8 @@ class Meter:
         """`units` more are done; `text` says how it goes."""
         self.done += units
         now_s = time.monotonic()
-        text = f"{text}  {(self.done - self.first) / max(now_s - self.start_s, 1e-9):,.0f} {self.unit}/s"
+        rate = (self.done - self.first) / max(now_s - self.start_s, 1e-9)
+        text = f"{text}  {f'{rate:,.0f}' if rate >= 10 else f'{rate:.2g}'} {self.unit}/s"
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, description=text)
             return

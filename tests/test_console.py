@@ -64,6 +64,14 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch)
     assert re.fullmatch(r"epoch 1  [\d,]+ images/s  50/100, about \d+ s left", line)
 
 
+def test_the_rate_of_what_takes_seconds_is_not_zero(capsys, monkeypatch):
+    monkeypatch.setattr(console, "PLAIN_PROGRESS_S", 0.0)
+    with Terminal().progress(10, 0, "epochs") as meter:
+        meter.start_s -= 8
+        meter.advance(2)
+    assert "  0.25 epochs/s  2/10" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_a_bar_on_a_terminal():
     import pty
