@@ -52,7 +52,7 @@ class Sizes(NamedTuple):
 
 WHOLE = Sizes(FEWEST)
 SMALL = Sizes(32, (8, 8, 8, 8), 2_048, 500)
-"""So narrow a network that making a batch takes a good part of the time: that is what half of the rungs are about."""
+"""The narrowest network there is, so that the host and the input weigh as much as they can."""
 
 
 def check(request: Request, epochs_per_rung: int | None = None, full: bool = False, cutout: int = 0) -> None:
