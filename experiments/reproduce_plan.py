@@ -222,7 +222,7 @@ class _Plan:
     def kernels(self, mode: str) -> Step:
         """The longest kernels of a mode's step."""
         command = _module("experiments.longest_kernels", str(self.out / mode))
-        needs, reason = f"{mode}/summary.json", self.unable(MODES[mode][1])
+        needs, reason = f"{mode}/log.jsonl", self.unable(MODES[mode][1])
         return Step(f"kernels-{mode}", "smoke", command, 40, needs=needs, given=self.data, reason=reason)
 
     def unable(self, settings: dict[str, str]) -> str | None:
