@@ -43,6 +43,13 @@ class Tile:
     descriptors: bool = False
     SPLIT: int = 1
 
+    def __str__(self) -> str:
+        """As in "128x64x64 4 warps 3 stages descriptors"."""
+        split = f" split {self.SPLIT}" if self.SPLIT > 1 else ""
+        how = "descriptors" if self.descriptors else "pointers"
+        blocks = f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K}"
+        return f"{blocks} {self.num_warps} warps {self.num_stages} stages {how}{split}"
+
     def check(self, op: str, shape: ConvShape) -> None:
         """Raise ValueError unless the tile can run `op` at `shape`: powers of two that divide the channels."""
         channels = {"conv_fprop": (None, shape.K, shape.C), "conv_dgrad": (None, shape.C, shape.K)}

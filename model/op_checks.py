@@ -99,15 +99,13 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
 
 
 def describe(name: str, args: tuple) -> str:
-    """The op with its shape, dtype and tile: "conv_fprop 64x32x32-64x3x3-s1 fp16, tile 128x64x64, 4 warps"."""
+    """Op, shape and dtype, and a convolution's tile: "conv_fprop 64x32x32-64x3x3-s1 fp16, tile 128x64x64..."."""
     x = args[0]
     dtype = _SHORT.get(x.dtype, str(x.dtype).removeprefix("torch."))
     if name not in _CONV_SHAPES:
         return f"{name} {'x'.join(map(str, x.shape))} {dtype}"
     shape = _CONV_SHAPES[name](*args)
-    tile = tiles.tile(name, shape, x.dtype, tiles.gpu_of(x.device))
-    blocks = f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
-    return f"{name} {shape} {dtype}, tile {blocks}, {tile.num_warps} warps"
+    return f"{name} {shape} {dtype}, tile {tiles.tile(name, shape, x.dtype, tiles.gpu_of(x.device))}"
 
 
 _SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}

@@ -35,7 +35,6 @@ def run(chosen: Sequence["Case"], dtype: "torch.dtype", how: How, terminal: "Ter
     from kernels import jit, tiles
     from profiling import checks
     from profiling.records import append_jsonl
-    from profiling.tuning import in_words
 
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     reason = jit.unavailable(device)
@@ -51,7 +50,7 @@ def run(chosen: Sequence["Case"], dtype: "torch.dtype", how: How, terminal: "Ter
         if how.out is not None:
             append_jsonl(how.out, row)
         said = row["status"] if row["error"] is None else f"{row['status']}: {row['error']}"
-        tile = f"  ({in_words(tiles.Tile(**row['tile']))})" if row["error"] and row["tile"] else ""
+        tile = f"  ({tiles.Tile(**row['tile'])})" if row["error"] and row["tile"] else ""
         terminal.say(f"{row['case']:<50} {row['batch']:>4} images  {said}{tile}")
 
     try:

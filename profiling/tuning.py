@@ -62,7 +62,7 @@ class Refusal(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        what = "not measured" if self.tile is None else f"{in_words(self.tile)} refused"
+        what = "not measured" if self.tile is None else f"{self.tile} refused"
         return f"{self.op} {self.shape}: {what}: {self.reason}"
 
 
@@ -185,7 +185,7 @@ def changed(entries: Sequence[Entry], measured: Sequence[Entry]) -> list[str]:
         if old is None:
             lines.append(f"new: {entry.op} {entry.shape} {entry.dtype}: {_measured(entry)}")
         elif old.tile != entry.tile or _choice(old) != _choice(entry):
-            what = f"{_choice(old)}, {in_words(old.tile)} -> {_measured(entry)}"
+            what = f"{_choice(old)}, {old.tile} -> {_measured(entry)}"
             lines.append(f"changed: {entry.op} {entry.shape} {entry.dtype}: {what}")
     return lines
 
@@ -197,15 +197,7 @@ def _choice(entry: Entry) -> str:
 def _measured(entry: Entry, capped: float | None = None) -> str:
     times = f"ours {entry.us:.1f} us, library {entry.library_us:.1f} us"
     mark = f", power cap in {capped:.0%} of its samples" if capped else ""
-    return f"{_choice(entry)} ({times}), {in_words(entry.tile)}{mark}"
-
-
-def in_words(tile: Tile) -> str:
-    """As in "128x64x64 4 warps 3 stages descriptors"."""
-    split = f" split {tile.SPLIT}" if tile.SPLIT > 1 else ""
-    how = "descriptors" if tile.descriptors else "pointers"
-    blocks = f"{tile.BLOCK_M}x{tile.BLOCK_N}x{tile.BLOCK_K}"
-    return f"{blocks} {tile.num_warps} warps {tile.num_stages} stages {how}{split}"
+    return f"{_choice(entry)} ({times}), {entry.tile}{mark}"
 
 
 def tune(

@@ -153,7 +153,7 @@ def test_every_op_of_the_project_has_a_reference():
 def test_a_convolution_is_named_with_shape_and_tile():
     x, w, _, _ = of_conv(k=32)
     assert op_checks.describe("conv_fprop", (x.half(), w, 2)) == (
-        "conv_fprop 16x8x8-32x3x3-s2 fp16, tile 1024x32x16, 4 warps"
+        "conv_fprop 16x8x8-32x3x3-s2 fp16, tile 1024x32x16 4 warps 1 stages pointers"
     )
     assert op_checks.describe("bn_stats", (x,)) == "bn_stats 2x16x8x8 fp32"
 

@@ -102,7 +102,7 @@ def changed(monkeypatch, tmp_path):
     return change
 
 
-FPROP = r"conv_fprop 16x32x32-16x3x3-s1 fp32, tile 1024x16x16, 4 warps, "
+FPROP = r"conv_fprop 16x32x32-16x3x3-s1 fp32, tile 1024x16x16 4 warps 1 stages pointers, "
 DOT = "        acc = tl.dot(a, b.T, acc"
 
 
