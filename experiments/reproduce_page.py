@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from experiments.reproduce_runs import OURS, Row, runs, summaries
+from experiments.reproduce_runs import FUSED, Row, runs, summaries
 from profiling.records import read_json, read_jsonl
 
 DONE, FAILED, LATE, LEFT, UNAVAILABLE = "done", "failed", "out of time", "left", "unavailable"
@@ -115,12 +115,16 @@ def _ceilings(out: Path, document: Row) -> list[str]:
 
 def _report(out: Path, document: Row) -> list[str]:
     """The account of the profiled run."""
-    path = out / f"{OURS}-0" / "report.json"
+    path = out / f"{FUSED}-0" / "report.json"
     if not path.exists():
         return []
     report = read_json(path)
     lacks = [f"  lacks: {reason[:200]}" for reason in report.get("lacks", [])[:4]]
-    return [f"== account of {OURS}-0: {report['headline']}", *(f"  {s[:230]}" for s in report["sentences"][:5]), *lacks]
+    return [
+        f"== account of {FUSED}-0: {report['headline']}",
+        *(f"  {s[:230]}" for s in report["sentences"][:5]),
+        *lacks,
+    ]
 
 
 def _kernels(out: Path, document: Row) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments.reproduce_runs import WARM, WARM_UP, data_identity
+from experiments.reproduce_runs import FUSED, REFERENCE, WARM, WARM_UP, data_identity
 from experiments.study import Request
 from profiling import ncu, specifications
 from train import PROFILE_PASS, ROOT
@@ -21,7 +21,7 @@ from train import PROFILE_PASS, ROOT
 STAGES = {"smoke": 230.0, "numbers": 440.0, "peers": 560.0}
 """Seconds that a stage may take."""
 TILES = ROOT / "kernels" / "tiles.json"
-REFERENCE, OURS = "reference", "ours"
+OURS = "ours"
 MODES = {
     REFERENCE: ("article-256", {"preprocess": "on_device"}),
     OURS: ("fused", {"ops": "triton", "conv": "triton"}),
@@ -126,7 +126,7 @@ class _Plan:
             for mode in (OURS, REFERENCE):
                 preset, settings = MODES[mode]
                 settings = {name: value for name, value in settings.items() if name != "conv"}  # the faster by layer
-                name = f"{'fused' if mode == OURS else mode}-{number}"
+                name = f"{FUSED if mode == OURS else mode}-{number}"
                 profile = mode == OURS and number == 0
                 limit_s, least_s = (110.0, 30.0) if profile else (60.0, 15.0)
                 seed = (self.request.seed or 0) + number
@@ -283,7 +283,7 @@ class _Plan:
 
     def counters(self) -> list[Step]:
         """Nsight Compute reads the counters of a step of the accounted run, whose report then has them."""
-        run, reason = "fused-0", ncu.probe()
+        run, reason = f"{FUSED}-0", ncu.probe()
         records = self.out / run / "records"
         command = ncu.command([*PROFILE_PASS, str(self.out / run), "--ncu"], records / "ncu.csv")
         more: dict[str, Any] = {"needs": f"{run}/records/trace.json.gz", "reason": reason}

@@ -10,30 +10,17 @@ from typing import Any
 
 from experiments.longest_kernels import step_ms
 from profiling.records import read_json, read_jsonl
+from train import TARGET
 
 Row = dict[str, Any]
-REFERENCE, OURS = "reference", "fused"
+REFERENCE, FUSED = "reference", "fused"
+"""The runs to the end are named after these, with a number; the first also stands for the reference's two epochs."""
 LOSS_WITHIN, ACCURACY_WITHIN = 0.02, 0.02
 """Of the reference's loss, and of its accuracy, after the same few epochs from the same seed: a mode that is further
 off computes something else. fp16 and the order of sums change far less."""
 WARM, WARM_UP = "warm-", "warm-up.json"
 """Runs that only fill the compilers' caches, many at once: whoever reads times is not to find a summary.json there."""
-TARGET = 0.94
 TEST_IMAGES = 10_000
-COLUMNS = (
-    "run",
-    "ms/step",
-    "images/s",
-    "peak MB",
-    "loss 1",
-    "2",
-    "last",
-    "accuracy",
-    "step/ops",
-    "process s",
-    "verdict",
-)
-WIDTHS = (22, 8, 9, 13, 8, 8, 8, 9, 20, 9)
 
 
 def data_identity(out: Path) -> str | None:
@@ -176,15 +163,15 @@ def _accuracy(out: Path, document: Row, ended: dict[str, Row]) -> list[str]:
             for name, s in ended.items()
             if re.fullmatch(rf"{kind}-\d+", name) and s.get("status") == "complete"
         ]
-        for kind in (OURS, REFERENCE)
+        for kind in (FUSED, REFERENCE)
     }
     lines = [f"{kind}: {_spread(values)}" for kind, values in reached.items() if values]
-    ours = reached[OURS]
+    ours = reached[FUSED]
     if ours:
         identity = data_identity(out)
         least, why = target(identity, document["settings"]["small"], reached[REFERENCE], len(ours))
         word = "not judged" if least is None else "REACHED" if statistics.fmean(ours) >= least else "BELOW"
-        lines.append(f"accuracy of {OURS}: {word}; what counts is {why}")
+        lines.append(f"accuracy of {FUSED}: {word}; what counts is {why}")
     return lines
 
 
