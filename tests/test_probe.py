@@ -149,7 +149,8 @@ def gone(pid: int) -> bool:
     return False
 
 
-ENDLESS = """echo '{"running": "bn_apply 2x16"}'; sleep 1000 & echo $$ $! > pids; wait"""
+# Like a probe it begins when it has read what it is asked: so a signal finds the run waiting, not starting it.
+ENDLESS = """cat > /dev/null; echo '{"running": "bn_apply 2x16"}'; sleep 1000 & echo $$ $! > pids; wait"""
 
 
 def test_a_probe_beyond_its_limit_is_ended_with_its_children(monkeypatch, tmp_path):
