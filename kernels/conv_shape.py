@@ -176,6 +176,11 @@ def boxes_fit(rows: int, shape: ConvShape) -> bool:
     return even and box(rows, shape.P, shape.Q) is not None
 
 
+def lines_fit(rows: int, shape: ConvShape) -> bool:
+    """Whether `rows` pixels can be a line of each of several images: the width is a power of two and divides them."""
+    return shape.Q & (shape.Q - 1) == 0 and rows % shape.Q == 0
+
+
 def activation_descriptor(x: Tensor, rows: int, block_c: int, stride: int = 1, nan: bool = False):
     """A tensor descriptor of x [N,C,H,W]: boxes of `rows` pixels of [N, H/stride, W/stride] maps by `block_c` channels.
 

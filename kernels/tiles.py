@@ -19,10 +19,12 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.conv_shape import ConvShape, parse
+from kernels.conv_shape import ConvShape, lines_fit, parse
 from kernels.jit import INTERPRETED
 
 OPS = ("conv_fprop", "conv_dgrad", "conv_wgrad")
+FORMS = ("rows", "columns", "lines")
+PROLOGUES = ("fp32", "fp16x2", "stored")
 SCHEMA = 1
 PATH = Path(__file__).with_suffix(".json")
 
@@ -31,8 +33,14 @@ PATH = Path(__file__).with_suffix(".json")
 class Tile:
     """The shape of one program's work, and how it is compiled.
 
-    `descriptors` asks for tensor descriptors (TMA, from compute capability 9.0 on) where the map's shape allows them.
-    `SPLIT` is the number of parts that wgrad cuts GEMM_K into, 1 for the other ops.
+    descriptors  asks for tensor descriptors (TMA, from compute capability 9.0 on) where the map's shape allows them
+    SPLIT, TAPS  of wgrad: the parts that it cuts GEMM_K into, and the taps of the filter that a program computes
+    form         of fprop and dgrad: the product's rows are pixels ("rows"), so that a prologue can leave its operand
+                 in registers; or its columns are ("columns"), and wgmma takes both operands from shared memory; or a
+                 program keeps its part of the filter in shared memory and walks down a map ("lines"), which loads a
+                 pixel 3 times instead of 9
+    prologue     of fprop and wgrad: relu(x * scale + shift) is computed in fp32 as x is loaded ("fp32"), or in one
+                 fp16 instruction for two elements ("fp16x2"), or by a pass of its own beforehand ("stored")
     """
 
     BLOCK_M: int
@@ -42,16 +50,21 @@ class Tile:
     num_stages: int
     descriptors: bool = False
     SPLIT: int = 1
+    TAPS: int = 1
+    form: str = "rows"
+    prologue: str = "fp32"
 
     def __str__(self) -> str:
-        """As in "128x64x64 4 warps 3 stages descriptors"."""
-        split = f" split {self.SPLIT}" if self.SPLIT > 1 else ""
-        how = "descriptors" if self.descriptors else "pointers"
-        blocks = f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K}"
-        return f"{blocks} {self.num_warps} warps {self.num_stages} stages {how}{split}"
+        """As in "128x64x64 4 warps 3 stages descriptors"; what is as by default is left out."""
+        words = [f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K} {self.num_warps} warps {self.num_stages} stages"]
+        words.append("descriptors" if self.descriptors else "pointers")
+        words += [f"{name.lower()} {n}" for name, n in (("SPLIT", self.SPLIT), ("TAPS", self.TAPS)) if n > 1]
+        words += [self.form] if self.form != "rows" else []
+        return " ".join(words + ([self.prologue] if self.prologue != "fp32" else []))
 
     def check(self, op: str, shape: ConvShape) -> None:
-        """Raise ValueError unless the tile can run `op` at `shape`: powers of two that divide the channels."""
+        """Raise ValueError unless the tile can run `op` at `shape`: powers of two that divide the channels, and a form
+        and a prologue that the op has."""
         channels = {"conv_fprop": (None, shape.K, shape.C), "conv_dgrad": (None, shape.C, shape.K)}
         extents = channels.get(op, (shape.C, shape.K, None))
         for name, extent in zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), extents, strict=True):
@@ -61,6 +74,20 @@ class Tile:
                 raise ValueError(f"{op} {shape}: {name} is {block}, expected a power of two from 16 on{divides}")
         if self.num_warps not in (1, 2, 4, 8, 16) or self.num_stages < 1 or self.SPLIT < 1:
             raise ValueError(f"{op} {shape}: num_warps, num_stages or SPLIT is out of range in {self}")
+        wgrad, plain = op == "conv_wgrad", shape.R == 3 and shape.stride == 1
+        if self.TAPS not in ((1, 3) if wgrad and plain else (1,)):
+            raise ValueError(f"{op} {shape}: TAPS is {self.TAPS}, expected 1, or 3 for wgrad of 3x3 at stride 1")
+        if self.form not in (("rows",) if wgrad else FORMS):
+            raise ValueError(f"{op} {shape}: form is {self.form!r}, expected one of {', '.join(FORMS)}; rows for wgrad")
+        if self.form == "lines" and not (plain and self.descriptors and lines_fit(self.BLOCK_M, shape)):
+            raise ValueError(
+                f"{op} {shape}: form is 'lines', for which the filter must be 3x3, the stride 1, the map's width a "
+                "power of two that divides BLOCK_M, and descriptors be asked for"
+            )
+        if self.prologue not in (PROLOGUES if op != "conv_dgrad" else ("fp32",)):
+            raise ValueError(f"{op} {shape}: prologue is {self.prologue!r}, expected one of {', '.join(PROLOGUES)}")
+        if self.form == "columns" and op == "conv_fprop" and self.prologue != "stored":
+            raise ValueError(f"{op} {shape}: form is 'columns', which has no prologue: expected it to be 'stored'")
 
 
 class Gpu(NamedTuple):

@@ -82,6 +82,14 @@ def test_an_unknown_op_is_named():
         pytest.param("conv_wgrad", {"BLOCK_K": 8}, "BLOCK_K is 8, expected a power of two from 16", id="small"),
         pytest.param("conv_fprop", {"num_warps": 3}, "out of range", id="three_warps"),
         pytest.param("conv_fprop", {"SPLIT": 0}, "out of range", id="no_parts"),
+        pytest.param("conv_wgrad", {"TAPS": 3}, "TAPS is 3, expected 1", id="taps_at_stride_2"),
+        pytest.param("conv_dgrad", {"TAPS": 3}, "TAPS is 3, expected 1", id="taps_of_dgrad"),
+        pytest.param("conv_fprop", {"form": "line"}, "form is 'line', expected one of rows", id="form"),
+        pytest.param("conv_wgrad", {"form": "columns"}, "form is 'columns'", id="form_of_wgrad"),
+        pytest.param("conv_dgrad", {"form": "lines", "descriptors": True}, "form is 'lines'", id="lines_at_stride_2"),
+        pytest.param("conv_fprop", {"prologue": "fp16"}, "prologue is 'fp16', expected one of fp32", id="prologue"),
+        pytest.param("conv_dgrad", {"prologue": "stored"}, "prologue is 'stored'", id="prologue_of_dgrad"),
+        pytest.param("conv_fprop", {"form": "columns"}, "'columns', which has no prologue", id="columns"),
     ],
 )
 def test_a_tile_that_cannot_run_is_refused(op, change, message):
@@ -89,6 +97,21 @@ def test_a_tile_that_cannot_run_is_refused(op, change, message):
     good.check(op, SHAPE)
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(good, **change).check(op, SHAPE)
+
+
+@pytest.mark.parametrize("change", [{"descriptors": False}, {"BLOCK_M": 16}], ids=str)
+def test_lines_need_descriptors_and_whole_lines(change):
+    layer, good = ConvShape(64, 64, 32, 32), Tile(64, 64, 64, 4, 2, True, form="lines", prologue="fp16x2")
+    good.check("conv_fprop", layer)
+    for bad, shape in ((dataclasses.replace(good, **change), layer), (good, ConvShape(64, 64, 32, 24))):
+        with pytest.raises(ValueError, match="the map's width a power of two"):
+            bad.check("conv_fprop", shape)
+
+
+def test_a_tile_says_what_is_not_by_default():
+    assert str(Tile(64, 64, 64, 4, 3)) == "64x64x64 4 warps 3 stages pointers"
+    words = "64x64x32 4 warps 2 stages descriptors split 8 taps 3 lines fp16x2"
+    assert str(Tile(64, 64, 32, 4, 2, True, 8, 3, "lines", "fp16x2")) == words
 
 
 def record(**changes) -> dict:
