@@ -44,7 +44,7 @@ ROOFS = ("compute", "memory", "L2", "latency")
 class Launch(NamedTuple):
     """One kernel launch: its grid, and what its time follows from.
 
-    block        (BLOCK_M, BLOCK_N) of a product, larger where a load serves several tiles; None of anything else
+    block        (BLOCK_M, BLOCK_N) of a product, larger where a load serves several tiles; else None
     tail, issue  factors on the time of its arithmetic
     serial_us    of a reduction that loops: its passes in turn; else 0
     parts_bytes  that it reads of the parts of a split product; else 0
