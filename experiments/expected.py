@@ -64,7 +64,7 @@ class Launch(NamedTuple):
 class Prediction(NamedTuple):
     """An op: the least that its work takes, and what is expected of its launches; microseconds.
 
-    `roofs_us` are the times by ROOFS of the launch that does the work, number `main`, and `bound` is the longest's name;
+    `roofs_us` are the times by ROOFS of the launch that does the work, number `main`; `bound` names the longest;
     `after_us` is what the reductions behind it add. `main` is None where the library does it.
     """
 
