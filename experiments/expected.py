@@ -8,8 +8,8 @@ compute   its arithmetic's, at the rate that the device sustains, times two fact
           cycles for it
 memory    its bytes', each once, at the device's bandwidth or at that of the multiprocessors that have a program
 L2        of a product the bytes of its operands' tiles, which every program reads for itself, at the L2 cache's rate
-latency   of a reduction whose programs are few and loop, in turn: the L2 cache's latency, the bytes and the
-          instructions of a pass, since the next pass's loads wait for this one's sums
+latency   of a reduction whose programs are few and loop, in turn for each pass: the L2 cache's latency, and the longer
+          of its bytes' time and its instructions', or both where a barrier parts the warps' loads from their sums
 
 An op's further launches add a start each and, where they are such reductions, that time. The parts that a split product
 leaves, and its reduction reads, count as bytes. All else is taken to be free: conflicts, barriers, a cold start of the
@@ -125,7 +125,9 @@ def _passes(build: "Build") -> tuple[int, int] | None:
 def _serial_us(build: "Build", facts: "Facts", machine: Machine) -> float:
     """Of a reduction's program, its passes one after the other; programs of one multiprocessor share what it has.
 
-    A compiler that unrolls the loop makes one pass of several, whose loads are under way together.
+    A warp's next loads wait for its sums. Without a barrier they wait for no other warp's, so that one warp's bytes
+    arrive while another adds. A compiler that unrolls the loop makes one pass of several, whose loads are under way
+    together.
     """
     found = _passes(build)
     if found is None:
@@ -137,7 +139,8 @@ def _serial_us(build: "Build", facts: "Facts", machine: Machine) -> float:
     sharing = math.ceil(build.programs / machine.multiprocessors)
     transfer_us = 1e6 * unrolled * pass_bytes / machine.multiprocessor_bytes_per_s
     issue_us = 1e6 * sum(loop.values()) * facts.warps / machine.instructions_per_s
-    return rounds * (machine.l2_latency_us + sharing * (transfer_us + issue_us))
+    together = sum if any(name.startswith("BAR") for name in loop) else max
+    return rounds * (machine.l2_latency_us + sharing * together((transfer_us, issue_us)))
 
 
 def _loaded_bytes(loop: dict[str, int]) -> int:
