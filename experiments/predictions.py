@@ -35,6 +35,8 @@ OF_A_STEP = ("network", "widths", "batch_size", "prep_bn_relu", "pool_first", "o
 """Of a configuration, what decides how long a step takes."""
 STEPS = {"article-256": ("preprocess=on_device",), "fused": ()}
 """The presets whose steps are predicted, and with which settings: what a GPU does, not the host beside it."""
+WIDE = "fused, with eight warps where the model prefers them"
+"""What tuning may find; the default tiles have four warps."""
 FORMER = (
     "The first page, of 2026-11-22 and the H200 alone, expected 4,523 us of `article-256` and 3,224 of `fused`. It had "
     "no roof of the L2 cache, gave wgrad of 256 and more channels the factors of its reduction instead of its "
@@ -64,8 +66,10 @@ def pages(machines: Sequence[Machine], compile_: Compile | None = None, chosen: 
         steps = {
             "article-256": expected.eager_step(_config("article-256")),
             "fused": expected.fused_step(_config("fused"), machine),
+            WIDE: expected.fused_step(_config("fused"), machine, expected.wide_tile),
         }
         facts = expected.facts_of([*ops.values(), *(op for step in steps.values() for op in step)], compiled)
+        steps[WIDE] = [_better(two, facts, machine) for two in zip(steps["fused"], steps[WIDE], strict=True)]
         documents.append(
             {
                 "version": VERSION,
@@ -83,6 +87,19 @@ def pages(machines: Sequence[Machine], compile_: Compile | None = None, chosen: 
             }
         )
     return documents
+
+
+def _better(two: tuple[Op, Op], facts: dict[str, "Facts"], machine: Machine) -> Op:
+    """The op that is expected to be faster, of those that do not spill."""
+
+    def us(op: Op) -> float:
+        return (
+            math.inf
+            if any(facts[b.key()].spill_bytes for b in op.builds)
+            else expected.expect(op, facts, machine).expected_us
+        )
+
+    return min(two, key=us)
 
 
 def _config(name: str) -> Config:
@@ -156,7 +173,7 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def _titled(name: str) -> str:
-    return f"`{name}`" + "".join(f" `{setting}`" for setting in STEPS[name])
+    return f"`{name}`" + "".join(f" `{setting}`" for setting in STEPS.get(name, ()))
 
 
 class Held(NamedTuple):

@@ -19,9 +19,7 @@ except ImportError:
     class _NoTriton:
         """What is needed to import a kernel file and to compute its cost."""
 
-        @staticmethod
-        def constexpr(value):
-            return value
+        constexpr = None
 
         @staticmethod
         def jit(fn=None, **options):
@@ -47,15 +45,22 @@ else:
 PDL = INSTALLED and not INTERPRETED and os.environ.get("KERNELS_PDL") == "1"
 LAUNCH = {"launch_pdl": True} if PDL else {}
 """Options of every launch."""
-_PDL = tl.constexpr(PDL)
 
+# Two functions, and not one that asks a global: of a global that only a callee reads, Triton's key of a kernel depends
+# on which kernel was compiled first, so that the next process would compile it again.
+if PDL:
 
-@triton.jit
-def wait_for_the_kernel_before():
-    """Every kernel's first line: before it nothing may be read or written that another kernel writes or reads."""
-    if _PDL:
+    @triton.jit
+    def wait_for_the_kernel_before():
+        """Every kernel's first line: before it, nothing that another kernel writes or reads may be touched."""
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()  # which wait in turn until this kernel has ended
+
+else:
+
+    @triton.jit
+    def wait_for_the_kernel_before():
+        """Every kernel's first line: nothing to wait for, kernels begin when the one before has ended."""
 
 
 MIN_CAPABILITY = (8, 0)  # Triton has compiled matrix products for older GPUs to plain FMAs since 3.3

@@ -13,8 +13,6 @@ and their results are to stay as they are.
 
 from kernels.jit import INTERPRETED, tl, triton
 
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
 
 @triton.jit
 def halves(scale, shift):
@@ -23,26 +21,34 @@ def halves(scale, shift):
     return pivot, scale.to(tl.float16), (shift + pivot.to(tl.float32) * scale).to(tl.float16)
 
 
-@triton.jit
-def relu_affine(x, pivot, scale, bias, NAN_IS_ZERO: tl.constexpr):
-    """relu((x - pivot) * scale + bias), all fp16 [BLOCK, BLOCK]; a NaN becomes 0 if NAN_IS_ZERO, else it stays."""
-    if _INTERPRETED:  # which knows no PTX: the same roundings
+if INTERPRETED:  # which knows no PTX: the same roundings
+
+    @triton.jit
+    def relu_affine(x, pivot, scale, bias, NAN_IS_ZERO: tl.constexpr):
+        """relu((x - pivot) * scale + bias), all fp16 [BLOCK, BLOCK]; a NaN becomes 0 if NAN_IS_ZERO, else it stays."""
         z = (x - pivot).to(tl.float32) * scale.to(tl.float32) + bias.to(tl.float32)
         if NAN_IS_ZERO:
             return tl.where(z > 0.0, z, 0.0).to(tl.float16)
         return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
-    if NAN_IS_ZERO:  # of max's operands the number, which fma's own relu would not choose
-        PTX: tl.constexpr = """{
-            .reg .b32 z, zero;
-            mov.b32 zero, 0;
-            sub.rn.f16x2 z, $1, $2;
-            fma.rn.f16x2 z, z, $3, $4;
-            max.f16x2 $0, z, zero;
-        }"""
-    else:
-        PTX: tl.constexpr = """{
-            .reg .b32 z;
-            sub.rn.f16x2 z, $1, $2;
-            fma.rn.relu.f16x2 $0, z, $3, $4;
-        }"""
-    return tl.inline_asm_elementwise(PTX, "=r,r,r,r,r", [x, pivot, scale, bias], dtype=tl.float16, is_pure=True, pack=2)
+
+else:
+
+    @triton.jit
+    def relu_affine(x, pivot, scale, bias, NAN_IS_ZERO: tl.constexpr):
+        """relu((x - pivot) * scale + bias), all fp16 [BLOCK, BLOCK]; a NaN becomes 0 if NAN_IS_ZERO, else it stays."""
+        if NAN_IS_ZERO:  # of max's operands the number, which fma's own relu would not choose
+            PTX: tl.constexpr = """{
+                .reg .b32 z, zero;
+                mov.b32 zero, 0;
+                sub.rn.f16x2 z, $1, $2;
+                fma.rn.f16x2 z, z, $3, $4;
+                max.f16x2 $0, z, zero;
+            }"""
+        else:
+            PTX: tl.constexpr = """{
+                .reg .b32 z;
+                sub.rn.f16x2 z, $1, $2;
+                fma.rn.relu.f16x2 $0, z, $3, $4;
+            }"""
+        operands = [x, pivot, scale, bias]
+        return tl.inline_asm_elementwise(PTX, "=r,r,r,r,r", operands, dtype=tl.float16, is_pure=True, pack=2)

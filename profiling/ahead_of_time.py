@@ -26,7 +26,7 @@ from profiling import machine_code
 if TYPE_CHECKING:
     from triton.compiler.compiler import ASTSource
 
-    from kernels.tiles import Gpu
+    from kernels.tiles import Gpu, Tile
 
 ROOT = Path(__file__).parent.parent
 
@@ -167,10 +167,11 @@ class Facts:
 
 
 @contextlib.contextmanager
-def launches(gpu: "Gpu | None" = None) -> Iterator[list[Build]]:
+def launches(gpu: "Gpu | None" = None, tile: "Callable[..., Tile] | None" = None) -> Iterator[list[Build]]:
     """Record every kernel launch in the context as a Build instead of executing it; tensors may be on any device.
 
-    With `gpu`, convolutions take the tile that they would take there, and the builds are for its architecture.
+    With `gpu`, convolutions take the tile that they would take there, or `tile(op, shape, dtype, gpu)`, and the builds
+    are for its architecture.
     """
     from triton.runtime import interpreter, jit
 
@@ -188,6 +189,8 @@ def launches(gpu: "Gpu | None" = None) -> Iterator[list[Build]]:
         stack.enter_context(_replaced(contract, "unavailable", lambda device: None))
         if gpu is not None:
             stack.enter_context(_replaced(tiles, "gpu_of", lambda device: gpu))
+        if tile is not None:
+            stack.enter_context(_replaced(tiles, "tile", tile))
         yield builds
 
 

@@ -43,11 +43,11 @@ def test_a_launch_is_recorded_as_it_would_be_on_that_gpu(convolution, gpu):
     (build,) = builds
     tile = tiles.tile("conv_fprop", SHAPE, torch.float16, gpu)
     assert build.arch == 10 * gpu.capability[0] + gpu.capability[1]
-    assert {name: build.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "DESCRIPTORS")} == {
+    assert {name: build.constexprs[name] for name in ("BLOCK_M", "BLOCK_N")} == {
         "BLOCK_M": tile.BLOCK_M,
         "BLOCK_N": tile.BLOCK_N,
-        "DESCRIPTORS": gpu.capability >= (9, 0),
     }
+    assert build.signature["x"].startswith("tensordesc") == (gpu.capability >= (9, 0))
     assert build.options == {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     assert tiles.gpu_of is gpu_of
 
@@ -165,7 +165,10 @@ def test_facts_of_cases_name_case_kernel_and_gpu():
     cases = [bn_relu_case(64, 32, ""), bn_relu_case(64, 32, ""), conv_fprop_case(SHAPE, "statistics")]
     facts = kernel_facts(cases, gpus, torch.float16, compile_)
     assert len(seen) == 2 * 4  # statistics, finalize, apply, convolution: each once for each architecture
-    assert [f.kernel for f in facts if f.case.startswith("conv_fprop")] == ["conv_fprop_kernel"] * 2
+    assert [f.kernel for f in facts if f.case.startswith("conv_fprop")] == [
+        "conv_fprop_kernel",
+        "conv_fprop_lines_kernel",
+    ]
     assert len([f for f in facts if f.kernel == "bn_apply_kernel"]) == 4
     for f in facts:
         if f.gpu == "sm_90":
