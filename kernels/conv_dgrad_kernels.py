@@ -1,0 +1,244 @@
+"""The device code of `kernels.conv_dgrad`: a kernel for tiles of pixels, one that walks down maps, and their epilogue.
+
+PIXELS is the axis of the pixels in a product: 0 where it is [pixels, channels], 1 where it is [channels, pixels]. Of
+the first, wgmma takes dy's tile from registers, since Triton looks through the reshape of a box only for the second
+operand. Of the second it takes both tiles from shared memory, as they arrived.
+"""
+
+from kernels.jit import tl, triton
+
+
+@triton.jit
+def _load(source, at, columns, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PIXELS: tl.constexpr):
+    """M pixels of N channels of x or of the shortcut. `at` is (rows of x, mask) for a pointer, a box's corner else."""
+    if len(at) == 2:
+        offsets = tl.expand_dims(at[0] * C, 1 - PIXELS) + tl.expand_dims(columns, PIXELS)
+        tile = tl.load(source + offsets, mask=tl.expand_dims(at[1], 1 - PIXELS), other=0.0)
+    else:
+        tile = source.load(at).reshape(M, N)
+        if PIXELS:
+            tile = tile.T
+    return tile
+
+
+@triton.jit
+def _finish(
+    acc,
+    x,
+    dz_out,
+    at,
+    columns,
+    scale_ptr,
+    shift_ptr,
+    mean_ptr,
+    C: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    """The epilogue behind the shortcut: masks and stores dz, returns dz and dz * (x - mean) in fp32; None without x.
+
+    Of a box what lies outside is neither masked nor stored: dy and the shortcut are zeros there, and so is dz.
+    """
+    if x is not None:
+        x = x.to(tl.float32)
+        z = x * tl.expand_dims(tl.load(scale_ptr + columns), PIXELS)
+        keep = z + tl.expand_dims(tl.load(shift_ptr + columns), PIXELS) > 0.0
+        if len(at) == 2:
+            keep = tl.expand_dims(at[1], 1 - PIXELS) & keep
+        acc = tl.where(keep, acc, 0.0)
+    if len(at) == 2:
+        dz = acc.to(dz_out.dtype.element_ty)
+        offsets = tl.expand_dims(at[0] * C, 1 - PIXELS) + tl.expand_dims(columns, PIXELS)
+        tl.store(dz_out + offsets, dz, mask=tl.expand_dims(at[1], 1 - PIXELS))
+    else:
+        dz = acc.to(dz_out.dtype)
+        box = dz.T if PIXELS else dz
+        dz_out.store(at, box.reshape(dz_out.block_shape))
+    terms = None
+    if x is not None:
+        dz = dz.to(tl.float32)
+        terms = dz, dz * (x - tl.expand_dims(tl.load(mean_ptr + columns), PIXELS))
+    return terms
+
+
+@triton.jit(do_not_specialize=["N", "T"])  # one build for every batch
+def conv_dgrad_kernel(
+    dy,
+    w,
+    dz,
+    shortcut,
+    x,
+    scale_ptr,
+    shift_ptr,
+    mean_ptr,
+    partials_ptr,
+    N,
+    T,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    STRIDE: tl.constexpr,
+    STRIDED_SHORTCUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program: BLOCK_M pixels of one class by BLOCK_N channels. The activations and w are descriptors or pointers."""
+    PAD: tl.constexpr = R // 2
+    BLOCKS_N: tl.constexpr = C // BLOCK_N
+    BLOCKS_K: tl.constexpr = K // BLOCK_K
+    # The programs that read the same rows of dy are neighbours in time.
+    t, pid_n = tl.program_id(0) // BLOCKS_N, tl.program_id(0) % BLOCKS_N
+    first = t // (STRIDE * STRIDE) * BLOCK_M
+    odd_h, odd_v = t // STRIDE % STRIDE, t % STRIDE  # the class; stride 1 has one
+    offs_m = first + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    p, q = offs_m // Q % P, offs_m % Q
+    h, v = p * STRIDE + odd_h, q * STRIDE + odd_v
+    in_dy = offs_m < N * P * Q
+    mask_m = in_dy & (h < H) & (v < W)
+
+    # Along each side: tap i of `taps` is the filter's pixel r0 + STRIDE * i and reads dy's pixel p + last - i.
+    if STRIDE == 1:
+        taps_h, taps_v, last_h, last_v, r0, s0 = R, R, PAD, PAD, 0, 0
+        steps = R * R * BLOCKS_K
+    else:
+        if R == 3:
+            taps_h, taps_v, last_h, last_v, r0, s0 = 1 + odd_h, 1 + odd_v, odd_h, odd_v, 1 - odd_h, 1 - odd_v
+        else:
+            taps_h, taps_v, last_h, last_v, r0, s0 = 1, 1, 0, 0, 0, 0
+        steps = taps_h * taps_v * BLOCKS_K
+        tl.assume(steps > 0)  # without it ptxas serialises the wgmma instructions of the loop (C7515)
+    if not DESCRIPTORS:
+        # One bit for each tap: does it fall inside of dy?
+        SIDE: tl.constexpr = (R + STRIDE - 1) // STRIDE
+        taps_inside = tl.zeros((BLOCK_M,), tl.int32)
+        for bit in tl.static_range(SIDE * SIDE):
+            above, left = p + last_h - bit // SIDE, q + last_v - bit % SIDE
+            taps_inside |= (in_dy & (above >= 0) & (above < P) & (left >= 0) & (left < Q)).to(tl.int32) << bit
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if PIXELS else (BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(steps):
+        tap, k = step // BLOCKS_K, step % BLOCKS_K * BLOCK_K
+        i, j = tap // taps_v, tap % taps_v
+        column = ((r0 + i * STRIDE) * R + s0 + j * STRIDE) * C
+        if DESCRIPTORS:
+            a = dy.load([first // (P * Q), first // Q % P + last_h - i, last_v - j, k]).reshape(BLOCK_M, BLOCK_K)
+            b = w.load([k, column + pid_n * BLOCK_N])
+        else:
+            inside = (taps_inside >> (i * SIDE + j) & 1) != 0
+            rows = offs_m + (last_h - i) * Q + (last_v - j)
+            a = tl.load(dy + rows[:, None] * K + (k + offs_k), mask=inside[:, None], other=0.0)
+            b = tl.load(w + (k + offs_k)[:, None] * (R * R * C) + (column + offs_n))
+        if PIXELS:
+            acc = tl.dot(b.T, a.T, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(a, b, acc, input_precision="ieee")
+
+    # Without an addition here, be it of zeros, ptxas 12.8 serialises the loop's wgmma instructions (C7514).
+    acc += 0.0
+    if R < STRIDE:
+        acc = tl.where(odd_h + odd_v == 0, acc, 0.0)  # pixels that a strided 1x1 filter never saw
+    if DESCRIPTORS:
+        image, line, column = first // (P * Q), first // Q % P, pid_n * BLOCK_N
+        if STRIDE == 1:
+            at = image, line, 0, column
+        else:
+            at = image, line, odd_h, 0, odd_v * C + column
+        at_shortcut = at
+        if STRIDED_SHORTCUT:  # it reads as zeros outside of the batch, where the pixels of the other classes are sent
+            at_shortcut = tl.where(odd_h + odd_v == 0, image, N), line, 0, column
+    else:
+        at = (offs_m // (P * Q) * H + h) * W + v, mask_m
+        at_shortcut = at
+        if STRIDED_SHORTCUT:
+            at_shortcut = offs_m, mask_m & (odd_h + odd_v == 0)
+    if shortcut is not None:
+        acc += _load(shortcut, at_shortcut, offs_n, C, BLOCK_M, BLOCK_N, PIXELS).to(tl.float32)
+    if x is not None:
+        x = _load(x, at, offs_n, C, BLOCK_M, BLOCK_N, PIXELS)
+    terms = _finish(acc, x, dz, at, offs_n, scale_ptr, shift_ptr, mean_ptr, C, BLOCK_M, BLOCK_N, PIXELS)
+    if x is not None:
+        out = partials_ptr + t * C + offs_n
+        tl.store(out, tl.sum(terms[0], axis=PIXELS))
+        tl.store(out + T * C, tl.sum(terms[1], axis=PIXELS))
+
+
+@triton.jit(do_not_specialize=["N", "T"])
+def conv_dgrad_lines_kernel(
+    dy,
+    w,
+    dz,
+    shortcut,
+    x,
+    scale_ptr,
+    shift_ptr,
+    mean_ptr,
+    partials_ptr,
+    N,
+    T,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program: all lines of BLOCK_M // W images by BLOCK_N channels, 3x3 at stride 1. dy and w are descriptors.
+
+    Its part of the filter stays in shared memory. Line p of dy is loaded once for each of the three shifts, and adds to
+    the lines p - 1, p and p + 1 of dz; the first of them is then complete.
+    """
+    BLOCKS_N: tl.constexpr = C // BLOCK_N
+    BLOCKS_K: tl.constexpr = K // BLOCK_K
+    PART: tl.constexpr = BLOCK_M // 4  # a line's pixels are summed into so many at once, which takes no exchange
+    t, pid_n = tl.program_id(0) // BLOCKS_N, tl.program_id(0) % BLOCKS_N
+    first = t * (BLOCK_M // W)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    image = first + offs_m // W
+    taps = ()
+    for i in tl.static_range(9 * BLOCKS_K):
+        taps = taps + (w.load([i // 9 * BLOCK_K, i % 9 * C + pid_n * BLOCK_N]),)
+    above = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    here = above
+    if shortcut is not None:
+        here = _load(shortcut, (image * H * W + offs_m % W, image < N), offs_n, C, BLOCK_M, BLOCK_N, 0).to(tl.float32)
+    sum_dz, sum_dz_x = (
+        tl.zeros((BLOCK_M // 16, 8, BLOCK_N), tl.float32),
+        tl.zeros((BLOCK_M // 16, 8, BLOCK_N), tl.float32),
+    )
+    for p in range(H + 1):  # the last of dy's lines is outside and reads as zeros
+        at = (image * H + p - 1) * W + offs_m % W, (image < N) & (p > 0)
+        z = None
+        if x is not None:
+            z = _load(x, at, offs_n, C, BLOCK_M, BLOCK_N, 0)
+        below = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if shortcut is not None:  # is what the sum of a line begins with
+            of_below = at[0] + 2 * W, (image < N) & (p < H - 1)
+            below = _load(shortcut, of_below, offs_n, C, BLOCK_M, BLOCK_N, 0).to(tl.float32)
+        for i in tl.static_range(3 * BLOCKS_K):
+            a = dy.load([first, p, 1 - i % 3, i // 3 * BLOCK_K]).reshape(BLOCK_M, BLOCK_K)
+            above = tl.dot(a, taps[i // 3 * 9 + i % 3], above, input_precision="ieee")
+            here = tl.dot(a, taps[i // 3 * 9 + 3 + i % 3], here, input_precision="ieee")
+            below = tl.dot(a, taps[i // 3 * 9 + 6 + i % 3], below, input_precision="ieee")
+        terms = _finish(above + 0.0, z, dz, at, offs_n, scale_ptr, shift_ptr, mean_ptr, C, BLOCK_M, BLOCK_N, 0)
+        if x is not None:
+            sum_dz += tl.sum(terms[0].reshape(BLOCK_M // 16, 2, 8, BLOCK_N), axis=1)
+            sum_dz_x += tl.sum(terms[1].reshape(BLOCK_M // 16, 2, 8, BLOCK_N), axis=1)
+        # The additions of zero are for ptxas, as above.
+        above = here + 0.0
+        here = below + 0.0
+    if x is not None:
+        out = partials_ptr + t * C + offs_n
+        tl.store(out, tl.sum(tl.sum(sum_dz, axis=0), axis=0))
+        tl.store(out + T * C, tl.sum(tl.sum(sum_dz_x, axis=0), axis=0))
