@@ -90,27 +90,27 @@ def conv_dgrad(
     dz, partials = _empty(dy, shape, tile, x is not None)
     tile_count = _tile_count(dy.shape[0], shape, tile)
     descriptors = tile.descriptors and (tile.form == "lines" or boxes_fit(tile.BLOCK_M, shape))
-    activations, w_operand, kernel, extents = [dy, dz, shortcut, x], w, conv_dgrad_kernel, {}
+    kernel, extents, dy_operand, w_operand, elementwise = conv_dgrad_kernel, {}, dy, w, [dz, shortcut, x]
     if descriptors:
         w_operand = weight_descriptor(w, tile.BLOCK_K, tile.BLOCK_N)
     if tile.form == "lines":
-        kernel = conv_dgrad_lines_kernel
-        activations[0] = line_descriptor(dy, tile.BLOCK_M, tile.BLOCK_K)
+        kernel, dy_operand = conv_dgrad_lines_kernel, line_descriptor(dy, tile.BLOCK_M, tile.BLOCK_K)
     else:
         strided = shortcut is not None and shortcut.shape != dz.shape
         extents = {"P": shape.P, "Q": shape.Q, "R": shape.R, "STRIDE": stride, "STRIDED_SHORTCUT": strided}
         extents |= {"DESCRIPTORS": descriptors, "PIXELS": int(tile.form == "columns")}
         if descriptors:
-            blocks = tile.BLOCK_K, tile.BLOCK_N, tile.BLOCK_N, tile.BLOCK_N
-            strides = 1, stride, 1 if strided else stride, stride
-            activations = [
-                None if one is None else activation_descriptor(one, tile.BLOCK_M, block, apart)
-                for one, block, apart in zip(activations, blocks, strides, strict=True)
+            dy_operand = activation_descriptor(dy, tile.BLOCK_M, tile.BLOCK_K)
+        if descriptors and tile.form == "columns":
+            strides = stride, 1 if strided else stride, stride
+            elementwise = [
+                one if one is None else activation_descriptor(one, tile.BLOCK_M, tile.BLOCK_N, apart)
+                for one, apart in zip(elementwise, strides, strict=True)
             ]
     kernel[(tile_count * (shape.C // tile.BLOCK_N),)](
-        activations[0],
+        dy_operand,
         w_operand,
-        *activations[1:],
+        *elementwise,
         scale,
         shift,
         mean,

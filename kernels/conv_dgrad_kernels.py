@@ -1,8 +1,9 @@
-"""The device code of `kernels.conv_dgrad`: a kernel for tiles of pixels, one that walks down maps, and their epilogue.
+"""The device code of `kernels.conv_dgrad`, in the forms that `kernels.tiles.Tile` names.
 
-PIXELS is the axis of the pixels in a product: 0 where it is [pixels, channels], 1 where it is [channels, pixels]. Of
-the first, wgmma takes dy's tile from registers, since Triton looks through the reshape of a box only for the second
-operand. Of the second it takes both tiles from shared memory, as they arrived.
+`conv_dgrad_kernel` is a product of tiles: one program, one tile of dz. `conv_dgrad_lines_kernel` keeps the filter in
+shared memory and walks down the lines of a few images. PIXELS is the axis of the pixels in a product: 0 where it is
+[pixels, channels], 1 where it is [channels, pixels]. Of the first, wgmma takes dy's tile from registers, since Triton
+looks through the reshape of a box only for a product's second operand.
 """
 
 from kernels.jit import tl, triton
@@ -10,56 +11,47 @@ from kernels.jit import tl, triton
 
 @triton.jit
 def _load(source, at, columns, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PIXELS: tl.constexpr):
-    """M pixels of N channels of x or of the shortcut. `at` is (rows of x, mask) for a pointer, a box's corner else."""
+    """M pixels by N channels of x or of a shortcut. `at` is a box's corner, or for a pointer (pixels, which are in)."""
     if len(at) == 2:
         offsets = tl.expand_dims(at[0] * C, 1 - PIXELS) + tl.expand_dims(columns, PIXELS)
         tile = tl.load(source + offsets, mask=tl.expand_dims(at[1], 1 - PIXELS), other=0.0)
     else:
-        tile = source.load(at).reshape(M, N)
-        if PIXELS:
-            tile = tile.T
+        tile = source.load(at).reshape(M, N).T
     return tile
 
 
 @triton.jit
-def _finish(
-    acc,
-    x,
-    dz_out,
-    at,
-    columns,
-    scale_ptr,
-    shift_ptr,
-    mean_ptr,
-    C: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    PIXELS: tl.constexpr,
-):
-    """The epilogue behind the shortcut: masks and stores dz, returns dz and dz * (x - mean) in fp32; None without x.
-
-    Of a box what lies outside is neither masked nor stored: dy and the shortcut are zeros there, and so is dz.
-    """
-    if x is not None:
-        x = x.to(tl.float32)
-        z = x * tl.expand_dims(tl.load(scale_ptr + columns), PIXELS)
-        keep = z + tl.expand_dims(tl.load(shift_ptr + columns), PIXELS) > 0.0
-        if len(at) == 2:
-            keep = tl.expand_dims(at[1], 1 - PIXELS) & keep
-        acc = tl.where(keep, acc, 0.0)
+def _store(dz, at, target, columns, C: tl.constexpr, PIXELS: tl.constexpr):
+    """Store dz where `_load` would load it."""
     if len(at) == 2:
-        dz = acc.to(dz_out.dtype.element_ty)
         offsets = tl.expand_dims(at[0] * C, 1 - PIXELS) + tl.expand_dims(columns, PIXELS)
-        tl.store(dz_out + offsets, dz, mask=tl.expand_dims(at[1], 1 - PIXELS))
+        tl.store(target + offsets, dz, mask=tl.expand_dims(at[1], 1 - PIXELS))
     else:
-        dz = acc.to(dz_out.dtype)
-        box = dz.T if PIXELS else dz
-        dz_out.store(at, box.reshape(dz_out.block_shape))
-    terms = None
-    if x is not None:
-        dz = dz.to(tl.float32)
-        terms = dz, dz * (x - tl.expand_dims(tl.load(mean_ptr + columns), PIXELS))
-    return terms
+        target.store(at, dz.T.reshape(target.block_shape))
+
+
+@triton.jit
+def _mask(da, x, inside, dtype: tl.constexpr, columns, scale_ptr, shift_ptr, PIXELS: tl.constexpr):
+    """dz as it is stored: da where x * scale + shift > 0, of pixels that are `inside` where that is not None."""
+    z = x.to(tl.float32) * tl.expand_dims(tl.load(scale_ptr + columns), PIXELS)
+    z += tl.expand_dims(tl.load(shift_ptr + columns), PIXELS)
+    keep = z > 0.0
+    if inside is not None:
+        keep = inside[:, None] & keep
+    return tl.where(keep, da, 0.0).to(dtype)
+
+
+@triton.jit
+def _terms(dz, x, columns, mean_ptr, PIXELS: tl.constexpr):
+    """What the two sums are of, in fp32: dz and dz * (x - mean)."""
+    dz = dz.to(tl.float32)
+    return dz, dz * (x.to(tl.float32) - tl.expand_dims(tl.load(mean_ptr + columns), PIXELS))
+
+
+@triton.jit
+def _halves(tile):
+    """The first and the second half of a tile's columns, where they are: in registers."""
+    return tl.split(tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1))
 
 
 @triton.jit(do_not_specialize=["N", "T"])  # one build for every batch
@@ -90,7 +82,11 @@ def conv_dgrad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program: BLOCK_M pixels of one class by BLOCK_N channels. The activations and w are descriptors or pointers."""
+    """One program: BLOCK_M pixels of one class by BLOCK_N channels. dy and w are descriptors or pointers.
+
+    With descriptors and PIXELS dz, x and the shortcut are descriptors, too: boxes, with which all of the epilogue stays
+    as the accumulator is, and a channel's pixels within four threads.
+    """
     PAD: tl.constexpr = R // 2
     BLOCKS_N: tl.constexpr = C // BLOCK_N
     BLOCKS_K: tl.constexpr = K // BLOCK_K
@@ -147,29 +143,48 @@ def conv_dgrad_kernel(
     acc += 0.0
     if R < STRIDE:
         acc = tl.where(odd_h + odd_v == 0, acc, 0.0)  # pixels that a strided 1x1 filter never saw
-    if DESCRIPTORS:
-        image, line, column = first // (P * Q), first // Q % P, pid_n * BLOCK_N
+    if DESCRIPTORS and PIXELS:
+        # What a box has outside of the batch is neither masked nor stored: dy and the shortcut are zeros there.
+        image, line, channel = first // (P * Q), first // Q % P, pid_n * BLOCK_N
         if STRIDE == 1:
-            at = image, line, 0, column
+            at = image, line, 0, channel
         else:
-            at = image, line, odd_h, 0, odd_v * C + column
+            at = image, line, odd_h, 0, odd_v * C + channel
         at_shortcut = at
-        if STRIDED_SHORTCUT:  # it reads as zeros outside of the batch, where the pixels of the other classes are sent
-            at_shortcut = tl.where(odd_h + odd_v == 0, image, N), line, 0, column
+        if STRIDED_SHORTCUT:
+            at_shortcut = tl.where(odd_h + odd_v == 0, image, N), line, 0, channel
+        dtype: tl.constexpr = dz.dtype
     else:
         at = (offs_m // (P * Q) * H + h) * W + v, mask_m
         at_shortcut = at
         if STRIDED_SHORTCUT:
             at_shortcut = offs_m, mask_m & (odd_h + odd_v == 0)
+        dtype: tl.constexpr = dz.dtype.element_ty
     if shortcut is not None:
         acc += _load(shortcut, at_shortcut, offs_n, C, BLOCK_M, BLOCK_N, PIXELS).to(tl.float32)
-    if x is not None:
+    if x is None:
+        _store(acc.to(dtype), at, dz, offs_n, C, PIXELS)
+    else:
         x = _load(x, at, offs_n, C, BLOCK_M, BLOCK_N, PIXELS)
-    terms = _finish(acc, x, dz, at, offs_n, scale_ptr, shift_ptr, mean_ptr, C, BLOCK_M, BLOCK_N, PIXELS)
-    if x is not None:
+        if PIXELS:  # in halves, or 128 accumulators a thread and x in fp32 spill
+            if not DESCRIPTORS:
+                acc = tl.where(mask_m[None, :], acc, 0.0)
+            da, x = _halves(acc), _halves(x)
+            dz0 = _mask(da[0], x[0], None, dtype, offs_n, scale_ptr, shift_ptr, 1)
+            terms0 = _terms(dz0, x[0], offs_n, mean_ptr, 1)
+            sum_dz, sum_dz_x = tl.sum(terms0[0], axis=1), tl.sum(terms0[1], axis=1)
+            dz1 = _mask(da[1], x[1], None, dtype, offs_n, scale_ptr, shift_ptr, 1)
+            terms1 = _terms(dz1, x[1], offs_n, mean_ptr, 1)
+            sum_dz, sum_dz_x = sum_dz + tl.sum(terms1[0], axis=1), sum_dz_x + tl.sum(terms1[1], axis=1)
+            _store(tl.join(dz0, dz1).permute(0, 2, 1).reshape(BLOCK_N, BLOCK_M), at, dz, offs_n, C, 1)
+        else:
+            masked = _mask(acc, x, mask_m, dtype, offs_n, scale_ptr, shift_ptr, 0)
+            _store(masked, at, dz, offs_n, C, 0)
+            terms = _terms(masked, x, offs_n, mean_ptr, 0)
+            sum_dz, sum_dz_x = tl.sum(terms[0], axis=0), tl.sum(terms[1], axis=0)
         out = partials_ptr + t * C + offs_n
-        tl.store(out, tl.sum(terms[0], axis=PIXELS))
-        tl.store(out + T * C, tl.sum(terms[1], axis=PIXELS))
+        tl.store(out, sum_dz)
+        tl.store(out + T * C, sum_dz_x)
 
 
 @triton.jit(do_not_specialize=["N", "T"])
@@ -200,30 +215,29 @@ def conv_dgrad_lines_kernel(
     """
     BLOCKS_N: tl.constexpr = C // BLOCK_N
     BLOCKS_K: tl.constexpr = K // BLOCK_K
-    PART: tl.constexpr = BLOCK_M // 4  # a line's pixels are summed into so many at once, which takes no exchange
     t, pid_n = tl.program_id(0) // BLOCKS_N, tl.program_id(0) % BLOCKS_N
     first = t * (BLOCK_M // W)
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     image = first + offs_m // W
+    dtype: tl.constexpr = dz.dtype.element_ty
     taps = ()
     for i in tl.static_range(9 * BLOCKS_K):
-        taps = taps + (w.load([i // 9 * BLOCK_K, i % 9 * C + pid_n * BLOCK_N]),)
+        taps = taps + (w.load([i // 9 * BLOCK_K, i % 9 * C + pid_n * BLOCK_N]),)  # noqa: RUF005, Triton's tuples add
     above = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     here = above
     if shortcut is not None:
         here = _load(shortcut, (image * H * W + offs_m % W, image < N), offs_n, C, BLOCK_M, BLOCK_N, 0).to(tl.float32)
-    sum_dz, sum_dz_x = (
-        tl.zeros((BLOCK_M // 16, 8, BLOCK_N), tl.float32),
-        tl.zeros((BLOCK_M // 16, 8, BLOCK_N), tl.float32),
-    )
+    sum_dz = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), tl.float32)
+    sum_dz_x = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), tl.float32)
     for p in range(H + 1):  # the last of dy's lines is outside and reads as zeros
-        at = (image * H + p - 1) * W + offs_m % W, (image < N) & (p > 0)
-        z = None
-        if x is not None:
-            z = _load(x, at, offs_n, C, BLOCK_M, BLOCK_N, 0)
+        inside = (image < N) & (p > 0)
+        at = (image * H + p - 1) * W + offs_m % W, inside
+        a_line = None
+        if x is not None:  # early, so that the products hide its latency
+            a_line = _load(x, at, offs_n, C, BLOCK_M, BLOCK_N, 0)
         below = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if shortcut is not None:  # is what the sum of a line begins with
+        if shortcut is not None:  # is what a line's sum begins with
             of_below = at[0] + 2 * W, (image < N) & (p < H - 1)
             below = _load(shortcut, of_below, offs_n, C, BLOCK_M, BLOCK_N, 0).to(tl.float32)
         for i in tl.static_range(3 * BLOCKS_K):
@@ -231,12 +245,16 @@ def conv_dgrad_lines_kernel(
             above = tl.dot(a, taps[i // 3 * 9 + i % 3], above, input_precision="ieee")
             here = tl.dot(a, taps[i // 3 * 9 + 3 + i % 3], here, input_precision="ieee")
             below = tl.dot(a, taps[i // 3 * 9 + 6 + i % 3], below, input_precision="ieee")
-        terms = _finish(above + 0.0, z, dz, at, offs_n, scale_ptr, shift_ptr, mean_ptr, C, BLOCK_M, BLOCK_N, 0)
-        if x is not None:
+        if x is None:
+            _store((above + 0.0).to(dtype), at, dz, offs_n, C, 0)
+        else:
+            masked = _mask(above + 0.0, a_line, inside, dtype, offs_n, scale_ptr, shift_ptr, 0)
+            _store(masked, at, dz, offs_n, C, 0)
+            terms = _terms(masked, a_line, offs_n, mean_ptr, 0)
+            # A thread has the rows i and i + 8 of each 16 of the accumulator: these sums take no exchange.
             sum_dz += tl.sum(terms[0].reshape(BLOCK_M // 16, 2, 8, BLOCK_N), axis=1)
             sum_dz_x += tl.sum(terms[1].reshape(BLOCK_M // 16, 2, 8, BLOCK_N), axis=1)
-        # The additions of zero are for ptxas, as above.
-        above = here + 0.0
+        above = here + 0.0  # for ptxas, as above
         here = below + 0.0
     if x is not None:
         out = partials_ptr + t * C + offs_n
