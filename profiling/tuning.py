@@ -111,6 +111,8 @@ def candidates(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> list[
         n, k = (shape.C, shape.K) if op == "conv_dgrad" else (shape.K, shape.C)
         make = _wgrad_candidates(shape, gpu) if op == "conv_wgrad" else _candidates(n, k, shape, gpu)
         found += [tile for tile in make if _fits(tile, dtype, gpu)]
+        if op == "conv_dgrad":
+            found += [form for tile in found for form in _forms_of_dgrad(tile, shape) if _fits(form, dtype, gpu)]
     return list(dict.fromkeys(found))
 
 
@@ -121,6 +123,20 @@ def _candidates(n: int, k: int, shape: ConvShape, gpu: Gpu) -> Iterator[Tile]:
         descriptors = _descriptors(block_m, shape, gpu)
         plain = Tile(block_m, block_n, block_k, warps, 3, descriptors)
         yield from (plain, replace(plain, num_stages=4), replace(plain, descriptors=False))
+
+
+def _forms_of_dgrad(tile: Tile, shape: ConvShape) -> Iterator[Tile]:
+    """The other forms of a tile in rows of three stages: wgmma takes 64 channels at least in columns, and 64 pixels."""
+    if tile.descriptors and tile.form == "rows" and tile.num_stages == 3:
+        if tile.BLOCK_N >= 64:
+            yield replace(tile, form="columns")
+            yield replace(tile, form="columns", num_stages=2 if tile.num_warps == 4 else 4)
+        lines = replace(tile, BLOCK_M=16 * tile.num_warps, form="lines", num_stages=2)
+        resident = (9 * tile.BLOCK_N + 3 * lines.BLOCK_M) * shape.K  # taps, and a line's three boxes
+        with contextlib.suppress(ValueError):
+            lines.check("conv_dgrad", shape)
+            if resident <= 64 * 1024 and tile.BLOCK_N <= 64:
+                yield lines
 
 
 def _wgrad_candidates(shape: ConvShape, gpu: Gpu) -> Iterator[Tile]:
