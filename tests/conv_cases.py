@@ -1,5 +1,8 @@
 """Problems for the three convolution ops, and what their machine code must look like."""
 
+import contextlib
+import random
+
 import torch
 from ahead_of_time import SHARED_LIMIT, Build, Facts
 from kernel_checks import channels_last
@@ -7,7 +10,7 @@ from torch import Tensor
 
 from kernels import tiles
 from kernels.conv_shape import ConvShape
-from kernels.tiles import Gpu, Tile
+from kernels.tiles import FORMS, PROLOGUES, Gpu, Tile
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 CASES = {  # images, layer; tiles of 32 rows and 16 channels unless the case is about the default
@@ -32,22 +35,46 @@ MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 INSTRUCTION_BUDGET = {80: 12, 90: 80, 100: 102}
 
 
-def use_tile(monkeypatch, case: str, descriptors: bool = False) -> None:
-    """Let the ops run with small tiles, so that a small problem has several, or with the default one in its case."""
+def use_tile(monkeypatch, case: str, descriptors: bool = False, **changes) -> None:
+    """Let the ops run with small tiles, so that a small problem has several, or with the default one in its case.
+
+    `changes` are to the small tiles: form, prologue, ...
+    """
     default = tiles.default_tile
 
     def tile(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> Tile:
         if case in DEFAULT:
             return default(op, shape, dtype, gpu.capability)
         blocks, split = ((16, 16, 32), 3) if op == "conv_wgrad" else ((32, 16, 16), 1)
-        return Tile(*blocks, num_warps=4, num_stages=1, descriptors=descriptors, SPLIT=split)
+        return Tile(*blocks, num_warps=4, num_stages=1, descriptors=descriptors, SPLIT=split, **changes)
 
     monkeypatch.setattr(tiles, "tile", tile)
 
 
-def activation(case: str, which: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
-    """x, w, or y (also for what has y's shape) of the case."""
-    n, shape = CASES[case]
+def random_tiles(op: str, count: int) -> list[tuple[int, ConvShape, Tile]]:
+    """(images, layer, tile): a fixed sample of what `Tile.check` allows, over odd maps, widths and channels."""
+    choose = random.Random(op).choice
+    found: dict[tuple[int, ConvShape, Tile], None] = {}
+    while len(found) < count:
+        channels = choose((16, 32, 48, 80)), choose((16, 32, 48, 80))
+        shape = ConvShape(
+            *channels, choose((1, 4, 5, 8)), choose((1, 4, 7, 8, 16)), choose((1, 3, 3, 3)), choose((1, 1, 2))
+        )
+        blocks = [choose((16, 32, 64)) for _ in range(3)]
+        split, taps = (choose((1, 2, 5)), choose((1, 3))) if op == "conv_wgrad" else (1, 1)
+        form, prologue = choose(FORMS), choose(PROLOGUES)
+        tile = Tile(*blocks, 4, 1, choose((True, False)), split, taps, form, prologue)
+        with contextlib.suppress(ValueError):
+            tile.check(op, shape)
+            found[choose((1, 3)), shape, tile] = None
+    return list(found)
+
+
+def activation(
+    case: str | tuple[int, ConvShape], which: str, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> Tensor:
+    """x, w, or y (also for what has y's shape) of the case, by its name or as (images, layer)."""
+    n, shape = CASES[case] if isinstance(case, str) else case
     extents = {
         "x": (n, shape.C, shape.H, shape.W),
         "w": (shape.K, shape.C, shape.R, shape.R),
