@@ -98,7 +98,7 @@ def conv_dgrad(
     else:
         strided = shortcut is not None and shortcut.shape != dz.shape
         extents = {"P": shape.P, "Q": shape.Q, "R": shape.R, "STRIDE": stride, "STRIDED_SHORTCUT": strided}
-        extents |= {"DESCRIPTORS": descriptors, "PIXELS": int(tile.form == "columns")}
+        extents |= {"DESCRIPTORS": descriptors, "COLUMNS": tile.form == "columns"}
         if descriptors:
             dy_operand = activation_descriptor(dy, tile.BLOCK_M, tile.BLOCK_K)
         if descriptors and tile.form == "columns":

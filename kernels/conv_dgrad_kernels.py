@@ -77,16 +77,17 @@ def conv_dgrad_kernel(
     STRIDE: tl.constexpr,
     STRIDED_SHORTCUT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    PIXELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """One program: BLOCK_M pixels of one class by BLOCK_N channels. dy and w are descriptors or pointers.
 
-    With descriptors and PIXELS dz, x and the shortcut are descriptors, too: boxes, with which all of the epilogue stays
-    as the accumulator is, and a channel's pixels within four threads.
+    COLUMNS: the product is channels by pixels. With descriptors dz, x and the shortcut are descriptors, too: as boxes
+    they take the accumulator's layout, in which four threads have all pixels of a channel.
     """
+    PIXELS: tl.constexpr = 1 if COLUMNS else 0
     PAD: tl.constexpr = R // 2
     BLOCKS_N: tl.constexpr = C // BLOCK_N
     BLOCKS_K: tl.constexpr = K // BLOCK_K
@@ -121,7 +122,7 @@ def conv_dgrad_kernel(
             above, left = p + last_h - bit // SIDE, q + last_v - bit % SIDE
             taps_inside |= (in_dy & (above >= 0) & (above < P) & (left >= 0) & (left < Q)).to(tl.int32) << bit
 
-    acc = tl.zeros((BLOCK_N, BLOCK_M) if PIXELS else (BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if COLUMNS else (BLOCK_M, BLOCK_N), tl.float32)
     for step in range(steps):
         tap, k = step // BLOCKS_K, step % BLOCKS_K * BLOCK_K
         i, j = tap // taps_v, tap % taps_v
@@ -134,7 +135,7 @@ def conv_dgrad_kernel(
             rows = offs_m + (last_h - i) * Q + (last_v - j)
             a = tl.load(dy + rows[:, None] * K + (k + offs_k), mask=inside[:, None], other=0.0)
             b = tl.load(w + (k + offs_k)[:, None] * (R * R * C) + (column + offs_n))
-        if PIXELS:
+        if COLUMNS:
             acc = tl.dot(b.T, a.T, acc, input_precision="ieee")
         else:
             acc = tl.dot(a, b, acc, input_precision="ieee")
@@ -143,7 +144,7 @@ def conv_dgrad_kernel(
     acc += 0.0
     if R < STRIDE:
         acc = tl.where(odd_h + odd_v == 0, acc, 0.0)  # pixels that a strided 1x1 filter never saw
-    if DESCRIPTORS and PIXELS:
+    if DESCRIPTORS and COLUMNS:
         # What a box has outside of the batch is neither masked nor stored: dy and the shortcut are zeros there.
         image, line, channel = first // (P * Q), first // Q % P, pid_n * BLOCK_N
         if STRIDE == 1:
@@ -166,7 +167,7 @@ def conv_dgrad_kernel(
         _store(acc.to(dtype), at, dz, offs_n, C, PIXELS)
     else:
         x = _load(x, at, offs_n, C, BLOCK_M, BLOCK_N, PIXELS)
-        if PIXELS:  # in halves, or 128 accumulators a thread and x in fp32 spill
+        if COLUMNS:  # in halves, or 128 accumulators a thread and x in fp32 spill
             if not DESCRIPTORS:
                 acc = tl.where(mask_m[None, :], acc, 0.0)
             da, x = _halves(acc), _halves(x)

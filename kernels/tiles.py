@@ -135,8 +135,8 @@ def default_tile(op: str, shape: ConvShape, dtype: torch.dtype, capability: tupl
     one, to wrong numbers on an H100, without a word (pytorch/pytorch#173068, #177823; PyTorch keeps to four since).
     More warps are for the table's entries, which were right on the GPU that measured them. Of a 128x128 block four
     warps hold 128 accumulators a thread: wgrad has registers left, and so have fprop and dgrad on 9.x; on other GPUs
-    they spill, hence 64 columns there. A 1x1 filter's loop may be of a single step, in
-    which ptxas adds waits of its own on 9.x unless there are but 64 rows.
+    they spill, hence 64 columns there. A 1x1 filter's loop may be of a single step, in which ptxas adds waits of its own
+    to fprop's on 9.x unless there are but 64 rows.
 
     The interpreter's time is per program and not per element, so its tiles are as large as the small maps of a test.
     fp32 has no matrix instruction that keeps fp32's accuracy, hence small tiles of plain multiply-adds.
@@ -167,13 +167,13 @@ def default_tile(op: str, shape: ConvShape, dtype: torch.dtype, capability: tupl
 
 
 def _default_dgrad_tile_of_hopper(shape: ConvShape) -> Tile:
-    """Of four warps the one that loads least: per byte through the L2 cache the lines do 196 FLOPs, 128x128 64, 256x64 51.
+    """Of four warps the one that loads least: for each byte, lines do 196 FLOPs, 128x128 columns 64 and 256x64 51.
 
     Two blocks fit into a multiprocessor, so that one's epilogue is under the other's products: hence lines only where
     the nine taps are of one block of filters, and two stages of 256x64.
     """
     block_n, block_k = _divisor(shape.C, 128), _divisor(shape.K, 64)
-    if shape.R == 3 and shape.stride == 1 and shape.K == block_k and lines_fit(64, shape):
+    if shape.R == 3 and shape.stride == 1 and block_k == shape.K and lines_fit(64, shape):
         return Tile(64, min(block_n, 64), block_k, 4, 2, descriptors=True, form="lines")
     block_m, stages = (128, 3) if block_n == 128 else (256, 2)
     if block_n < 64 or not boxes_fit(block_m, shape):  # wgmma has 64 rows, which are channels in columns
