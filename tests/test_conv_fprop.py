@@ -14,6 +14,7 @@ from conv_cases import (
     assert_machine_code,
     double,
     layer_operands,
+    operands_are_shared,
     random_tiles,
     use_tile,
 )
@@ -436,3 +437,5 @@ def test_machine_code_of_every_layer(monkeypatch):
         builds += layer_builds(arch, torch.device("cpu"))
     for build, facts in zip(builds, compile_all(builds), strict=True):
         assert_machine_code(build, facts)
+        if build.arch == 90 and build.constexprs.get("R", 3) == 3:
+            assert operands_are_shared(facts) == build.constexprs.get("COLUMNS", False), facts.label

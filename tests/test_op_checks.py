@@ -85,7 +85,7 @@ CASES = {  # the op's module, a line of its kernel, what it becomes, its operand
     ),
     "bn_finalize": (
         bn_stats,
-        "mean += delta * (tile_n / total)",
+        "mean += delta * share",
         "mean = mean + delta",
         lambda: (torch.stack([torch.full((600, 16), 9.0), *normal(2, 600, 16).abs()]), normal(16), normal(16), 0.1),
     ),
