@@ -135,8 +135,8 @@ def default_tile(op: str, shape: ConvShape, dtype: torch.dtype, capability: tupl
     one, to wrong numbers on an H100, without a word (pytorch/pytorch#173068, #177823; PyTorch keeps to four since).
     More warps are for the table's entries, which were right on the GPU that measured them. Of a 128x128 block four
     warps hold 128 accumulators a thread: wgrad has registers left, and so have fprop and dgrad on 9.x; on other GPUs
-    they spill, hence 64 columns there. The loop of fprop's 1x1 filters may be of a single step, in which ptxas adds waits
-    of its own on 9.x unless there are but 64 rows.
+    they spill, hence 64 columns there. The loop of fprop's 1x1 filters may be of a single step, in which ptxas adds
+    waits of its own on 9.x unless there are but 64 rows.
 
     The interpreter's time is per program and not per element, so its tiles are as large as the small maps of a test.
     fp32 has no matrix instruction that keeps fp32's accuracy, hence small tiles of plain multiply-adds.

@@ -155,13 +155,13 @@ class Facts:
     def main_loop(self) -> tuple[dict[str, int], dict[str, int]]:
         """(the smallest loop with all matrix instructions that any has, these), both empty where there is none.
 
-        The compiler may lay a loop out so that a part of it ends in a jump backward as well.
+        The compiler may lay a loop out so that a part of it ends in a jump backward as well. What contains the kernel's
+        end is no loop: it is code out of line that jumps back.
         """
         matrix = MATRIX_INSTRUCTION.get(self.arch)
-        found = [(body, {k: n for k, n in body.items() if matrix and k.startswith(matrix)}) for body in self.loops]
-        return (
-            max(found, key=lambda one: sum(one[1].values()), default=({}, {})) if any(m for _, m in found) else ({}, {})
-        )
+        loops = [body for body in self.loops if "EXIT" not in body]
+        found = [(body, {k: n for k, n in body.items() if matrix and k.startswith(matrix)}) for body in loops]
+        return max((one for one in found if one[1]), key=lambda one: sum(one[1].values()), default=({}, {}))
 
 
 @contextlib.contextmanager

@@ -126,10 +126,9 @@ def _candidates(n: int, k: int, shape: ConvShape, gpu: Gpu) -> Iterator[Tile]:
 
 
 def _forms_of_dgrad(tile: Tile, shape: ConvShape) -> Iterator[Tile]:
-    """The other forms of a tile in rows of three stages: wgmma takes 64 channels at least in columns, and 64 pixels."""
+    """The other forms of a tile in rows of three stages: columns of the large blocks, lines whose taps fit."""
     if tile.descriptors and tile.form == "rows" and tile.num_stages == 3:
-        if tile.BLOCK_N >= 64:
-            yield replace(tile, form="columns")
+        if tile.BLOCK_N >= 64 and tile.BLOCK_M * tile.BLOCK_N >= 128 * 128:
             yield replace(tile, form="columns", num_stages=2 if tile.num_warps == 4 else 4)
         lines = replace(tile, BLOCK_M=16 * tile.num_warps, form="lines", num_stages=2)
         resident = (9 * tile.BLOCK_N + 3 * lines.BLOCK_M) * shape.K  # taps, and a line's three boxes

@@ -14,6 +14,7 @@ from conv_cases import (
     assert_machine_code,
     double,
     layer_operands,
+    operands_are_shared,
     random_tiles,
     use_tile,
 )
@@ -390,3 +391,6 @@ def test_machine_code_of_every_layer(monkeypatch):
         builds += layer_builds(arch, torch.device("cpu"))
     for build, facts in zip(builds, compile_all(builds), strict=True):
         assert_machine_code(build, facts)
+        if build.arch == 90:
+            assert facts.blocks_per_sm() >= 2, "one's epilogue is under the other's products"
+            assert "lines" in build.kernel or (build.constexprs["COLUMNS"] and operands_are_shared(facts)), facts.label
