@@ -130,12 +130,13 @@ def _forms_of_dgrad(tile: Tile, shape: ConvShape) -> Iterator[Tile]:
     if tile.descriptors and tile.form == "rows" and tile.num_stages == 3:
         if tile.BLOCK_N >= 64 and tile.BLOCK_M * tile.BLOCK_N >= 128 * 128:
             yield replace(tile, form="columns", num_stages=2 if tile.num_warps == 4 else 4)
-        lines = replace(tile, BLOCK_M=16 * tile.num_warps, form="lines", num_stages=2)
-        resident = (9 * tile.BLOCK_N + 3 * lines.BLOCK_M) * shape.K  # taps, and a line's three boxes
-        with contextlib.suppress(ValueError):
-            lines.check("conv_dgrad", shape)
-            if resident <= 64 * 1024 and tile.BLOCK_N <= 64:
-                yield lines
+        for block_n in (64, 32):
+            lines = replace(tile, BLOCK_M=16 * tile.num_warps, BLOCK_N=block_n, form="lines", num_stages=2)
+            resident = (9 * block_n + 3 * lines.BLOCK_M) * shape.K  # taps, and a line's three boxes
+            with contextlib.suppress(ValueError):
+                lines.check("conv_dgrad", shape)
+                if resident <= 64 * 1024:
+                    yield lines
 
 
 def _wgrad_candidates(shape: ConvShape, gpu: Gpu) -> Iterator[Tile]:

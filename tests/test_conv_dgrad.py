@@ -237,6 +237,10 @@ def nhwc(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
     return channels_last(*shape, dtype=dtype, seed=0, device=torch.device("cpu"))
 
 
+def unaligned(n: int, c: int, h: int, w: int) -> torch.Tensor:
+    return torch.zeros(n * c * h * w + 1, dtype=torch.float16)[1:].view(n, h, w, c).permute(0, 3, 1, 2)
+
+
 @pytest.mark.skipif(not jit.INTERPRETED, reason="CPU tensors")
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
@@ -263,6 +267,18 @@ def nhwc(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
         ),
         pytest.param(
             (nhwc(*DY), nhwc(*W), 4, 4, 1, None, nhwc(2, 16, 4, 2), C16, C16, C16), ValueError, "x has shape", id="x"
+        ),
+        pytest.param(
+            (nhwc(*DY), nhwc(*W), 4, 4, 1, unaligned(2, 16, 4, 4)),
+            ValueError,
+            "shortcut's memory",
+            id="shortcut_address",
+        ),
+        pytest.param(
+            (nhwc(*DY), nhwc(*W), 4, 4, 1, None, unaligned(2, 16, 4, 4), C16, C16, C16),
+            ValueError,
+            "x's memory begins at an address",
+            id="x_address",
         ),
     ],
 )

@@ -44,7 +44,11 @@ def test_candidates_are_legal_and_bounded_and_hold_the_default(op, gpu):
 
 @pytest.mark.parametrize(
     ("shape", "forms"),
-    [(ConvShape(64, 64, 32, 32), {"rows", "columns", "lines"}), (ConvShape(256, 256, 8, 8), {"rows", "columns"})],
+    [
+        (ConvShape(64, 64, 32, 32), {"rows", "columns", "lines"}),
+        (ConvShape(128, 128, 16, 16), {"rows", "columns", "lines"}),
+        (ConvShape(256, 256, 8, 8), {"rows", "columns"}),
+    ],
     ids=str,
 )
 def test_dgrad_is_tried_in_every_form_whose_operands_fit(shape, forms):
