@@ -153,7 +153,8 @@ def default_tile(op: str, shape: ConvShape, dtype: torch.dtype, capability: tupl
     if op == "conv_dgrad" and capability[0] == 9:
         return _default_dgrad_tile_of_hopper(shape)
     wide = op == "conv_fprop" and capability[0] == 9
-    if wide and dtype == torch.float16 and shape.R == 3 and shape.stride == 1 and k == shape.C and lines_fit(64, shape):
+    plain = shape.R == 3 and shape.stride == 1 and k == _divisor(k, 64)  # one block of channels
+    if wide and plain and dtype == torch.float16 and lines_fit(64, shape):
         return Tile(64, _divisor(n, 64), k, 4, 2, descriptors=True, form="lines", prologue="fp16x2")
     return Tile(
         64 if wide and shape.R == 1 else 128,

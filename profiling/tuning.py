@@ -22,6 +22,7 @@ from profiling.ahead_of_time import LIMITS
 from profiling.bench import Setup, lost, searching
 from profiling.case import Case, Draw, tensors
 from profiling.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
+from profiling.forms import forms
 from profiling.gate import Gate
 from profiling.loaded_kernels import launched, local_bytes
 from profiling.precompile import Precompiler
@@ -110,9 +111,7 @@ def candidates(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> list[
     if dtype != torch.float32:
         n, k = (shape.C, shape.K) if op == "conv_dgrad" else (shape.K, shape.C)
         make = _wgrad_candidates(shape, gpu) if op == "conv_wgrad" else _candidates(n, k, shape, gpu)
-        found += [tile for tile in make if _fits(tile, dtype, gpu)]
-        if op == "conv_dgrad":
-            found += [form for tile in found for form in _forms_of_dgrad(tile, shape) if _fits(form, dtype, gpu)]
+        found += [form for tile in make for form in (tile, *forms(op, tile, shape)) if _fits(form, dtype, gpu)]
     return list(dict.fromkeys(found))
 
 
@@ -123,20 +122,6 @@ def _candidates(n: int, k: int, shape: ConvShape, gpu: Gpu) -> Iterator[Tile]:
         descriptors = _descriptors(block_m, shape, gpu)
         plain = Tile(block_m, block_n, block_k, warps, 3, descriptors)
         yield from (plain, replace(plain, num_stages=4), replace(plain, descriptors=False))
-
-
-def _forms_of_dgrad(tile: Tile, shape: ConvShape) -> Iterator[Tile]:
-    """The other forms of a tile in rows of three stages: columns of the large blocks, lines whose taps fit."""
-    if tile.descriptors and tile.form == "rows" and tile.num_stages == 3:
-        if tile.BLOCK_N >= 64 and tile.BLOCK_M * tile.BLOCK_N >= 128 * 128:
-            yield replace(tile, form="columns", num_stages=2 if tile.num_warps == 4 else 4)
-        for block_n in (64, 32):
-            lines = replace(tile, BLOCK_M=16 * tile.num_warps, BLOCK_N=block_n, form="lines", num_stages=2)
-            resident = (9 * block_n + 3 * lines.BLOCK_M) * shape.K  # taps, and a line's three boxes
-            with contextlib.suppress(ValueError):
-                lines.check("conv_dgrad", shape)
-                if resident <= 64 * 1024:
-                    yield lines
 
 
 def _wgrad_candidates(shape: ConvShape, gpu: Gpu) -> Iterator[Tile]:

@@ -121,12 +121,6 @@ def test_instructions_per_matrix_step_are_of_the_innermost_loop_with_one():
     assert Facts("", 80, loops=loops).macs_per_matrix_step() is None
 
 
-def test_code_that_jumps_back_from_behind_the_kernels_end_is_no_loop():
-    loops = [{"UTCHMMA": 4, "IADD3": 92}, {"UTCHMMA": 8, "EXIT": 1, "IADD3": 900}]
-    assert Facts("", 100, loops=loops).main_loop() == (loops[0], {"UTCHMMA": 4})
-    assert Facts("", 100, loops=loops[1:]).main_loop() == ({}, {})
-
-
 def test_a_matrix_instruction_has_the_extents_that_the_warps_have_and_not_the_block():
     """Eight warps are two groups, which share 128 rows or, where the block has but 64, its columns."""
     x, dy = (torch.empty(2, k, 8, 8, dtype=torch.float16, memory_format=torch.channels_last) for k in (64, 128))
