@@ -11,7 +11,8 @@ dz, x     dy's dtype [N, C, H, W] channels_last; x is what the batch norm normal
 shortcut  as dz; or [N, C, P, Q], which is added at the pixels (stride * p, stride * q): the gradient that a strided 1x1
           convolution of the same input sends back is its stride-1 dgrad, added there
 scale, shift, mean  fp32 [C]
-partials  fp32 [2, T, C] as `kernels.bn_backward` has them: of dz as stored, so that they are its sums to the last bit
+partials  fp32 [2, T, C] as `kernels.bn_backward` has them: of dz as stored, so that they are its sums to the last bit;
+          a tile is BLOCK_M pixels of a class, or where a program walks down lines the BLOCK_M / W images that it does
 
 At stride 2 the pixels of x fall into four classes by the parity of (h, v), each with its own taps of the filter (1, 2,
 2 and 4 of the 9). A program computes pixels of one class, so that no tap is wasted, and the rows of every class are the

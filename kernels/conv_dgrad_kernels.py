@@ -11,7 +11,10 @@ from kernels.jit import tl, triton
 
 @triton.jit
 def _load(source, at, columns, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PIXELS: tl.constexpr):
-    """M pixels by N channels of x or of a shortcut. `at` is a box's corner, or for a pointer (pixels, which are in)."""
+    """M pixels by N channels of x or of a shortcut. `at` is (pixels, which are in) for a pointer, or a box's corner.
+
+    Boxes are of [channels, pixels] alone.
+    """
     if len(at) == 2:
         offsets = tl.expand_dims(at[0] * C, 1 - PIXELS) + tl.expand_dims(columns, PIXELS)
         tile = tl.load(source + offsets, mask=tl.expand_dims(at[1], 1 - PIXELS), other=0.0)

@@ -11,7 +11,7 @@ RESIDENT = 64 * 1024
 
 
 def forms(op: str, tile: Tile, shape: ConvShape) -> Iterator[Tile]:
-    """For dgrad the other forms of a tile in rows of three stages: columns of the large blocks, lines whose taps fit."""
+    """For dgrad the other forms of a tile of three stages: columns of the large blocks, lines whose taps fit."""
     if op != "conv_dgrad" or not tile.descriptors or tile.num_stages != 3:
         return
     if tile.BLOCK_N >= 64 and tile.BLOCK_M * tile.BLOCK_N >= 128 * 128:
