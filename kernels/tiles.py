@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.conv_shape import ConvShape, lines_fit, parse
+from kernels.conv_shape import ConvShape, boxes_fit, lines_fit, parse
 from kernels.jit import INTERPRETED
 
 OPS = ("conv_fprop", "conv_dgrad", "conv_wgrad")
@@ -134,9 +134,9 @@ def default_tile(op: str, shape: ConvShape, dtype: torch.dtype, capability: tupl
     It has four warps. With eight, Triton has compiled loops like those of fprop and dgrad, over taps and channels in
     one, to wrong numbers on an H100, without a word (pytorch/pytorch#173068, #177823; PyTorch keeps to four since).
     More warps are for the table's entries, which were right on the GPU that measured them. Of a 128x128 block four
-    warps hold 128 accumulators a thread: wgrad has registers left, and so has fprop on 9.x; on other GPUs fprop spills,
-    and dgrad with its mask and sums on all, hence 64 columns there. A 1x1 filter's loop may be of a single step, in
-    which ptxas adds waits of its own on 9.x unless there are but 64 rows.
+    warps hold 128 accumulators a thread: wgrad has registers left, and so have fprop and dgrad on 9.x; on other GPUs
+    they spill, hence 64 columns there. The loop of fprop's 1x1 filters may be of a single step, in which ptxas adds
+    waits of its own on 9.x unless there are but 64 rows.
 
     The interpreter's time is per program and not per element, so its tiles are as large as the small maps of a test.
     fp32 has no matrix instruction that keeps fp32's accuracy, hence small tiles of plain multiply-adds.
@@ -150,6 +150,8 @@ def default_tile(op: str, shape: ConvShape, dtype: torch.dtype, capability: tupl
         return Tile(1024, _divisor(n, 256), _divisor(k, 256), num_warps=4, num_stages=1)
     if dtype == torch.float32:
         return Tile(64, _divisor(n, 32), _divisor(k, 32), num_warps=4, num_stages=2)
+    if op == "conv_dgrad" and capability[0] == 9:
+        return _default_dgrad_tile_of_hopper(shape)
     wide = op == "conv_fprop" and capability[0] == 9
     plain = shape.R == 3 and shape.stride == 1 and k == _divisor(k, 64)  # one block of channels
     if wide and plain and dtype == torch.float16 and lines_fit(64, shape):
@@ -163,6 +165,21 @@ def default_tile(op: str, shape: ConvShape, dtype: torch.dtype, capability: tupl
         descriptors=_has_descriptors(capability),
         form="columns" if wide and shape.R == 3 else "rows",
     )
+
+
+def _default_dgrad_tile_of_hopper(shape: ConvShape) -> Tile:
+    """Of four warps the one that loads least: for each byte, lines do 196 FLOPs, 128x128 columns 64 and 256x64 51.
+
+    Two blocks fit into a multiprocessor, so that one's epilogue is under the other's products: hence lines only where
+    the nine taps are of one block of filters, and two stages of 256x64.
+    """
+    block_n, block_k = _divisor(shape.C, 128), _divisor(shape.K, 64)
+    if shape.R == 3 and shape.stride == 1 and block_k == shape.K and lines_fit(64, shape):
+        return Tile(64, min(block_n, 64), block_k, 4, 2, descriptors=True, form="lines")
+    block_m, stages = (128, 3) if block_n == 128 else (256, 2)
+    if block_n < 64 or not boxes_fit(block_m, shape):  # wgmma has 64 rows, which are channels in columns
+        return Tile(128, min(block_n, 64), block_k, 4, 3, descriptors=True)
+    return Tile(block_m, block_n, block_k, 4, stages, descriptors=True, form="columns")
 
 
 def _default_wgrad_tile(shape: ConvShape, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:

@@ -22,6 +22,7 @@ from profiling.ahead_of_time import LIMITS
 from profiling.bench import Setup, lost, searching
 from profiling.case import Case, Draw, tensors
 from profiling.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
+from profiling.forms import forms
 from profiling.gate import Gate
 from profiling.loaded_kernels import launched, local_bytes
 from profiling.precompile import Precompiler
@@ -110,7 +111,7 @@ def candidates(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> list[
     if dtype != torch.float32:
         n, k = (shape.C, shape.K) if op == "conv_dgrad" else (shape.K, shape.C)
         make = _wgrad_candidates(shape, gpu) if op == "conv_wgrad" else _candidates(n, k, shape, gpu)
-        found += [tile for tile in make if _fits(tile, dtype, gpu)]
+        found += [form for tile in make for form in (tile, *forms(op, tile, shape)) if _fits(form, dtype, gpu)]
     return list(dict.fromkeys(found))
 
 

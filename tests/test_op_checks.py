@@ -13,7 +13,7 @@ from kernels import (
     bn_apply,
     bn_backward,
     bn_stats,
-    conv_dgrad,
+    conv_dgrad_kernels,
     conv_fprop_kernels,
     conv_wgrad,
     sgd,
@@ -114,7 +114,7 @@ CASES = {  # the op's module, a line of its kernel, what it becomes, its operand
         "(BLOCK_M + 0.0 * N)",
         of_fprop,
     ),
-    "conv_dgrad": (conv_dgrad, "acc = tl.where(mask_m[:, None] & (z > 0.0), acc, 0.0)", "pass", of_dgrad),
+    "conv_dgrad": (conv_dgrad_kernels, "keep = z > 0.0", "keep = z == z", of_dgrad),
     "conv_wgrad": (conv_wgrad, "r >> 1, s >> 1, r & 1, s & 1", "r >> 1, s >> 1, 0, 0", of_wgrad),
 }  # fmt: skip
 

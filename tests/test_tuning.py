@@ -42,6 +42,20 @@ def test_candidates_are_legal_and_bounded_and_hold_the_default(op, gpu):
         assert gpu is H200 or not any(tile.descriptors for tile in tried)
 
 
+@pytest.mark.parametrize(
+    ("shape", "forms"),
+    [
+        (ConvShape(64, 64, 32, 32), {"rows", "columns", "lines"}),
+        (ConvShape(128, 128, 16, 16), {"rows", "columns", "lines"}),
+        (ConvShape(256, 256, 8, 8), {"rows", "columns"}),
+    ],
+    ids=str,
+)
+def test_dgrad_is_tried_in_every_form_whose_operands_fit(shape, forms):
+    assert {tile.form for tile in candidates("conv_dgrad", shape, FP16, H200)} == forms
+    assert {tile.form for tile in candidates("conv_dgrad", shape, FP16, A100)} == {"rows"}
+
+
 def test_what_the_table_has_is_tried_again(monkeypatch):
     odd = Tile(32, 16, 16, 1, 1)
     monkeypatch.setattr(tiles, "_by_key", lambda: {(H200.name, "conv_fprop", str(SHAPE), "float16"): entry(tile=odd)})
