@@ -1,6 +1,7 @@
-"""conv_wgrad against float64: every option, the split, machine code."""
+"""conv_wgrad against float64: every option, random tiles, the split, machine code."""
 
 import dataclasses
+import random
 
 import pytest
 import torch
@@ -23,9 +24,10 @@ pytest.importorskip("triton")
 
 from kernels import conv_wgrad as module
 from kernels import jit, tiles
-from kernels.conv_shape import RESNET9_LAYERS, RESNET_LAYERS
-from kernels.conv_wgrad import conv_wgrad, conv_wgrad_cost, conv_wgrad_reference
+from kernels.conv_shape import RESNET9_LAYERS, RESNET_LAYERS, ConvShape
+from kernels.conv_wgrad import conv_wgrad, conv_wgrad_cost, conv_wgrad_reduce_kernel, conv_wgrad_reference
 from kernels.cost import Cost
+from kernels.tiles import Tile
 
 poisoned = pytest.mark.usefixtures("poisoned_memory")
 
@@ -36,9 +38,18 @@ def operands(case: str, prologue: bool, dtype: torch.dtype, device, seed: int = 
     return [x, dy, shape.R, shape.stride, *(affine(shape.C, device, seed) if prologue else (None, None))]
 
 
-def check(op, case: str, prologue: bool, dtype: torch.dtype, device) -> None:
-    """What dw must satisfy, and a mutant must not."""
-    arguments = operands(case, prologue, dtype, device)
+def activated(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, prologue: str) -> torch.Tensor:
+    """relu(x * scale + shift) as it enters the product: in fp32 and rounded, or by the roundings of "fp16x2"."""
+    scale, shift = scale[:, None, None], shift[:, None, None]
+    if prologue != "fp16x2" or x.dtype != torch.float16:
+        return torch.relu(x.float() * scale + shift).to(x.dtype)
+    pivot = (-shift / scale).clamp(-16384, 16384).half()
+    bias = (shift + pivot.float() * scale).half()
+    return torch.relu((x - pivot).float() * scale.half().float() + bias.float()).half()
+
+
+def check(op, arguments: list, prologue: str = "fp32") -> None:
+    """What dw of these operands must satisfy, and a mutant's must not."""
     x, dy, size, stride, scale, shift = arguments
     dw = op(*arguments)
     assert dw.is_contiguous(memory_format=torch.channels_last)
@@ -46,9 +57,13 @@ def check(op, case: str, prologue: bool, dtype: torch.dtype, device) -> None:
     truth = conv_wgrad_reference(*double(x, dy), size, stride, *double(scale, shift))
     assert_as_accurate(dw, baseline, truth, "dw")
     if scale is not None:
-        x = torch.relu(x.float() * scale[:, None, None] + shift[:, None, None]).to(dtype)
+        x = activated(x, scale, shift, prologue)
     # Of the activation as it enters the product, the sum is exact to fp32's rounding whatever its dtype.
     assert relative_error(dw, conv_wgrad_reference(*double(x, dy), size, stride)) < 1e-6
+
+
+def use(monkeypatch, tile: Tile) -> None:
+    monkeypatch.setattr(tiles, "tile", lambda *arguments: tile)
 
 
 @poisoned
@@ -57,7 +72,7 @@ def check(op, case: str, prologue: bool, dtype: torch.dtype, device) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_conv_wgrad_matches_float64(device, monkeypatch, case, dtype, prologue):
     use_tile(monkeypatch, case)
-    check(conv_wgrad, case, prologue, DTYPES[dtype], device)
+    check(conv_wgrad, operands(case, prologue, DTYPES[dtype], device))
 
 
 @poisoned
@@ -70,16 +85,69 @@ def test_descriptors_and_pointers_agree(device, monkeypatch, case):
     if jit.INTERPRETED:
         assert torch.equal(conv_wgrad(*arguments), pointers)
     else:
-        check(conv_wgrad, case, True, torch.float16, device)
+        check(conv_wgrad, arguments)
 
 
 @poisoned
 @pytest.mark.parametrize("split", [1, 2, 4, 64])
 def test_any_split_sums_every_pixel_once(device, monkeypatch, split):
     """48 rows are 3 blocks of 16: split evenly, with a part that has nothing left, and into more parts than blocks."""
-    tile = tiles.Tile(16, 16, 16, 4, 1, SPLIT=split)
-    monkeypatch.setattr(tiles, "tile", lambda *arguments: tile)
-    check(conv_wgrad, "partial_last_tile", True, torch.float16, device)
+    use(monkeypatch, Tile(16, 16, 16, 4, 1, SPLIT=split))
+    check(conv_wgrad, operands("partial_last_tile", True, torch.float16, device))
+
+
+LAYERS = (  # images, layer: beside those of CASES, of a few channels at a time that no tile of 32 divides
+    *(layer for case, layer in CASES.items() if case != "c_not_multiple_of_tile"),
+    (1, ConvShape(48, 80, 4, 4)),
+    (2, ConvShape(80, 48, 2, 8, R=1)),
+    (3, ConvShape(48, 16, 3, 5, stride=2)),
+    (2, ConvShape(32, 64, 8, 8)),
+    (5, ConvShape(64, 32, 2, 4)),
+)
+
+
+def drawn(seed: int) -> tuple[int, ConvShape, torch.dtype, bool, Tile]:
+    """(images, layer, dtype, with a prologue, tile): legal, and otherwise by chance."""
+    choice = random.Random(seed).choice
+    n, shape = LAYERS[seed % len(LAYERS)]
+    sides = [choice([b for b in (16, 32, 64) if channels % b == 0]) for channels in (shape.C, shape.K)]
+    taps = choice((1, 3, 3)) if shape.R == 3 and shape.stride == 1 else 1
+    about = {"descriptors": choice((True, True, False)), "prologue": choice(("fp32", "fp16x2", "fp16x2", "stored"))}
+    tile = Tile(*sides, choice((16, 32, 64)), 4, 1, SPLIT=choice((1, 1, 2, 3, 6)), TAPS=taps, **about)
+    tile.check("conv_wgrad", shape)
+    return n, shape, choice((torch.float16, torch.float16, torch.float32)), tile.prologue != "stored", tile
+
+
+@poisoned
+@pytest.mark.parametrize("seed", range(3 * len(LAYERS)))
+def test_any_tile_matches_float64(device, monkeypatch, seed):
+    n, shape, dtype, prologue, tile = drawn(seed)
+    use(monkeypatch, tile)
+    extents = (n, shape.C, shape.H, shape.W), (n, shape.K, shape.P, shape.Q)
+    x, dy = (channels_last(*e, dtype=dtype, seed=seed + i, device=device) for i, e in enumerate(extents))
+    given = affine(shape.C, device, seed) if prologue else (None, None)
+    check(conv_wgrad, [x, dy, shape.R, shape.stride, *given], tile.prologue)
+
+
+def test_the_tiles_drawn_are_of_every_kind():
+    seen = {(t.descriptors, t.prologue, t.TAPS, t.SPLIT > 1) for *_, t in map(drawn, range(3 * len(LAYERS)))}
+    for i, kinds in enumerate(((True, False), tiles.PROLOGUES, (1, 3), (True, False))):
+        assert {one[i] for one in seen} == set(kinds)
+    assert (True, "fp16x2", 3, True) in seen
+
+
+@poisoned
+@pytest.mark.parametrize("prologue", ["fp32", "fp16x2"])
+@pytest.mark.parametrize("sigmas", [400.0, -400.0])
+def test_a_mean_of_many_sigmas_costs_no_digits(device, monkeypatch, sigmas, prologue):
+    """Of x as it is stored, whose own digits are then a quarter of sigma."""
+    use(monkeypatch, Tile(16, 16, 32, 4, 1, descriptors=True, SPLIT=2, TAPS=3, prologue=prologue))
+    x, dy, size, stride, *_ = operands("one_image_one_tile", False, torch.float16, device)
+    sigma = 2.0 ** torch.arange(-8, 8, device=device)[:, None, None] / 16
+    x = ((x + sigmas) * sigma).half().contiguous(memory_format=torch.channels_last)
+    gamma, beta = affine(16, device)
+    scale = gamma / sigma.flatten()
+    check(conv_wgrad, [x, dy, size, stride, scale, beta - sigmas * gamma], prologue)
 
 
 def test_repeats_bit_for_bit(device, monkeypatch):
@@ -88,14 +156,56 @@ def test_repeats_bit_for_bit(device, monkeypatch):
     assert torch.equal(conv_wgrad(*arguments), conv_wgrad(*arguments))
 
 
-def test_nan_is_passed_on(device):
+@poisoned
+@pytest.mark.parametrize("ahead", [1, 4, 8])
+@pytest.mark.parametrize("split", [1, 5, 8])
+def test_parts_are_added_in_order_however_many_are_loaded_together(device, split, ahead):
+    parts = torch.randn(split, 512, generator=torch.Generator().manual_seed(0)).to(device)
+    dw, expected = torch.empty(512, device=device), torch.zeros(512, device=device)
+    conv_wgrad_reduce_kernel[(2,)](parts, dw, split, 512, BLOCK=256, AHEAD=ahead, num_warps=8)
+    for part in parts:
+        expected += part
+    assert torch.equal(dw, expected)
+
+
+TILES = {
+    "pointers": Tile(16, 32, 16, 4, 1, SPLIT=2),
+    "pointers_fp16x2": Tile(16, 32, 16, 4, 1, SPLIT=2, prologue="fp16x2"),
+    "descriptors": Tile(16, 32, 16, 4, 1, True, SPLIT=2, TAPS=3),
+    "descriptors_fp16x2": Tile(16, 32, 16, 4, 1, True, SPLIT=2, TAPS=3, prologue="fp16x2"),
+}
+
+
+@pytest.mark.parametrize("tile", TILES)
+def test_nan_is_passed_on(device, monkeypatch, tile):
     """A NaN of x stands, by the statistics of its channel, for a channel of NaN."""
+    use(monkeypatch, TILES[tile])
     x, dy, *rest = operands("one_image_one_tile", False, torch.float16, device)
-    scale, shift = affine(16, device)
-    scale[3] = shift[3] = torch.nan
-    dw = conv_wgrad(x, dy, *rest[:2], scale, shift)
-    assert dw[:, 3].isnan().all()
-    assert not dw[:, :3].isnan().any()
+    for which in range(2):
+        given = affine(16, device)
+        given[which][3] = torch.nan
+        dw = conv_wgrad(x, dy, *rest[:2], *given)
+        assert dw[:, 3].isnan().all()
+        assert not dw[:, :3].isnan().any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("tile", TILES)
+def test_what_is_not_finite_stays_in_its_channel(device, monkeypatch, tile, value):
+    """A pixel of x whose neighbours are all inside reaches every tap; one of dy every channel."""
+    use(monkeypatch, TILES[tile])
+    for which in range(2):
+        arguments = operands("one_image_one_tile", True, torch.float16, device)
+        arguments[which][0, 3, 1, 4] = value
+        dw, reference = conv_wgrad(*arguments), conv_wgrad_reference(*arguments)
+        # Of dy an infinity is met by zeros of relu, which makes NaN in either.
+        assert torch.equal(dw.isfinite(), reference.isfinite())
+        bad = dw[:, 3] if which == 0 else dw[3]
+        assert not bad.isfinite().any()
+        assert dw.isfinite().sum() == dw.numel() - bad.numel()
+        if which == 0 and value == torch.inf:
+            assert torch.equal(dw[:, 3], reference[:, 3])
 
 
 def test_registration(device):
@@ -167,30 +277,44 @@ MUTANTS = {
     "dropped_row_mask": ("in_x = (rows < N * P * Q)", "in_x = (rows >= 0)"),
     "dropped_column_mask": ("& (h < H) & (v < W)", "& (h < H)"),
     "dropped_padding_mask": ("in_dy = in_x & (p >= down)", "in_dy = in_x & (p >= down - 1)"),
-    "shifted_the_wrong_way": ("(rows - down * Q - right)", "(rows + down * Q + right)"),
-    "shifted_the_wrong_way_descriptors": ("p - down, -right, k0", "p + down, right, k0"),
+    "padding_of_the_first_tap": ("(q >= right + t) & (q - right - t < Q)", "(q >= right) & (q - right < Q)"),
+    "shifted_the_wrong_way": ("(rows - down * Q - right - t)", "(rows + down * Q + right + t)"),
+    "shifted_the_wrong_way_descriptors": ("p - down, -right - t, k0", "p + down, right + t, k0"),
+    "one_tap_for_three": ("- down * Q - right - t)[", "- down * Q - right)["),
+    "one_tap_for_three_descriptors": ("-right - t, k0", "-right, k0"),
+    "stored_as_one_tap": ("(tap + t) * C", "tap * C"),
+    "first_column_of_every_row": ("% GROUPS * TAPS", "% GROUPS * (TAPS if TAPS == 1 else 1)"),
     "parity_forgotten": ("h, v = p * STRIDE + odd_h", "h, v = p * STRIDE"),
     "parity_forgotten_descriptors": ("odd_v * C + c0", "c0"),
+    "pixels_of_the_first_part": ("x.load([first, c0])", "x.load([step * BLOCK_K, c0])"),
     "relu_forgotten": ("tl.maximum(z, 0.0,", "tl.maximum(z, -100.0,"),
+    "pivot_forgotten": ("relu_affine(a, pivot,", "relu_affine(a, pivot * 0,"),
+    "bias_for_shift": ("pivot, scale, shift = halves", "pivot, scale, bias = halves"),
     "taps_transposed": ("tap // R - PAD, tap % R - PAD", "tap % R - PAD, tap // R - PAD"),
     "last_step_forgotten": ("for step in range(steps)", "for step in range(steps - 1)"),
-    "forgotten_part": ("for part in range(SPLIT)", "for part in range(SPLIT - 1)"),
+    "forgotten_part": ("mask=part < SPLIT", "mask=part < SPLIT - 1"),
+    "parts_past_the_last": ("mask=part < SPLIT", "mask=part < SPLIT + 1"),
+    "parts_loaded_once": ("part = first + i", "part = i"),
     "forgotten_partial_block": (
         "blocks = triton.cdiv(x.shape[0] * shape.P * shape.Q, ",
         "blocks = (x.shape[0] * shape.P * shape.Q // ",
     ),
 }
+SMALL = Tile(16, 16, 32, 4, 1, SPLIT=3)
+MUTANT_CHECKS = (
+    ("odd_map", SMALL),
+    ("stride2_odd", SMALL),
+    ("partial_last_tile", dataclasses.replace(SMALL, descriptors=True)),
+    ("stride2", dataclasses.replace(SMALL, descriptors=True)),
+    ("odd_map", dataclasses.replace(SMALL, BLOCK_K=16, TAPS=3, SPLIT=5)),
+    ("partial_last_tile", dataclasses.replace(SMALL, descriptors=True, TAPS=3, prologue="fp16x2")),
+)
 
 
 def check_mutant(op, monkeypatch, device) -> None:
-    for case, descriptors in (
-        ("odd_map", False),
-        ("stride2_odd", False),
-        ("partial_last_tile", True),
-        ("stride2", True),
-    ):
-        use_tile(monkeypatch, case, descriptors)
-        check(op, case, True, torch.float16, device)
+    for case, tile in MUTANT_CHECKS:
+        use(monkeypatch, tile)
+        check(op, operands(case, True, torch.float16, device), tile.prologue)
 
 
 @pytest.fixture(scope="module")
@@ -203,15 +327,15 @@ def mutants(tmp_path_factory):
 def compiled(mutants):
     """Which mutants compile, with pointers (on sm_80) and with descriptors, both kernels."""
     builds = []
-    for arch in (80, 90):
+    for arch, stride in ((80, 2), (90, 2), (90, 1)):  # the last in three taps and with halves
         with pytest.MonkeyPatch.context() as patch, launches() as recorded:
             patch.setattr(tiles, "gpu_of", lambda device, arch=arch: tiles.Gpu("", (arch // 10, 0)))
             for changed in mutants.values():
-                c = torch.ones(64)
-                changed.conv_wgrad(nhwc(8, 64, 8, 8), nhwc(8, 64, 4, 4), 3, 2, c, c)
+                c, p = torch.ones(64), 8 // stride
+                changed.conv_wgrad(nhwc(8, 64, 8, 8), nhwc(8, 64, p, p), 3, stride, c, c)
         builds += [build.on(arch) for build in recorded]
     results = compiling(builds)
-    names = [name for name in mutants for _ in range(2)] * 2
+    names = [name for name in mutants for _ in range(2)] * 3
     return {name: all(r for n, r in zip(names, results, strict=True) if n == name) for name in mutants}
 
 
@@ -227,15 +351,57 @@ def test_the_check_that_mutants_fail(monkeypatch, device):
     check_mutant(conv_wgrad, monkeypatch, device)
 
 
-def test_machine_code_of_every_layer(monkeypatch):
-    """The article's layers with the prologue, ResNet9's without; the second kernel only adds."""
-    builds = []
-    for arch in MATRIX_INSTRUCTION:
-        monkeypatch.setattr(tiles, "gpu_of", lambda device, arch=arch: tiles.Gpu("", (arch // 10, 0)))
-        for shape in dict.fromkeys(RESNET_LAYERS + RESNET9_LAYERS):
-            x, _, y, c, _ = layer_operands(shape, torch.device("cpu"))
-            with launches() as recorded:
-                conv_wgrad(x, y, shape.R, shape.stride, *((c, c) if shape in RESNET_LAYERS else ()))
-            builds += [dataclasses.replace(build, arch=arch, label=f"conv_wgrad {shape}") for build in recorded[:1]]
-    for build, facts in zip(builds, compile_all(builds), strict=True):
+def default_builds(arch: int, layers, prologue: bool, dtype: torch.dtype = torch.float16) -> list:
+    """The launches of wgrad of `layers`, a list for each, with default tiles."""
+    found = []
+    for shape in layers:
+        x, _, y, c, _ = layer_operands(shape, torch.device("cpu"))
+        with launches(tiles.Gpu("", (arch // 10, 0))) as recorded:
+            conv_wgrad(x.to(dtype), y.to(dtype), shape.R, shape.stride, *((c, c) if prologue else ()))
+        found.append([dataclasses.replace(build, label=f"{build.kernel} {shape} {dtype}") for build in recorded])
+    return found
+
+
+@pytest.mark.parametrize("prologue", [True, False], ids=["prologue", "plain"])
+@pytest.mark.parametrize("arch", MATRIX_INSTRUCTION)
+def test_machine_code_of_every_layer(arch, prologue):
+    """Both networks' layers: ResNet9 has no prologue, and the article's network none where its activation is stored.
+
+    Of 9.x the loop's instructions leave the schedulers time, in clocks of the tensor core (2,048 multiply-adds each),
+    and without a prologue both operands come from shared memory where x is a matrix.
+    """
+    layers = RESNET_LAYERS if prologue else tuple(dict.fromkeys(RESNET_LAYERS + RESNET9_LAYERS))
+    products = [builds[0] for builds in default_builds(arch, layers, prologue)]
+    for shape, build, facts in zip(layers, products, compile_all(products), strict=True):
         assert_machine_code(build, facts)
+        if arch != 90:
+            continue
+        assert build.constexprs["HALVES"]
+        assert build.constexprs["TAPS"] == (3 if shape.R == 3 and shape.stride == 1 else 1)
+        issue = facts.instructions_per_matrix_step() * 2048 / facts.macs_per_matrix_step()
+        assert issue <= (0.72 if prologue else 0.47), (facts.label, issue)
+        assert (facts.count("LDSM") > 0) == (prologue or shape.stride == 2), facts.label
+        assert facts.count("HFMA2", ".RELU") == (build.constexprs["BLOCK_M"] // 4 if prologue else 0), facts.label
+
+
+def test_machine_code_of_bf16():
+    """Whose prologue is in fp32: more registers."""
+    products = [builds[0] for builds in default_builds(90, RESNET_LAYERS, True, torch.bfloat16)]
+    for build, facts in zip(products, compile_all(products), strict=True):
+        assert not build.constexprs["HALVES"]
+        assert_machine_code(build, facts)
+
+
+@pytest.mark.parametrize(("arch", "multiprocessors"), [(90, 132), (100, 148)])
+def test_a_layer_is_one_wave_and_so_many_parts(arch, multiprocessors):
+    """No program waits for another's end, and most of the programs that a GPU holds are there; nor are the additions
+    left to a few."""
+    found = default_builds(arch, RESNET_LAYERS, True)
+    for (product, reduction), facts in zip(found, compile_all([builds[0] for builds in found]), strict=True):
+        assert 0.5 * multiprocessors < product.programs <= multiprocessors * facts.blocks_per_sm(), product.label
+        assert reduction.programs >= multiprocessors, reduction.label
+    reductions = [builds[1] for builds in found]
+    for build, facts in zip(reductions, compile_all(reductions), strict=True):
+        assert (facts.error, facts.spill_bytes, facts.local_bytes) == ("", 0, 0), build.label
+        # The loads of a pass are not each waited for.
+        assert any(sum(n for op, n in body.items() if op.startswith("LDG")) >= 8 for body in facts.loops), build.label
