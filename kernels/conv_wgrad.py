@@ -34,7 +34,7 @@ from kernels.conv_shape import (
     pixel_descriptor,
 )
 from kernels.cost import Cost, nbytes
-from kernels.jit import INTERPRETED, tl, triton
+from kernels.jit import tl, triton
 from kernels.prologue import halves, relu_affine
 
 
@@ -207,8 +207,8 @@ def conv_wgrad(
         num_stages=tile.num_stages,
     )
     if tile.SPLIT > 1:  # whatever is left of it: a small batch launches what every other one does
-        least = 256 if INTERPRETED else 32  # the interpreter's time is per program
-        block = min(256, max(least, triton.next_power_of_2(dw.numel() // 4096)))
+        interpreted = tiles.gpu_of(x.device).capability is None  # whose time is per program
+        block = 256 if interpreted else min(256, max(32, triton.next_power_of_2(dw.numel() // 4096)))
         ahead = min(64, triton.next_power_of_2(tile.SPLIT))
         grid = (dw.numel() // block,)  # C and K are multiples of 16: nothing is left
         conv_wgrad_reduce_kernel[grid](parts, dw, split, dw.numel(), BLOCK=block, AHEAD=ahead, num_warps=block // 32)
