@@ -159,6 +159,17 @@ def predictions(
     _experiment("predictions", lambda: Request(json=as_json), gpu=gpu, against=against, out=out)
 
 
+@app.command("machine-code")
+def machine_code(
+    out: Annotated[
+        Path | None, typer.Option(help="Write what the compiler says here, and leave docs/kernels.md as it is.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What the compiler makes of every layer's kernels, beside what it made of the first generation's."""
+    _experiment("machine_code", lambda: Request(json=as_json), out=out)
+
+
 def _experiment(name: str, read: Callable[[], Request], **options: Any) -> None:
     """Check the request, run `experiments.<name>.run(request, terminal, interrupts, **options)` and exit.
 

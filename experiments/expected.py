@@ -3,17 +3,19 @@
 A kernel takes START_US and then the largest of these times:
 
 compute   its arithmetic's, at the rate that the device sustains, times two factors known before it runs: `tail`, since
-          the last programs leave multiprocessors idle, and `issue`, where a warp issues more instructions for each
-          matrix instruction than the tensor core takes cycles for it
+          the last programs leave multiprocessors idle, and those that walk down a map take two lines beyond its edges;
+          and `issue`, where a warp issues more instructions for each matrix instruction than the tensor core takes
+          cycles for it
 memory    its bytes', each once, at the device's bandwidth or at that of the multiprocessors that have a program
 L2        of a product the bytes of its operands' tiles, which every program reads for itself, at the L2 cache's rate
-latency   of a reduction whose programs are few and loop, in turn: the L2 cache's latency, the bytes and the
-          instructions of a pass, since the next pass's loads wait for this one's sums
+latency   of a reduction whose programs are few and loop, in turn for each pass: the L2 cache's latency, and the longer
+          of its bytes' time and its instructions', or both where a barrier parts the warps' loads from their sums
 
 An op's further launches add a start each and, where they are such reductions, that time. The parts of a split product
-are among its op's bytes twice: it writes them, and its reduction reads them. All else is taken to be free: conflicts, barriers, a cold start of the
-loop, the latency of what is not a reduction. What is measured is therefore mostly longer, and by how much is the
-finding; shorter where a step finds its operands still in the L2 cache, or where an assumption is wrong.
+are among its op's bytes twice: it writes them, and its reduction reads them. All else is taken to be free: conflicts,
+barriers, a cold start of the loop, the latency of what is not a reduction. What is measured is therefore mostly longer,
+and by how much is the finding; shorter where a step finds its operands still in the L2 cache, or where an assumption is
+wrong.
 """
 
 import math
@@ -36,14 +38,14 @@ ELEMENT_BYTES = 2
 LIBRARY_BLOCK = (256, 128)
 """Pixels by filters of a tile of the library's convolutions: assumed, the largest that is usual on these GPUs."""
 CONVOLUTIONS = ("fprop", "dgrad", "wgrad")
+LINES_KERNELS = ("conv_fprop_lines_kernel", "conv_dgrad_lines_kernel")
 ROOFS = ("compute", "memory", "L2", "latency")
 
 
 class Launch(NamedTuple):
     """One kernel launch: its grid, and what its time follows from.
 
-    block        (BLOCK_M, BLOCK_N) of a product, None of anything else; a product of several taps reads its first
-                 operand once for all: as if their columns lay side by side
+    block        (BLOCK_M, BLOCK_N) of a product, larger where a load serves several tiles; else None
     tail, issue  factors on the time of its arithmetic
     serial_us    of a reduction that loops: its passes in turn; else 0
     parts_bytes  that it reads of the parts of a split product; else 0
@@ -55,7 +57,7 @@ class Launch(NamedTuple):
     blocks_per_sm: int | None
     tail: float
     issue: float
-    block: tuple[int, int] | None = None
+    block: tuple[float, float] | None = None
     serial_us: float = 0.0
     parts_bytes: int = 0
 
@@ -63,8 +65,8 @@ class Launch(NamedTuple):
 class Prediction(NamedTuple):
     """An op: the least that its work takes, and what is expected of its launches; microseconds.
 
-    `bound` is which of ROOFS the launch that does the work, number `main`, is at; `after_us` is what the reductions
-    behind it add. `main` is None where the library does it.
+    `roofs_us` are the times by ROOFS of the launch that does the work, number `main`; `bound` names the longest;
+    `after_us` is what the reductions behind it add. `main` is None where the library does it.
     """
 
     op: str
@@ -75,6 +77,7 @@ class Prediction(NamedTuple):
     floor_us: float
     expected_us: float
     after_us: float
+    roofs_us: tuple[float, ...]
     bound: str
     main: int | None
     launches: tuple[Launch, ...]
@@ -99,7 +102,12 @@ def launch(build: "Build", facts: "Facts", machine: Machine) -> Launch:
         issue = max(1.0, issued * machine.matrix_macs_per_cycle / macs)
     values = {**build.constexprs, **build.integers}
     is_product = {"BLOCK_M", "BLOCK_N", "BLOCK_K"} <= values.keys()
+    # Several taps of one load of the first operand: as if their columns lay side by side.
     block = (values["BLOCK_M"], values["BLOCK_N"] * values.get("TAPS", 1)) if is_product else None
+    if build.kernel in LINES_KERNELS:  # the filter serves every line, a line's load three products; two lines are extra
+        lines = values["H"]
+        block = (values["BLOCK_M"] * lines, 3 * values["BLOCK_N"] * lines / (lines + 2))
+        tail *= (lines + 2) / lines
     parts = 4 * values["SPLIT"] * values["elements"] if build.kernel == "conv_wgrad_reduce_kernel" else 0
     known = (build.kernel, build.programs, facts.registers or None, facts.blocks_per_sm())
     return Launch(*known, tail, issue, block, _serial_us(build, facts, machine), parts)
@@ -120,7 +128,9 @@ def _passes(build: "Build") -> tuple[int, int] | None:
 def _serial_us(build: "Build", facts: "Facts", machine: Machine) -> float:
     """Of a reduction's program, its passes one after the other; programs of one multiprocessor share what it has.
 
-    A compiler that unrolls the loop makes one pass of several, whose loads are under way together.
+    A warp's next loads wait for its sums. Without a barrier they wait for no other warp's, so that one warp's bytes
+    arrive while another adds. A compiler that unrolls the loop makes one pass of several, whose loads are under way
+    together.
     """
     found = _passes(build)
     if found is None:
@@ -132,7 +142,8 @@ def _serial_us(build: "Build", facts: "Facts", machine: Machine) -> float:
     sharing = math.ceil(build.programs / machine.multiprocessors)
     transfer_us = 1e6 * unrolled * pass_bytes / machine.multiprocessor_bytes_per_s
     issue_us = 1e6 * sum(loop.values()) * facts.warps / machine.instructions_per_s
-    return rounds * (machine.l2_latency_us + sharing * (transfer_us + issue_us))
+    together = sum if any(name.startswith("BAR") for name in loop) else max
+    return rounds * (machine.l2_latency_us + sharing * together((transfer_us, issue_us)))
 
 
 def _loaded_bytes(loop: dict[str, int]) -> int:
@@ -169,10 +180,11 @@ def predict(op: str, layer: str, flops: int, bytes_: int, launches: Sequence[Lau
     times = (compute_us, 1e6 * (bytes_ - parts) / bandwidth, 1e6 * l2_bytes / l2_rate, serial_us)
     expected_us = max(len(launches), 1) * START_US + max(times) + after_us
     bound = ROOFS[times.index(max(times))]
-    return Prediction(op, layer, flops, bytes_, l2_bytes, floor_us, expected_us, after_us, bound, main, tuple(launches))
+    about = (op, layer, flops, bytes_, l2_bytes, floor_us, expected_us, after_us, times, bound, main)
+    return Prediction(*about, tuple(launches))
 
 
-def operand_bytes(flops: int, block: tuple[int, int]) -> int:
+def operand_bytes(flops: int, block: tuple[float, float]) -> int:
     """Bytes of the operands' tiles that a product's programs read.
 
     Each pass multiplies BLOCK_M x BLOCK_K by BLOCK_N x BLOCK_K elements, in 2 BLOCK_M BLOCK_N BLOCK_K FLOPs: programs x

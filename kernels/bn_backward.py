@@ -30,7 +30,7 @@ from kernels.contract import check_activation, check_device, check_fp32, check_l
 from kernels.cost import Cost, nbytes
 from kernels.jit import tl, triton
 
-SUM_TILES, SUM_BLOCK_C = 512, 8  # merged at a time by bn_coefficients
+SUM_TILES, SUM_BLOCK_C = 512, 8  # lanes of bn_coefficients: four 16-byte loads of each plane for each thread
 
 
 def bn_backward_reference(dy: Tensor, x: Tensor, norm: Tensor, n: float, pool: bool = False) -> tuple[Tensor, ...]:
@@ -116,19 +116,25 @@ def bn_coefficients_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """One program: BLOCK_C channels. Its BLOCK_T lanes add every BLOCK_T-th tile each, and are added at the end."""
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    sum_dz = tl.zeros((BLOCK_C,), tl.float32)
-    sum_dz_x = tl.zeros((BLOCK_C,), tl.float32)
+    rstd = tl.load(norm_ptr + 2 * C + offs_c, mask=mask_c, other=0.0)  # here, beside the first tiles' loads
+    scale = tl.load(norm_ptr + 3 * C + offs_c, mask=mask_c, other=0.0)
+    lanes_dz = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    lanes_dz_x = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    dz, dz_x = lanes_dz, lanes_dz_x
     for t in range(0, T, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)
         mask = (offs_t < T)[:, None] & mask_c[None, :]
         partial = partials_ptr + offs_t[:, None] * C + offs_c[None, :]
-        sum_dz += tl.sum(tl.load(partial, mask=mask, other=0.0), axis=0)
-        sum_dz_x += tl.sum(tl.load(partial + T * C, mask=mask, other=0.0), axis=0)
-    rstd = tl.load(norm_ptr + 2 * C + offs_c, mask=mask_c, other=0.0)
-    scale = tl.load(norm_ptr + 3 * C + offs_c, mask=mask_c, other=0.0)
-    dgamma = rstd * sum_dz_x
+        # Of the pass before: an addition that waits here for its load would hold up the loads behind it.
+        lanes_dz += dz
+        lanes_dz_x += dz_x
+        dz = tl.load(partial, mask=mask, other=0.0)
+        dz_x = tl.load(partial + T * C, mask=mask, other=0.0)
+    sum_dz = tl.sum(lanes_dz + dz, axis=0)
+    dgamma = rstd * tl.sum(lanes_dz_x + dz_x, axis=0)
     out = coefficients_ptr + offs_c
     tl.store(out, dgamma, mask=mask_c)
     tl.store(out + C, sum_dz, mask=mask_c)

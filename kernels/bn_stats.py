@@ -10,9 +10,10 @@ partials        fp32 [3, T, C], of the values as stored (after rounding); any T 
 gamma, beta     fp32 [C]
 norm            fp32 [5, C]; `var` is the unbiased variance, for the running statistics
 
-Sums of squares would cancel where |mean| >> sigma. Within a program every lane of the tile runs Welford's recurrence
-(Technometrics 4, 1962) down its rows; lanes, then tiles, are merged by the formula of Chan, Golub and LeVeque (1979).
-There are no atomics and the tiles depend on the shape alone, so that runs repeat bit for bit.
+Sums of squares would cancel where |mean| >> sigma. Within a program every lane runs a recurrence: Welford's
+(Technometrics 4, 1962) down its rows, or that of Chan, Golub and LeVeque (1979) down its tiles. Their formula merges
+the lanes at the end, so that no loop has a barrier. There are no atomics and the tiles depend on the shape alone, so
+that runs repeat bit for bit.
 
 Passes over an activation: bn_stats 1 (reads x), bn_stats_add 3 (reads x and residual, writes y); bn_finalize none.
 """
@@ -29,7 +30,9 @@ from kernels.jit import tl, triton
 TILE, POOLED_TILE = 2048, 1024
 MAX_BLOCK_C = 64  # 128 bytes of fp16: whole cache lines
 MAX_PROGRAMS = 660  # a reduction's programs: five for each of an H200's 132 multiprocessors, resident at once
-FINALIZE_TILES, FINALIZE_BLOCK_C = 512, 8  # merged at a time: a [512, 8] block of each plane
+# Lanes of bn_finalize: a 16-byte load of each plane for each thread of 16 warps. Eight channels are 32 bytes, the least
+# that the L2 cache sends: more programs of fewer channels would each read as much.
+FINALIZE_TILES, FINALIZE_BLOCK_C = 256, 8
 
 
 def bn_stats_reference(x: Tensor) -> Tensor:
@@ -134,28 +137,33 @@ def bn_finalize_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """One program: BLOCK_C channels. Its BLOCK_T lanes take every BLOCK_T-th tile each, and are merged at the end."""
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    n = tl.zeros((BLOCK_C,), tl.float32)
-    mean = tl.zeros((BLOCK_C,), tl.float32)
-    m2 = tl.zeros((BLOCK_C,), tl.float32)
+    gamma = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0)  # here, beside the first tiles' loads
+    beta = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0)
+    pivot = tl.load(partials_ptr + T * C + offs_c, mask=mask_c, other=0.0)  # lanes count from the first mean
+    n = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    mean = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+    m2 = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for t in range(0, T, BLOCK_T):
         offs_t = t + tl.arange(0, BLOCK_T)
         mask = (offs_t < T)[:, None] & mask_c[None, :]
         partial = partials_ptr + offs_t[:, None] * C + offs_c[None, :]
-        tile_n, tile_mean, tile_m2 = merge(
-            tl.load(partial, mask=mask, other=0.0),
-            tl.load(partial + T * C, mask=mask, other=0.0),
-            tl.load(partial + 2 * T * C, mask=mask, other=0.0),
-        )
-        total = tl.maximum(n + tile_n, 1.0)
-        delta = tile_mean - mean
-        mean += delta * (tile_n / total)
-        m2 += tile_m2 + delta * delta * (n * tile_n / total)
-        n += tile_n
+        tile_n = tl.load(partial, mask=mask, other=0.0)
+        tile_mean = tl.load(partial + T * C, mask=mask, other=0.0)
+        tile_m2 = tl.load(partial + 2 * T * C, mask=mask, other=0.0)
+        total = n + tile_n
+        share = tile_n / tl.maximum(total, 1.0)  # an empty tile, or none, leaves its lane as it was
+        delta = (tile_mean - pivot[None, :]) - mean
+        mean += delta * share
+        m2 += tile_m2 + delta * delta * (n * share)
+        n = total
+    n, mean, m2 = merge(n, mean, m2)
+    mean += pivot
     rstd = 1.0 / tl.sqrt_rn(m2 / tl.maximum(n, 1.0) + eps)
-    scale = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0) * rstd
-    shift = tl.load(beta_ptr + offs_c, mask=mask_c, other=0.0) - mean * scale
+    scale = gamma * rstd
+    shift = beta - mean * scale
     out = norm_ptr + offs_c
     tl.store(out, mean, mask=mask_c)
     tl.store(out + C, m2 / tl.maximum(n - 1.0, 1.0), mask=mask_c)
@@ -247,7 +255,7 @@ def bn_finalize(partials: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Te
         eps,
         BLOCK_T=FINALIZE_TILES,
         BLOCK_C=FINALIZE_BLOCK_C,
-        num_warps=8,
+        num_warps=16,
     )
     return norm
 

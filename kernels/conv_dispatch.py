@@ -29,7 +29,7 @@ from kernels.reference import conv
 
 @dataclass
 class Activation:
-    """relu(x * scale + shift): our kernels recompute it as they load x; it is stored only if the library asks for it.
+    """relu(x * scale + shift): our kernels recompute it as they load x; it is stored if the library or a tile asks.
 
     x       fp16, bf16 or fp32 [N, C, H, W] channels_last
     norm    fp32 [5, C] = (mean, var, rstd, scale, shift), see `kernels.bn_stats`; None: the activation is x itself
@@ -45,11 +45,18 @@ class Activation:
         """(scale, shift)."""
         return (None, None) if self.norm is None else (self.norm[3], self.norm[4])
 
+    @property
+    def operands(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(x, scale, shift) to compute the activation from, or (the activation, None, None) where it is stored."""
+        if self.stored is not None and self.stored.numel():
+            return self.stored, None, None
+        return self.x, *self.affine
+
     def store(self) -> Tensor:
         """The activation itself; two passes, read x and write it, the first time."""
         if self.norm is None:
             return self.x
-        if self.stored is None or not self.stored.numel():
+        if self.operands[1] is not None:
             self.stored = bn_apply(self.x, *self.affine)
         return self.stored
 
@@ -82,6 +89,11 @@ def runs_library(op: str, shape: ConvShape, dtype: torch.dtype, gpu: tiles.Gpu, 
     return not forced and tiles.prefers_library(op, shape, dtype, gpu)
 
 
+def stores(op: str, shape: ConvShape, dtype: torch.dtype, gpu: tiles.Gpu, forced: bool) -> bool:
+    """Whether `op` reads a stored activation: the library does, and our kernel where its tile says so."""
+    return runs_library(op, shape, dtype, gpu, forced) or tiles.tile(op, shape, dtype, gpu).prologue == "stored"
+
+
 def fprop(
     a: Activation,
     w: Tensor,
@@ -92,13 +104,17 @@ def fprop(
 ) -> tuple[Tensor, Tensor]:
     """(y, partials) of y = conv(a, w) + residual; without `statistics` the partials are of no tiles, [3, 0, K].
 
-    Passes: ours 2, and 1 for the residual; around the library 5 (a stored 2, conv 2, statistics 1), 7 with a residual
-    that is stored already.
+    Passes: ours 2, 2 more where the tile has `a` stored, and 1 for the residual; around the library 5 (a stored 2, conv
+    2, statistics 1), 7 with a residual that is stored already.
     """
     w = w.to(a.x.dtype)
-    if not runs_library("conv_fprop", ConvShape.of(a.x, w, stride), w.dtype, tiles.gpu_of(a.x.device), forced):
-        of_residual = (None, None, None) if residual is None else (residual.x, *residual.affine)
-        return conv_fprop(a.x, w, stride, *a.affine, *of_residual, statistics)
+    how = ("conv_fprop", ConvShape.of(a.x, w, stride), w.dtype, tiles.gpu_of(a.x.device), forced)
+    if stores(*how):
+        a.store()
+    if not runs_library(*how):
+        of_residual = (None, None, None) if residual is None else residual.operands
+        x, scale, shift = a.operands
+        return conv_fprop(x, w, stride, scale, shift, *of_residual, statistics)
     y = conv(a.store(), w, stride).contiguous(memory_format=torch.channels_last)
     if residual is not None and statistics:
         return bn_stats_add(y, residual.store())
@@ -143,19 +159,28 @@ def dgrad(
 def wgrad(a: Activation, dy: Tensor, size: int, stride: int = 1, forced: bool = False) -> Tensor:
     """dw fp32 [K, C, size, size] channels_last.
 
-    Passes: ours 2; the library's 2, and 2 more if `a` is not stored yet.
+    Passes: ours 2, the library's 2; 2 more for the library, or for a tile that wants it, if `a` is not stored yet.
     """
-    if not wgrad_stores(a.x, dy.shape[1], size, stride, forced):
-        return conv_wgrad(a.x, dy, size, stride, *a.affine)
+    how = _wgrad(a.x, dy.shape[1], size, stride, forced)
+    if stores(*how):
+        a.store()
+    if not runs_library(*how):
+        x, scale, shift = a.operands
+        return conv_wgrad(x, dy, size, stride, scale, shift)
     extents = (dy.shape[1], a.x.shape[1], size, size)
     dw = torch.nn.grad.conv2d_weight(a.store(), extents, dy, stride=stride, padding=size // 2)
     return dw.to(torch.float32, memory_format=torch.channels_last)
 
 
 def wgrad_stores(x: Tensor, filters: int, size: int, stride: int, forced: bool) -> bool:
-    """Whether `wgrad` of this layer is the library's, for which the convolution's input must be stored."""
+    """Whether `wgrad` of this layer reads the convolution's input stored."""
+    return stores(*_wgrad(x, filters, size, stride, forced))
+
+
+def _wgrad(x: Tensor, filters: int, size: int, stride: int, forced: bool) -> tuple:
+    """Operands of `stores` and `runs_library`."""
     shape = ConvShape(*map(int, (x.shape[1], filters, x.shape[2], x.shape[3], size, stride)))
-    return runs_library("conv_wgrad", shape, x.dtype, tiles.gpu_of(x.device), forced)
+    return "conv_wgrad", shape, x.dtype, tiles.gpu_of(x.device), forced
 
 
 def triton_share(layers: Iterable[tuple[int, ...]], dtype: torch.dtype, gpu: tiles.Gpu, forced: bool = False) -> float:

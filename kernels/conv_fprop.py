@@ -9,7 +9,8 @@ x           fp16, bf16 or fp32 [N, C, H, W] channels_last: NHWC in memory
 w           x's dtype [K, C, R, R] channels_last: KRSC in memory; R is 3 or 1, zero padding of R//2
 y, residual x's dtype [N, K, P, Q] channels_last, P = ceil(H / stride), stride 1 or 2
 scale, shift, residual_scale, residual_shift    fp32 [C] and [K]
-partials    fp32 [3, T, K] as `kernels.bn_stats` has them: of y as stored, a tile being BLOCK_M consecutive rows of NPQ
+partials    fp32 [3, T, K] as `kernels.bn_stats` has them: of y as stored, a tile being consecutive rows of NPQ, BLOCK_M
+            of them, or those of whole images where a program walks down their lines
 
 The padding is of a, not of x: it is zero *after* the prologue. Everything after the product is fp32 until y is rounded.
 GEMM_M = NPQ, GEMM_N = K, GEMM_K = RRC. C and K are multiples of 16.
@@ -22,8 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import tiles
+from kernels.bn_apply import bn_apply, bn_apply_cost
 from kernels.contract import check_like
 from kernels.conv_dgrad import conv_dgrad
+from kernels.conv_fprop_kernels import conv_fprop_kernel, conv_fprop_lines_kernel
 from kernels.conv_shape import (
     ConvShape,
     activation_descriptor,
@@ -33,11 +36,11 @@ from kernels.conv_shape import (
     check_operand,
     check_weight,
     flop_formula,
+    line_descriptor,
     weight_descriptor,
 )
 from kernels.conv_wgrad import conv_wgrad
 from kernels.cost import Cost, nbytes
-from kernels.jit import tl, triton
 
 
 def conv_fprop_reference(
@@ -67,106 +70,6 @@ def _bn_relu(x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     return torch.relu(x * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["N", "T"])  # one build for every batch
-def conv_fprop_kernel(
-    x,
-    w,
-    y_ptr,
-    scale_ptr,
-    shift_ptr,
-    residual_ptr,
-    residual_scale_ptr,
-    residual_shift_ptr,
-    partials_ptr,
-    N,
-    T,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    R: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One program: BLOCK_M rows of y by BLOCK_N filters. x and w: descriptors or pointers; what is absent is None."""
-    PAD: tl.constexpr = R // 2
-    BLOCKS_N: tl.constexpr = K // BLOCK_N
-    BLOCKS_C: tl.constexpr = C // BLOCK_K
-    # The programs that read the same rows of x are neighbours in time.
-    pid_m, pid_n = tl.program_id(0) // BLOCKS_N, tl.program_id(0) % BLOCKS_N
-    first = pid_m * BLOCK_M
-    offs_m = first + tl.arange(0, BLOCK_M)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    mask_m = offs_m < N * P * Q
-    if not DESCRIPTORS:
-        # The filter's top left pixel, and one bit for each of its taps: does it fall inside of x?
-        top, left = offs_m // Q % P * STRIDE - PAD, offs_m % Q * STRIDE - PAD
-        pixels = (offs_m // (P * Q) * H + top) * W + left
-        taps_inside = tl.zeros((BLOCK_M,), tl.int32)
-        for i in tl.static_range(R * R):
-            h, v = top + i // R, left + i % R
-            taps_inside |= (mask_m & (h >= 0) & (h < H) & (v >= 0) & (v < W)).to(tl.int32) << i
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    nan_if_nan = tl.zeros((BLOCK_K,), tl.float32)
-    # One flat loop of a constant trip count: nested or unknown ones make ptxas serialise the wgmma instructions.
-    for step in range(R * R * BLOCKS_C):
-        tap, c = step // BLOCKS_C, step % BLOCKS_C * BLOCK_K
-        r, s = tap // R, tap % R
-        if DESCRIPTORS:
-            n, p = first // (P * Q), first // Q % P
-            if STRIDE == 1:
-                a = x.load([n, p + r - PAD, s - PAD, c])
-            else:
-                a = x.load([n, p + (r - PAD >> 1), r - PAD & 1, s - PAD >> 1, (s - PAD & 1) * C + c])
-            a = a.reshape(BLOCK_M, BLOCK_K)
-            b = w.load([pid_n * BLOCK_N, tap * C + c])
-        else:
-            inside = (taps_inside >> tap & 1) != 0
-            a = tl.load(x + (pixels + r * W + s)[:, None] * C + (c + offs_k), mask=inside[:, None], other=0.0)
-            b = tl.load(w + offs_n[:, None] * (R * R * C) + (tap * C + c + offs_k))
-        if scale_ptr is not None:
-            scale, shift = tl.load(scale_ptr + c + offs_k), tl.load(shift_ptr + c + offs_k)
-            z = a.to(tl.float32) * scale + shift
-            if DESCRIPTORS:
-                # Outside of x the descriptor reads NaN, which this comparison turns into the padding's zero: no mask.
-                # A NaN inside would vanish too; it has made its channel's statistics NaN, and those are passed on.
-                z = tl.where(z > 0.0, z, 0.0)
-                nan_if_nan += (scale + shift) * 0.0
-            else:
-                z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
-                z = tl.minimum(z, tl.where(inside, float("inf"), 0.0)[:, None], propagate_nan=tl.PropagateNan.ALL)
-            a = z.to(a.dtype)
-        acc = tl.dot(a, b.T, acc, input_precision="ieee")
-
-    # Without an addition here, be it of zeros, ptxas 12.8 serialises the loop's wgmma instructions (C7514).
-    acc += tl.sum(nan_if_nan) if scale_ptr is not None and DESCRIPTORS else 0.0
-    offs_y = offs_m[:, None] * K + offs_n
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + offs_y, mask=mask_m[:, None], other=0.0).to(tl.float32)
-        if residual_scale_ptr is not None:
-            residual = residual * tl.load(residual_scale_ptr + offs_n) + tl.load(residual_shift_ptr + offs_n)
-            residual = tl.maximum(residual, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        acc += residual
-    y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + offs_y, y, mask=mask_m[:, None])
-    if partials_ptr is not None:
-        y = tl.where(mask_m[:, None], y.to(tl.float32), 0.0)
-        count = tl.minimum(N * P * Q - first, BLOCK_M).to(tl.float32)
-        mean = tl.sum(y, axis=0) / count
-        deviation = tl.where(mask_m[:, None], y - mean, 0.0)
-        out = partials_ptr + pid_m * K + offs_n
-        tl.store(out, tl.zeros((BLOCK_N,), tl.float32) + count)
-        tl.store(out + T * K, mean)
-        tl.store(out + 2 * T * K, tl.sum(deviation * deviation, axis=0))
-
-
 @torch.library.custom_op("cifar::conv_fprop", mutates_args=())
 def conv_fprop(
     x: Tensor,
@@ -188,14 +91,22 @@ def conv_fprop(
     """
     shape = _check(x, w, stride, scale, shift, residual, residual_scale, residual_shift)
     tile = tiles.tile("conv_fprop", shape, x.dtype, tiles.gpu_of(x.device))
-    y, partials = _empty(x, shape, tile.BLOCK_M, statistics)
-    x_operand, w_operand = x, w
-    descriptors = tile.descriptors and boxes_fit(tile.BLOCK_M, shape)
+    if scale is not None and tile.prologue == "stored":
+        x, scale, shift = bn_apply(x, scale, shift), None, None
+    y, partials = _empty(x, shape, tile, statistics)
+    tile_count, nan = _tile_count(x.shape[0], shape, tile), scale is not None
+    descriptors = tile.descriptors and (tile.form == "lines" or boxes_fit(tile.BLOCK_M, shape))
+    x_operand, w_operand, kernel, extents = x, w, conv_fprop_kernel, {}
     if descriptors:
-        x_operand = activation_descriptor(x, tile.BLOCK_M, tile.BLOCK_K, stride, nan=scale is not None)
         w_operand = weight_descriptor(w, tile.BLOCK_N, tile.BLOCK_K)
-    tile_count = triton.cdiv(x.shape[0] * shape.P * shape.Q, tile.BLOCK_M)
-    conv_fprop_kernel[(tile_count * (shape.K // tile.BLOCK_N),)](
+    if tile.form == "lines":
+        kernel, x_operand = conv_fprop_lines_kernel, line_descriptor(x, tile.BLOCK_M, tile.BLOCK_K, nan)
+    else:
+        extents = {"P": shape.P, "Q": shape.Q, "R": shape.R, "STRIDE": stride}
+        extents |= {"DESCRIPTORS": descriptors, "COLUMNS": tile.form == "columns" and scale is None}
+        if descriptors:
+            x_operand = activation_descriptor(x, tile.BLOCK_M, tile.BLOCK_K, stride, nan)
+    kernel[(tile_count * (shape.K // tile.BLOCK_N),)](
         x_operand,
         w_operand,
         y,
@@ -209,16 +120,13 @@ def conv_fprop(
         tile_count,
         H=shape.H,
         W=shape.W,
-        P=shape.P,
-        Q=shape.Q,
         C=shape.C,
         K=shape.K,
-        R=shape.R,
-        STRIDE=stride,
-        DESCRIPTORS=descriptors,
+        HALVES=descriptors and tile.prologue == "fp16x2" and x.dtype == torch.float16,
         BLOCK_M=tile.BLOCK_M,
         BLOCK_N=tile.BLOCK_N,
         BLOCK_K=tile.BLOCK_K,
+        **extents,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -238,7 +146,7 @@ def _(
     statistics=True,
 ):
     shape = ConvShape.of(x, w, stride)
-    return _empty(x, shape, tiles.tile("conv_fprop", shape, x.dtype, tiles.gpu_of(x.device)).BLOCK_M, statistics)
+    return _empty(x, shape, tiles.tile("conv_fprop", shape, x.dtype, tiles.gpu_of(x.device)), statistics)
 
 
 def _check(x, w, stride, scale, shift, residual, residual_scale, residual_shift) -> ConvShape:
@@ -260,10 +168,17 @@ def _check(x, w, stride, scale, shift, residual, residual_scale, residual_shift)
     return shape
 
 
-def _empty(x: Tensor, shape: ConvShape, block_m: int, statistics: bool) -> tuple[Tensor, Tensor]:
+def _tile_count(images: int, shape: ConvShape, tile: tiles.Tile) -> int:
+    """T: how many tiles leave partials."""
+    if tile.form == "lines":
+        return (images + tile.BLOCK_M // shape.W - 1) // (tile.BLOCK_M // shape.W)
+    return (images * shape.P * shape.Q + tile.BLOCK_M - 1) // tile.BLOCK_M
+
+
+def _empty(x: Tensor, shape: ConvShape, tile: tiles.Tile, statistics: bool) -> tuple[Tensor, Tensor]:
     extents = (x.shape[0], shape.K, shape.P, shape.Q)
     y = torch.empty(extents, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    tile_count = (x.shape[0] * shape.P * shape.Q + block_m - 1) // block_m if statistics else 0
+    tile_count = _tile_count(x.shape[0], shape, tile) if statistics else 0
     return y, torch.empty((3, tile_count, shape.K), dtype=torch.float32, device=x.device)
 
 
@@ -342,9 +257,14 @@ def conv_fprop_cost(
     residual_shift: Tensor | None = None,
     statistics: bool = True,
 ) -> Cost:
-    """x, w and residual read, y and the partials written, each once. FLOPs: the convolution's, as PyTorch counts."""
+    """x, w and residual read, y and the partials written, each once; and the pass that stores the activation first.
+
+    FLOPs: the convolution's, as PyTorch counts.
+    """
     shape = ConvShape.of(x, w, stride)
-    block_m = tiles.tile("conv_fprop", shape, x.dtype, tiles.gpu_of(x.device)).BLOCK_M
-    y, partials = _empty(x.to("meta"), shape, block_m, statistics)
+    tile = tiles.tile("conv_fprop", shape, x.dtype, tiles.gpu_of(x.device))
+    y, partials = _empty(x.to("meta"), shape, tile, statistics)
     affine = (scale, shift, residual_scale, residual_shift)
-    return Cost(flops=shape.flops(x.shape[0]), bytes=nbytes(x, w, *affine, residual, y, partials))
+    cost = Cost(flops=shape.flops(x.shape[0]), bytes=nbytes(x, w, *affine, residual, y, partials))
+    stored = scale is not None and tile.prologue == "stored"
+    return cost + bn_apply_cost(x, scale, shift) if stored else cost

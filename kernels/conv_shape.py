@@ -205,6 +205,17 @@ def pixel_descriptor(x: Tensor, pixels: int, block_c: int):
     return TensorDescriptor(x, [x.numel() // c, c], [c, 1], [pixels, block_c])
 
 
+def line_descriptor(x: Tensor, rows: int, block_c: int, nan: bool = False):
+    """As `activation_descriptor` at stride 1, but the `rows` pixels of a box are a line each of several images."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    n, c, h, w = x.shape
+    extents = [n, h, w, c]
+    return TensorDescriptor(
+        x, extents, _contiguous_strides(extents), [rows // w, 1, w, block_c], "nan" if nan else "zero"
+    )
+
+
 def weight_descriptor(w: Tensor, block_k: int, block_c: int):
     """A tensor descriptor of w [K,C,R,R] as the matrix [K, R*R*C] that it is in memory, boxes of [block_k, block_c]."""
     from triton.tools.tensor_descriptor import TensorDescriptor

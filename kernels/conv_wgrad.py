@@ -9,11 +9,11 @@ scale, shift fp32 [C]
 dw           fp32 [K, C, R, R] channels_last: KRSC in memory; R is 3 or 1
 
 One program sums one tap (r, s), or the three of a row of the filter, over one of SPLIT parts of the pixels; a second
-kernel adds the parts in order, so that runs repeat bit for bit. Within a program a's pixels stay and dy is shifted: what
-the tap reads outside of a map is then a zero of dy, and the prologue needs no mask. At stride 2 a's pixels are those of
-the parity that the tap reads. GEMM_M = C, GEMM_N = K, GEMM_K = NPQ for each tap: a is the first operand, which may come
-from registers, where its prologue leaves it. Without a prologue wgmma reads both from shared memory, at stride 1: there
-a's pixels are consecutive, which makes x a matrix; of a box of more dimensions Triton 3.6 copies the first operand.
+kernel adds the parts in order, so that runs repeat bit for bit. Within a program a's pixels stay and dy is shifted:
+what the tap reads outside of a map is then a zero of dy, and the prologue needs no mask. At stride 2 a's pixels are
+those of the parity that the tap reads. GEMM_M = C, GEMM_N = K, GEMM_K = NPQ for each tap: a is the first operand, which
+may come from registers, where its prologue leaves it. At stride 1 its pixels are consecutive and x is a matrix, so that
+without a prologue wgmma takes both operands from shared memory; of a box with more sides Triton 3.6 copies the first.
 
 Passes over an activation: 2 (reads x and dy). The parts are fp32 [SPLIT, K, R, R, C], written and read once.
 """
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels import tiles
+from kernels.bn_apply import bn_apply, bn_apply_cost
 from kernels.contract import check_like
 from kernels.conv_shape import (
     ConvShape,
@@ -132,7 +133,7 @@ def conv_wgrad_kernel(
             else:
                 in_dy = in_x & (p >= down) & (p - down < P) & (q >= right + t) & (q - right - t < Q)
                 b = tl.load(dy + (rows - down * Q - right - t)[:, None] * K + offs_k, mask=in_dy[:, None], other=0.0)
-            sums = sums + (tl.dot(a.T, b, accs[t], input_precision="ieee"),)
+            sums += (tl.dot(a.T, b, accs[t], input_precision="ieee"),)
         accs = sums
     out = parts_ptr + part * (K * R * R * C) + offs_k[None, :] * (R * R * C) + offs_c[:, None]
     for t in tl.static_range(TAPS):
@@ -148,7 +149,7 @@ def conv_wgrad_reduce_kernel(parts_ptr, dw_ptr, SPLIT, elements, BLOCK: tl.const
         parts = ()
         for i in tl.static_range(AHEAD):
             part = first + i
-            parts = parts + (tl.load(parts_ptr + part * elements + offs, mask=part < SPLIT, other=0.0),)
+            parts += (tl.load(parts_ptr + part * elements + offs, mask=part < SPLIT, other=0.0),)
         for i in tl.static_range(AHEAD):
             dw += parts[i]
     tl.store(dw_ptr + offs, dw)
@@ -169,6 +170,8 @@ def conv_wgrad(
     """
     shape = _check(x, dy, size, stride, scale, shift)
     tile, split, steps = _cut(x, shape)
+    if scale is not None and tile.prologue == "stored":
+        x, scale, shift = bn_apply(x, scale, shift), None, None
     check_offsets("parts [SPLIT, K, R, R, C]", split * shape.K * shape.C * size**2)
     dw = _empty(x, dy, size)
     parts = dw if tile.SPLIT == 1 else dw.new_empty((split, dw.numel()))
@@ -256,10 +259,12 @@ def conv_wgrad_cost(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Cost:
-    """x and dy read and dw written, each once, and the parts written and read. FLOPs are the convolution's alone, as
-    PyTorch counts them."""
+    """x and dy read and dw written, each once, and the parts written and read; and the pass that stores the activation
+    first. FLOPs are the convolution's alone, as PyTorch counts them."""
     shape = ConvShape(x.shape[1], dy.shape[1], x.shape[2], x.shape[3], size, stride)
     tile, split, _ = _cut(x, shape)
     dw = _empty(x.to("meta"), dy, size)
     parts = 0 if tile.SPLIT == 1 else 2 * split * nbytes(dw)
-    return Cost(shape.flops(x.shape[0]), nbytes(x, dy, scale, shift, dw) + parts)
+    cost = Cost(shape.flops(x.shape[0]), nbytes(x, dy, scale, shift, dw) + parts)
+    stored = scale is not None and tile.prologue == "stored"
+    return cost + bn_apply_cost(x, scale, shift) if stored else cost

@@ -6,6 +6,7 @@ and its cost work on a Mac or on Windows; its op then raises from `kernels.contr
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator
 
 import torch
@@ -18,7 +19,9 @@ except ImportError:
     class _NoTriton:
         """What is needed to import a kernel file and to compute its cost."""
 
-        constexpr = None
+        @staticmethod
+        def constexpr(value):
+            return value
 
         @staticmethod
         def jit(fn=None, **options):
@@ -39,6 +42,22 @@ else:
     # Decided when a kernel is decorated, by TRITON_INTERPRET in the environment; setting it later changes nothing.
     INTERPRETED = triton.knobs.runtime.interpret
 
+# Programmatic dependent launch: a kernel's blocks move in while the last of the one before it finish, and wait there.
+# Chosen by KERNELS_PDL=1 in the environment, until a GPU has shown that it is right, and faster.
+PDL = INSTALLED and not INTERPRETED and os.environ.get("KERNELS_PDL") == "1"
+LAUNCH = {"launch_pdl": True} if PDL else {}
+"""Options of every launch."""
+_PDL = tl.constexpr(PDL)
+
+
+@triton.jit
+def wait_for_the_kernel_before():
+    """Every kernel's first line: before it nothing may be read or written that another kernel writes or reads."""
+    if _PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()  # which wait in turn until this kernel has ended
+
+
 MIN_CAPABILITY = (8, 0)  # Triton has compiled matrix products for older GPUs to plain FMAs since 3.3
 
 
@@ -52,6 +71,8 @@ def unavailable(device: torch.device) -> str | None:
         if capability < MIN_CAPABILITY and not INTERPRETED:
             have, need = (".".join(map(str, version)) for version in (capability, MIN_CAPABILITY))
             return f"{torch.cuda.get_device_name(device)} has compute capability {have} and the kernels need {need}"
+        if PDL and capability < (9, 0):
+            return "KERNELS_PDL=1 needs compute capability 9.0: unset it"
         return None
     if device.type == "cpu" and INTERPRETED:
         return None

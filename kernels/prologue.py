@@ -19,8 +19,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 @triton.jit
 def halves(scale, shift):
     """(pivot, scale, bias) in fp16 of fp32 [C] scale and shift; |scale| must be below 65504. NaNs are passed on."""
-    pivot = tl.where(scale == 0.0, 0.0, -shift / scale)
-    pivot = tl.minimum(tl.maximum(pivot, -16384.0), 16384.0).to(tl.float16)
+    pivot = tl.minimum(tl.maximum(-shift / scale, -16384.0), 16384.0).to(tl.float16)  # of 0 / 0 too: max drops a NaN
     return pivot, scale.to(tl.float16), (shift + pivot.to(tl.float32) * scale).to(tl.float16)
 
 

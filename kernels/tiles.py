@@ -35,10 +35,10 @@ class Tile:
 
     descriptors  asks for tensor descriptors (TMA, from compute capability 9.0 on) where the map's shape allows them
     SPLIT, TAPS  of wgrad: the parts that it cuts GEMM_K into, and the taps of the filter that a program computes
-    form         of fprop and dgrad: the product's rows are pixels ("rows"), so that a prologue can leave its operand
-                 in registers; or its columns are ("columns"), and wgmma takes both operands from shared memory; or a
-                 program keeps its part of the filter in shared memory and walks down a map ("lines"), which loads a
-                 pixel 3 times instead of 9
+    form         of fprop and dgrad: the product's rows are pixels ("rows"), as they are under a prologue, which leaves
+                 its operand in registers; or its columns are ("columns"), and wgmma takes both operands from shared
+                 memory; or a program keeps its part of the filter in shared memory and walks down a map ("lines"),
+                 which loads a pixel 3 times instead of 9
     prologue     of fprop and wgrad: relu(x * scale + shift) is computed in fp32 as x is loaded ("fp32"), or in one
                  fp16 instruction for two elements ("fp16x2"), or by a pass of its own beforehand ("stored")
     """
@@ -86,8 +86,6 @@ class Tile:
             )
         if self.prologue not in (PROLOGUES if op != "conv_dgrad" else ("fp32",)):
             raise ValueError(f"{op} {shape}: prologue is {self.prologue!r}, expected one of {', '.join(PROLOGUES)}")
-        if self.form == "columns" and op == "conv_fprop" and self.prologue != "stored":
-            raise ValueError(f"{op} {shape}: form is 'columns', which has no prologue: expected it to be 'stored'")
 
 
 class Gpu(NamedTuple):
@@ -153,6 +151,8 @@ def default_tile(op: str, shape: ConvShape, dtype: torch.dtype, capability: tupl
     if dtype == torch.float32:
         return Tile(64, _divisor(n, 32), _divisor(k, 32), num_warps=4, num_stages=2)
     wide = op == "conv_fprop" and capability[0] == 9
+    if wide and dtype == torch.float16 and shape.R == 3 and shape.stride == 1 and k == shape.C and lines_fit(64, shape):
+        return Tile(64, _divisor(n, 64), k, 4, 2, descriptors=True, form="lines", prologue="fp16x2")
     return Tile(
         64 if wide and shape.R == 1 else 128,
         _divisor(n, 128 if wide else 64),
@@ -160,6 +160,7 @@ def default_tile(op: str, shape: ConvShape, dtype: torch.dtype, capability: tupl
         num_warps=4,
         num_stages=3,
         descriptors=_has_descriptors(capability),
+        form="columns" if wide and shape.R == 3 else "rows",
     )
 
 

@@ -140,7 +140,7 @@ class Facts:
 
     def instructions_per_matrix_step(self) -> float | None:
         """Instructions that a warp issues in the main loop for each matrix instruction; None without such a loop."""
-        body, matrices = self._main_loop()
+        body, matrices = self.main_loop()
         return sum(body.values()) / sum(matrices.values()) if matrices else None
 
     def macs_per_matrix_step(self) -> int | None:
@@ -148,18 +148,20 @@ class Facts:
 
         The compiler may give the warps parts of the block's columns, so that it is not the block's own extent.
         """
-        _, matrices = self._main_loop()
+        _, matrices = self.main_loop()
         shape = re.search(r"\.(\d+)x(\d+)x(\d+)", next(iter(matrices), ""))
         return math.prod(map(int, shape.groups())) if shape else None
 
-    def _main_loop(self) -> tuple[dict[str, int], dict[str, int]]:
-        """(the smallest loop with matrix instructions, these), both empty where there is none."""
+    def main_loop(self) -> tuple[dict[str, int], dict[str, int]]:
+        """(the smallest loop with all matrix instructions that any has, these), both empty where there is none.
+
+        The compiler may lay a loop out so that a part of it ends in a jump backward as well.
+        """
         matrix = MATRIX_INSTRUCTION.get(self.arch)
-        for body in self.loops:
-            matrices = {name: n for name, n in body.items() if matrix and name.startswith(matrix)}
-            if matrices:
-                return body, matrices
-        return {}, {}
+        found = [(body, {k: n for k, n in body.items() if matrix and k.startswith(matrix)}) for body in self.loops]
+        return (
+            max(found, key=lambda one: sum(one[1].values()), default=({}, {})) if any(m for _, m in found) else ({}, {})
+        )
 
 
 @contextlib.contextmanager

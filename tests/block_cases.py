@@ -151,3 +151,14 @@ def no_overflow_checks(monkeypatch: pytest.MonkeyPatch) -> None:
 def prefer_library(monkeypatch: pytest.MonkeyPatch, *ops: str) -> None:
     """Let the table have measured the library as the faster for `ops`."""
     monkeypatch.setattr(tiles, "prefers_library", lambda op, shape, dtype, gpu: op in ops)
+
+
+def prefer_stored(monkeypatch: pytest.MonkeyPatch, *ops: str) -> None:
+    """Let the table have found it best to store the activation that `ops` read."""
+    tile = tiles.tile
+
+    def storing(op: str, *rest) -> tiles.Tile:
+        found = tile(op, *rest)
+        return dataclasses.replace(found, prologue="stored") if op in ops else found
+
+    monkeypatch.setattr(tiles, "tile", storing)

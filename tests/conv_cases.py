@@ -1,5 +1,8 @@
 """Problems for the three convolution ops, and what their machine code must look like."""
 
+import contextlib
+import random
+
 import torch
 from ahead_of_time import SHARED_LIMIT, Build, Facts
 from kernel_checks import channels_last
@@ -7,7 +10,7 @@ from torch import Tensor
 
 from kernels import tiles
 from kernels.conv_shape import ConvShape
-from kernels.tiles import Gpu, Tile
+from kernels.tiles import FORMS, PROLOGUES, Gpu, Tile
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 CASES = {  # images, layer; tiles of 32 rows and 16 channels unless the case is about the default
@@ -26,28 +29,52 @@ CASES = {  # images, layer; tiles of 32 rows and 16 channels unless the case is 
 }
 DEFAULT = {"c_not_multiple_of_tile"}
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-# Instructions that a warp issues in the main loop for each matrix instruction. A 128x128x64 step of 8 warps has 4 and
-# keeps an H200's tensor cores busy for 512 clocks; at 64 its schedulers, which issue one a clock, are as busy. So they
-# are with 4 warps and 128x64x64. The limits are a little above what ptxas 12.8 makes of the default tiles.
-INSTRUCTION_BUDGET = {80: 12, 90: 80, 100: 102}
+# Instructions that a warp issues in the main loop for each matrix instruction. The limits are a little above what ptxas
+# makes of the default tiles; on 9.x the schedulers, which issue one a clock, must not be busier than the tensor cores.
+INSTRUCTION_BUDGET = {80: 12, 100: 102}
+MACS_A_CLOCK = 2048  # of a Hopper multiprocessor's tensor cores, whose instruction is four warps', one a scheduler
 
 
-def use_tile(monkeypatch, case: str, descriptors: bool = False) -> None:
-    """Let the ops run with small tiles, so that a small problem has several, or with the default one in its case."""
+def use_tile(monkeypatch, case: str, descriptors: bool = False, **changes) -> None:
+    """Let the ops run with small tiles, so that a small problem has several, or with the default one in its case.
+
+    `changes` are to the small tiles: form, prologue, ...
+    """
     default = tiles.default_tile
 
     def tile(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> Tile:
         if case in DEFAULT:
             return default(op, shape, dtype, gpu.capability)
         blocks, split = ((16, 16, 32), 3) if op == "conv_wgrad" else ((32, 16, 16), 1)
-        return Tile(*blocks, num_warps=4, num_stages=1, descriptors=descriptors, SPLIT=split)
+        return Tile(*blocks, num_warps=4, num_stages=1, descriptors=descriptors, SPLIT=split, **changes)
 
     monkeypatch.setattr(tiles, "tile", tile)
 
 
-def activation(case: str, which: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
-    """x, w, or y (also for what has y's shape) of the case."""
-    n, shape = CASES[case]
+def random_tiles(op: str, count: int) -> list[tuple[int, ConvShape, Tile]]:
+    """(images, layer, tile): a fixed sample of what `Tile.check` allows, over odd maps, widths and channels."""
+    choose = random.Random(op).choice
+    found: dict[tuple[int, ConvShape, Tile], None] = {}
+    while len(found) < count:
+        channels = choose((16, 32, 48, 80)), choose((16, 32, 48, 80))
+        shape = ConvShape(
+            *channels, choose((1, 4, 5, 8)), choose((1, 4, 7, 8, 16)), choose((1, 3, 3, 3)), choose((1, 1, 2))
+        )
+        blocks = [choose((16, 32, 64)) for _ in range(3)]
+        split, taps = (choose((1, 2, 5)), choose((1, 3))) if op == "conv_wgrad" else (1, 1)
+        form, prologue = choose(FORMS), choose(PROLOGUES)
+        tile = Tile(*blocks, 4, 1, choose((True, False)), split, taps, form, prologue)
+        with contextlib.suppress(ValueError):
+            tile.check(op, shape)
+            found[choose((1, 3)), shape, tile] = None
+    return list(found)
+
+
+def activation(
+    case: str | tuple[int, ConvShape], which: str, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> Tensor:
+    """x, w, or y (also for what has y's shape) of the case, by its name or as (images, layer)."""
+    n, shape = CASES[case] if isinstance(case, str) else case
     extents = {
         "x": (n, shape.C, shape.H, shape.W),
         "w": (shape.K, shape.C, shape.R, shape.R),
@@ -76,14 +103,20 @@ def assert_machine_code(build: Build, facts: Facts) -> None:
     assert facts.shared_bytes <= SHARED_LIMIT[arch], name
     matrix = MATRIX_INSTRUCTION[arch]
     assert facts.count(matrix) > 0, name
-    assert build.constexprs["DESCRIPTORS"] == (arch >= 90) == (facts.count("UTMALDG") > 0), name
+    assert build.constexprs.get("DESCRIPTORS", True) == (arch >= 90) == (facts.count("UTMALDG") > 0), name
     if arch == 80:
         assert facts.count("LDGSTS", ".128") > 0 or facts.count("LDG", ".128") > 0, name
-    loops = [body for body in facts.loops if any(op.startswith(matrix) for op in body)]
+    loop, matrices = facts.main_loop()
     # There is no loop where it was unrolled, and none to speak of in the few steps of a 1x1 filter.
-    if loops and build.constexprs["R"] == 3:
-        instructions, matrices = sum(loops[0].values()), sum(n for op, n in loops[0].items() if op.startswith(matrix))
-        assert instructions <= INSTRUCTION_BUDGET[arch] * matrices, (name, instructions, matrices)
+    if loop and build.constexprs.get("R", 3) == 3:
+        budget = facts.macs_per_matrix_step() / MACS_A_CLOCK if arch == 90 else INSTRUCTION_BUDGET[arch]
+        assert sum(loop.values()) <= budget * sum(matrices.values()), (name, loop, matrices)
+
+
+def operands_are_shared(facts: Facts) -> bool:
+    """Whether a Hopper GPU's matrix instructions take both operands from shared memory: no warp loads one of them."""
+    loop, _ = facts.main_loop()
+    return not any(name.startswith("LDSM") for name in loop)
 
 
 def layer_operands(shape: ConvShape, device: torch.device) -> tuple[Tensor, ...]:

@@ -63,14 +63,25 @@ def poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
-def mutant(module: ModuleType, folder: Path, old: str, new: str) -> ModuleType:
-    """A fresh import of `module` whose source has the one occurrence of `old` replaced by `new`.
+def mutant_kernel(op: ModuleType, kernels: ModuleType, folder: Path, old: str, new: str) -> ModuleType:
+    """A fresh import of the module `op` that launches the kernels of a `mutant` of `kernels`."""
+    changed, fresh = mutant(kernels, folder, old, new), mutant(op, folder, '"""', '"""', count=None)
+    for name in vars(kernels):
+        if not name.startswith("__") and getattr(fresh, name, None) is getattr(kernels, name):
+            setattr(fresh, name, getattr(changed, name))
+    return fresh
+
+
+def mutant(module: ModuleType, folder: Path, old: str, new: str, count: int | None = 1) -> ModuleType:
+    """A fresh import of `module` whose source has the one occurrence of `old` replaced by `new`; None: or all of them.
 
     Its ops are registered under a namespace of their own, and its file is a real one in `folder`: the interpreter and
     the compiler read a kernel's source from disk.
     """
     source = Path(module.__file__).read_text()
-    assert source.count(old) == 1, f"{module.__name__} has {source.count(old)} occurrences of {old!r}, expected one"
+    assert count in (None, source.count(old)), (
+        f"{module.__name__} has {source.count(old)} occurrences of {old!r}, expected one"
+    )
     name = f"mutant{next(_numbers)}_{module.__name__.rpartition('.')[2]}"
     path = folder / f"{name}.py"
     path.write_text(source.replace(old, new).replace('"cifar::', f'"{name}::'))

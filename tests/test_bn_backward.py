@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from ahead_of_time import compiling, launches
+from ahead_of_time import compile_all, compiling, launches, unique
 from kernel_checks import assert_as_accurate, assert_caught, channels_last, mutant
 
 pytest.importorskip("triton")
@@ -121,6 +121,59 @@ def test_a_masked_gradient_gives_the_same(device):
         assert torch.equal(ours, masked)
 
 
+LAYERS = [(1, 16), (2, 24), (63, 5), (512, 80), (513, 512), (4096, 64), (5000, 24)]  # T, C
+
+
+@pytest.mark.parametrize(("tiles", "channels"), LAYERS)
+def test_coefficients_match_float64(device, tiles, channels):
+    generator = torch.Generator().manual_seed(tiles)
+    partials = torch.randn(2, tiles, channels, generator=generator).add(1).to(device)
+    norm = torch.rand(5, channels, generator=generator).to(device)
+    ours = bn_coefficients(partials, norm, 100.0)
+
+    def by_hand(partials, norm):
+        (sum_dz, sum_dz_x), rstd, scale = partials.sum(1), norm[2], norm[3]
+        dgamma = rstd * sum_dz_x
+        return torch.stack([dgamma, sum_dz, -scale * rstd * dgamma / 100, -scale * sum_dz / 100])
+
+    baseline, truth = by_hand(partials, norm), by_hand(partials.double(), norm.double())
+    for row, name in enumerate(("dgamma", "dbeta", "b", "c")):
+        assert_as_accurate(ours[row], baseline[row], truth[row], name)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "minus_inf"])
+@pytest.mark.parametrize("tile", [0, 599], ids=["first", "last"])
+def test_what_is_not_finite_stays_in_its_channel(device, tile, value):
+    partials, norm = torch.ones(2, 600, 20, device=device), torch.ones(5, 20, device=device)
+    before = bn_coefficients(partials, norm, 100.0)
+    partials[:, tile, 3] = value
+    found = bn_coefficients(partials, norm, 100.0)
+    assert not found[:, 3].isfinite().any()
+    others = torch.arange(20, device=device) != 3
+    assert torch.equal(found[:, others], before[:, others])
+
+
+def test_the_machine_code_waits_for_no_other_warp_in_its_loop():
+    """One build for any number of tiles; its few barriers are behind the loop, where the lanes are added.
+
+    A thread's 16 sums of each plane, and all that a pass loads for them at once, are 64 registers, addresses apart.
+    """
+    with launches() as builds:
+        for tiles, channels in LAYERS:
+            if channels % 16 == 0:
+                bn_coefficients(torch.empty(2, tiles, channels), torch.empty(5, channels), 100.0)
+    assert len(builds) == 4
+    (build,) = unique(builds)
+    for facts in compile_all([build.on(arch) for arch in (80, 90, 100)]):
+        assert not facts.error
+        assert (facts.spill_bytes, facts.local_bytes, facts.notes) == (0, 0, [])
+        (loop,) = facts.loops
+        assert sum(n for name, n in loop.items() if name.startswith("LDG") and ".128" in name) == 8
+        assert not any(name.startswith(("BAR", "SHFL", "LDS", "STS")) for name in loop)
+        assert facts.count("BAR") <= 11
+        assert facts.registers > 64
+
+
 @pytest.mark.parametrize("pool", [False, True], ids=["plain", "pool"])
 def test_repeats_bit_for_bit(device, monkeypatch, pool):
     monkeypatch.setattr(bn_stats, "MAX_PROGRAMS", 3)
@@ -209,7 +262,7 @@ def check(under_test) -> None:
         compare(under_test, (7, 24, 8, 10), True, torch.float32, 0, mean=1.0)
         compare(under_test, (2, 80, 4, 4), False, torch.float16, 0)
         norm = torch.rand(5, 20)
-        partials = torch.randn(2, 600, 20)
+        partials = torch.randn(2, 1100, 20)
         dgamma, dbeta = under_test.bn_coefficients(partials, norm, 100.0)[:2]
         torch.testing.assert_close(dbeta, partials[0].sum(0), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(dgamma, norm[2] * partials[1].sum(0), rtol=1e-4, atol=1e-4)
@@ -234,6 +287,9 @@ MUTANTS = {
     "divided_by_nothing": ("-scale * sum_dz * per_pixel", "-scale * sum_dz"),
     "forgotten_step": ("for _ in range(steps):", "for _ in range(steps - 1):"),
     "last_tiles_unread": ("range(0, T, BLOCK_T)", "range(0, T - 1, T)"),
+    "passes_forgotten": ("        lanes_dz += dz\n", "        lanes_dz = dz\n"),
+    "last_pass_forgotten": ("tl.sum(lanes_dz_x + dz_x, axis=0)", "tl.sum(lanes_dz_x, axis=0)"),
+    "dropped_tile_mask": ("mask = (offs_t < T)[:, None] &", "mask = (offs_t >= 0)[:, None] &"),
     "window_of_three": ("tl.static_range(4)", "tl.static_range(3)"),
     "second_of_equal_maxima": ("better = z > best_z", "better = z >= best_z"),
     "gradient_to_the_whole_window": ("tl.where(which == i, dz, 0.0)", "dz"),

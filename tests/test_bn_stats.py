@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ahead_of_time import compiling, launches
+from ahead_of_time import compile_all, compiling, launches, unique
 from kernel_checks import assert_as_accurate, assert_caught, channels_last, mutant
 
 pytest.importorskip("triton")
@@ -94,32 +94,69 @@ def test_nothing_cancels_where_the_mean_is_large(device, monkeypatch, dtype, mea
     assert ((ours[2].pow(-2) - truth[1]).abs() < 1e-4 * truth[1]).all()
 
 
-def partials_of(counts: list[int], channels: int, seed: int, device, mean: float = 0.0) -> torch.Tensor:
+def partials_of(
+    tiles: int, channels: int, seed: int, device, mean: float = 0.0, apart: float = 1.0, empty: int | None = 2
+) -> torch.Tensor:
+    """Of tiles of 2 to 256 rows, every third from `empty` on empty; sigma is 0.7 in a tile, `apart` between them."""
     generator = torch.Generator().manual_seed(seed)
-    count = torch.tensor(counts, dtype=torch.float32)[:, None].expand(-1, channels)
-    means = mean + torch.randn(len(counts), channels, generator=generator)
-    m2 = count * torch.rand(len(counts), channels, generator=generator)
-    return torch.stack([count, means * (count > 0), m2 * (count > 0)]).to(device)
+    count = torch.randint(2, 257, (tiles, 1), generator=generator).expand(-1, channels).float()
+    if empty is not None:
+        count = count * (torch.arange(tiles)[:, None] % 3 != empty)
+    means = mean + apart * torch.randn(tiles, channels, generator=generator)
+    m2 = count * torch.rand(tiles, channels, generator=generator)
+    return torch.stack([count, means * (count > 0), m2]).to(device)
+
+
+LAYERS = [(1, 16), (2, 24), (63, 5), (512, 80), (513, 512), (4096, 64), (5000, 24)]  # T, C
 
 
 @pytest.mark.parametrize(
-    ("counts", "channels", "mean"),
-    [
-        pytest.param([35], 16, 0.0, id="one_tile"),
-        pytest.param([128] * 5 + [3], 24, 1.0, id="partial_last_tile"),
-        pytest.param([64, 0, 64, 0], 5, 1.0, id="empty_tiles"),
-        pytest.param([64] * 1100 + [7], 20, 2.0, id="more_tiles_than_one_block"),
-        pytest.param([256] * 40, 64, 1000.0, id="large_mean"),
-    ],
+    ("mean", "apart", "empty"),
+    [(0.0, 1.0, 0), (500.0, 1.0, 2), (1000.0, 280.0, 1)],
+    ids=["the_first_tile_is_empty", "far", "apart"],
 )
-def test_bn_finalize_matches_float64(device, counts, channels, mean):
-    for seed in range(3):
-        partials = partials_of(counts, channels, seed, device, mean)
-        gamma, beta = torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device)
-        ours, baseline = bn_finalize(partials, gamma, beta, 1e-5), bn_finalize_reference(partials, gamma, beta, 1e-5)
-        truth = bn_finalize_reference(partials.double(), gamma.double(), beta.double(), 1e-5)
-        for row, name in enumerate(("mean", "var", "rstd", "scale", "shift")):
-            assert_as_accurate(ours[row], baseline[row], truth[row], name)
+@pytest.mark.parametrize(("tiles", "channels"), LAYERS)
+def test_bn_finalize_matches_float64(device, tiles, channels, mean, apart, empty):
+    """A mean of 400 sigma, and tiles whose means are 400 of a tile's sigma from each other, too."""
+    partials = partials_of(tiles, channels, tiles, device, mean, apart, empty if tiles > 1 else None)
+    gamma, beta = torch.rand(channels, device=device) + 0.5, torch.randn(channels, device=device)
+    ours, baseline = bn_finalize(partials, gamma, beta, 1e-5), bn_finalize_reference(partials, gamma, beta, 1e-5)
+    truth = bn_finalize_reference(partials.double(), gamma.double(), beta.double(), 1e-5)
+    for row, name in enumerate(("mean", "var", "rstd", "scale", "shift")):
+        assert_as_accurate(ours[row], baseline[row], truth[row], name)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "minus_inf"])
+@pytest.mark.parametrize("tile", [0, 598], ids=["first", "last"])
+def test_what_is_not_finite_stays_in_its_channel(device, tile, value):
+    """A tile's mean: the channel has then no statistics, as by the reference, and the other channels keep theirs."""
+    partials = partials_of(600, 20, 0, device)
+    gamma = torch.ones(20, device=device)
+    before = bn_finalize(partials, gamma, gamma, 1e-5)
+    partials[1, tile, 3] = value
+    norm, reference = (f(partials, gamma, gamma, 1e-5) for f in (bn_finalize, bn_finalize_reference))
+    assert not reference[:, 3].isfinite().any()
+    assert not norm[:, 3].isfinite().any()
+    others = torch.arange(20, device=device) != 3
+    assert torch.equal(norm[:, others], before[:, others])
+
+
+def test_the_machine_code_waits_for_no_other_warp_in_its_loop():
+    """One build for any number of tiles; its few barriers are behind the loop, where the lanes are merged."""
+    with launches() as builds:
+        for tiles, channels in LAYERS:
+            if channels % 16 == 0:
+                bn_finalize(torch.empty(3, tiles, channels), torch.empty(channels), torch.empty(channels), 1e-5)
+    assert len(builds) == 4
+    (build,) = unique(builds)
+    for facts in compile_all([build.on(arch) for arch in (80, 90, 100)]):
+        assert not facts.error
+        assert (facts.spill_bytes, facts.local_bytes, facts.notes) == (0, 0, [])
+        (loop,) = facts.loops
+        assert sum(n for name, n in loop.items() if name.startswith("LDG") and ".128" in name) == 3
+        assert not any(name.startswith(("BAR", "SHFL", "LDS", "STS")) for name in loop)
+        assert facts.count("BAR") <= 18
 
 
 def test_the_norm_is_batch_norms(device):
@@ -223,9 +260,10 @@ def check(under_test) -> None:
         assert torch.equal(y, half + half)
         for row in range(3):
             assert_as_accurate(added[row], baseline[row], truth[row])
-        for partials in (under_test.bn_stats(x), partials_of([64] * 600 + [7], 24, 0, "cpu", 1.0)):
-            ours, baseline = (f(partials, gamma, beta, 1e-3) for f in (under_test.bn_finalize, bn_finalize_reference))
-            truth = bn_finalize_reference(partials.double(), gamma.double(), beta.double(), 1e-3)
+        for partials in (under_test.bn_stats(x), partials_of(600, 20, 0, "cpu", 1.0)):
+            affine = gamma[: partials.shape[2]], beta[: partials.shape[2]]
+            ours, baseline = (f(partials, *affine, 1e-3) for f in (under_test.bn_finalize, bn_finalize_reference))
+            truth = bn_finalize_reference(partials.double(), *(t.double() for t in affine), 1e-3)
             for row in range(5):
                 assert_as_accurate(ours[row], baseline[row], truth[row])
         truth = merged(under_test.bn_stats(x))
@@ -247,8 +285,19 @@ MUTANTS = {
         "tl.store(y_ptr + offs, x, mask=mask)\n            x = x * 0.5",
     ),
     "chan_without_the_means": ("m2 + count * deviation * deviation", "m2"),
-    "running_merge_without_the_means": ("tile_m2 + delta * delta * (n * tile_n / total)", "tile_m2"),
-    "unweighted_tiles": ("mean += delta * (tile_n / total)", "mean += delta * 0.5"),
+    "lanes_without_the_means": ("tile_m2 + delta * delta * (n * share)", "tile_m2"),
+    "lanes_of_the_last_tile_s_weight": ("(n * share)", "tile_n"),
+    "pivot_forgotten": ("    mean += pivot\n", ""),
+    "unweighted_tiles": ("mean += delta * share", "mean += delta * 0.5"),
+    "empty_tiles_divided_by": ("share = tile_n / tl.maximum(total, 1.0)", "share = tile_n / total"),
+    "lanes_that_forget": ("        n = total\n", "        n = tile_n\n"),
+    "only_one_pass": ("range(0, T, BLOCK_T)", "range(0, tl.minimum(T, BLOCK_T), BLOCK_T)"),
+    "other_tiles_in_a_lane": ("offs_t = t + tl.arange(0, BLOCK_T)", "offs_t = t // 2 + tl.arange(0, BLOCK_T)"),
+    "dropped_tile_mask": ("mask = (offs_t < T)[:, None] &", "mask = (offs_t >= 0)[:, None] &"),
+    "finalize_dropped_channel_mask": (
+        "gamma = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0)",
+        "gamma = tl.load(gamma_ptr + offs_c)",
+    ),
     "missing_eps": ("m2 / tl.maximum(n, 1.0) + eps", "m2 / tl.maximum(n, 1.0)"),
     "biased_running_variance": ("m2 / tl.maximum(n - 1.0, 1.0)", "m2 / tl.maximum(n, 1.0)"),
     "last_tiles_unread": ("range(0, T, BLOCK_T)", "range(0, T - 1, T)"),

@@ -14,15 +14,18 @@ from conv_cases import (
     assert_machine_code,
     double,
     layer_operands,
+    operands_are_shared,
+    random_tiles,
     use_tile,
 )
-from kernel_checks import assert_as_accurate, assert_caught, channels_last, mutant
+from kernel_checks import assert_as_accurate, assert_caught, channels_last, mutant, mutant_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
 from kernels import conv_fprop as module
-from kernels import jit, tiles
+from kernels import conv_fprop_kernels, jit, tiles
+from kernels.bn_apply import bn_apply, bn_apply_cost
 from kernels.conv_fprop import conv_fprop, conv_fprop_cost, conv_fprop_reference
 from kernels.conv_shape import RESNET9_LAYERS, RESNET_LAYERS, ConvShape
 from kernels.cost import Cost
@@ -31,8 +34,8 @@ OPTIONS = ("plain", "prologue", "residual", "affine_residual", "all")
 poisoned = pytest.mark.usefixtures("poisoned_memory")
 
 
-def operands(case: str, options: str, dtype: torch.dtype, device, seed: int = 0) -> list:
-    _, shape = CASES[case]
+def operands(case: str | tuple, options: str, dtype: torch.dtype, device, seed: int = 0) -> list:
+    _, shape = CASES[case] if isinstance(case, str) else case
     x, w = (activation(case, which, dtype, device, seed + i) for i, which in enumerate("xw"))
     prologue = affine(shape.C, device, seed) if options in ("prologue", "all") else (None, None)
     residual = None if options in ("plain", "prologue") else activation(case, "y", dtype, device, seed + 2)
@@ -52,15 +55,20 @@ def statistics_of(y: torch.Tensor, tile_count: int, block_m: int) -> torch.Tenso
     return torch.stack([torch.stack(row) for row in zip(*rows, strict=True)])
 
 
-def check(op, case: str, options: str, dtype: torch.dtype, device) -> None:
-    """What y and the partials must satisfy, and a mutant must not."""
+def check(op, case: str | tuple, options: str, dtype: torch.dtype, device, mean: float = 0.0) -> None:
+    """What y and the partials must satisfy, and a mutant must not; `mean` is x's, in standard deviations."""
     arguments = operands(case, options, dtype, device)
+    x, _, _, scale, shift, *_ = arguments
+    if mean:
+        arguments[0] = x + mean
+        arguments[4] = shift - scale * mean
     y, partials = op(*arguments)
     baseline, _ = conv_fprop_reference(*arguments)
     truth, _ = conv_fprop_reference(*in_double(arguments))
     assert y.stride() == baseline.stride() or y.is_contiguous(memory_format=torch.channels_last)
     assert_as_accurate(y, baseline, truth, "y")
-    block_m = tiles.tile("conv_fprop", CASES[case][1], dtype, tiles.gpu_of(y.device)).BLOCK_M
+    tile = tiles.tile("conv_fprop", ConvShape.of(x, arguments[1], arguments[2]), dtype, tiles.gpu_of(y.device))
+    block_m = tile.BLOCK_M * (x.shape[2] if tile.form == "lines" else 1)
     truth, baseline = (statistics_of(y.to(t), partials.shape[1], block_m) for t in (torch.float64, torch.float32))
     assert torch.equal(partials[0], baseline[0]), "counts"
     assert_as_accurate(partials[1], baseline[1], truth[1], "means of y as stored")
@@ -74,6 +82,24 @@ def test_conv_fprop_matches_float64(device, monkeypatch, case, dtype):
     use_tile(monkeypatch, case)
     for options in OPTIONS if case in ("partial_last_tile", "stride2_odd") else ("plain", "all"):
         check(conv_fprop, case, options, DTYPES[dtype], device)
+
+
+@poisoned
+@pytest.mark.parametrize(("images", "shape", "tile"), random_tiles("conv_fprop", 40), ids=str)
+def test_any_tile_matches_float64(device, monkeypatch, images, shape, tile):
+    monkeypatch.setattr(tiles, "tile", lambda *arguments: tile)
+    for options in ("plain", "all"):
+        check(conv_fprop, (images, shape), options, torch.float16, device)
+    if tile.form != "rows" or tile.prologue != "fp32":
+        check(conv_fprop, (images, shape), "prologue", torch.float32, device)
+
+
+@pytest.mark.parametrize("prologue", ["fp32", "fp16x2"])
+@pytest.mark.parametrize("form", ["rows", "lines"])
+@pytest.mark.parametrize("mean", [-400.0, 16.0, 400.0])
+def test_a_mean_far_from_zero_costs_the_prologue_no_digits(device, monkeypatch, mean, form, prologue):
+    use_tile(monkeypatch, "partial_last_tile", True, form=form, prologue=prologue)
+    check(conv_fprop, "partial_last_tile", "prologue", torch.float16, device, mean)
 
 
 @poisoned
@@ -115,15 +141,42 @@ def test_a_large_mean_does_not_cancel(device, monkeypatch):
     assert ((partials[2] - truth[2]).abs() < 1e-3 * truth[2]).all()
 
 
-@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
-def test_nan_is_passed_on(device, monkeypatch, descriptors):
+HOW = [(False, "rows", "fp32"), (True, "rows", "fp32"), (True, "rows", "fp16x2"), (True, "lines", "fp32")]
+HOW += [(True, "lines", "fp16x2"), (True, "columns", "stored")]
+
+
+@pytest.mark.parametrize(("descriptors", "form", "prologue"), HOW)
+def test_nan_is_passed_on(device, monkeypatch, descriptors, form, prologue):
     """A NaN in x makes its channel's statistics NaN, hence scale and shift; the ReLU must not hide it."""
-    use_tile(monkeypatch, "one_image_one_tile", descriptors)
+    use_tile(monkeypatch, "one_image_one_tile", descriptors, form=form, prologue=prologue)
     x, w, stride, scale, shift, *_ = operands("one_image_one_tile", "prologue", torch.float16, device)
     x[0, 3, 1, 1] = scale[3] = shift[3] = torch.nan
     y, partials = conv_fprop(x, w, stride, scale, shift)
     assert y.isnan().all()
     assert partials[1:].isnan().all()
+
+
+@pytest.mark.parametrize(("descriptors", "form", "prologue"), HOW)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_stays_where_it_belongs(device, monkeypatch, descriptors, form, prologue, value):
+    """Without a prologue: y is not finite where a filter sees the pixel, and there alone."""
+    use_tile(monkeypatch, "one_image_one_tile", descriptors, form=form, prologue=prologue)
+    x, w, *_ = operands("one_image_one_tile", "plain", torch.float16, device)
+    x[0, 3, 1, 1] = value
+    y, _ = conv_fprop(x, w)
+    assert torch.equal(y.isfinite(), conv_fprop_reference(x, w)[0].isfinite())
+    assert not y[:, :, :3, :3].isfinite().any()
+
+
+def test_a_stored_prologue_is_the_activations_own_pass(device, monkeypatch):
+    use_tile(monkeypatch, "several_channel_blocks", True, form="columns", prologue="stored")
+    x, w, stride, scale, shift, *_ = operands("several_channel_blocks", "prologue", torch.float16, device)
+    y, partials = conv_fprop(x, w, stride, scale, shift)
+    expected = conv_fprop(bn_apply(x, scale, shift), w, stride)
+    assert torch.equal(y, expected[0])
+    assert torch.equal(partials, expected[1])
+    cost, without = conv_fprop_cost(x, w, stride, scale, shift), conv_fprop_cost(x, w, stride)
+    assert cost == without + bn_apply_cost(x, scale, shift) + Cost(0, 2 * 48 * 4)
 
 
 def block(conv, x, w, stride, scale, shift, residual, residual_scale, residual_shift, gamma, beta, dz):
@@ -289,7 +342,6 @@ def test_more_elements_than_32_bit_offsets_reach(device):
 
 MUTANTS = {
     "padding_before_the_prologue": ("z = tl.minimum(z, tl.where(inside,", "z = tl.minimum(z, tl.where(inside | True,"),
-    "padding_before_the_prologue_descriptors": ("nan=scale is not None", "nan=False"),
     "relu_forgotten": ("z = tl.maximum(z, 0.0, propagate", "z = tl.maximum(z, -100.0, propagate"),
     "dropped_row_mask": ("mask_m = offs_m < N * P * Q", "mask_m = offs_m >= 0"),
     "dropped_padding_mask": ("(mask_m & (h >= 0) & (h < H)", "(mask_m & (h >= -1) & (h < H)"),
@@ -298,45 +350,62 @@ MUTANTS = {
     "taps_transposed_descriptors": ("x.load([n, p + r - PAD, s - PAD, c])", "x.load([n, p + s - PAD, r - PAD, c])"),
     "parity_forgotten_descriptors": ("r - PAD & 1, s - PAD >> 1, (s", "0, s - PAD >> 1, (s"),
     "last_channel_block_forgotten": ("range(R * R * BLOCKS_C)", "range(R * R * BLOCKS_C - 1)"),
-    "statistics_of_unrounded_y": ("y.to(tl.float32), 0.0)\n        count", "acc, 0.0)\n        count"),
-    "padding_rows_in_m2": ("deviation = tl.where(mask_m[:, None], y - mean, 0.0)", "deviation = y - mean"),
+    "columns_of_another_tap": ("tl.dot(b, a.T, acc,", "tl.dot(b, a.T, acc * 0.5,"),
+    "statistics_of_unrounded_y": ("tl.where(in_y, y.to(tl.float32), 0.0)", "tl.where(in_y, acc, 0.0)"),
+    "padding_rows_in_m2": ("tl.where(in_y, y - tl.expand_dims(mean, PIXELS), 0.0)", "y - tl.expand_dims(mean, PIXELS)"),
     "forgotten_partial_tile": ("count = tl.minimum(N * P * Q - first, BLOCK_M)", "count = (BLOCK_M + N * 0)"),
     "residual_after_the_statistics": ("        acc += residual\n", "        acc += residual * 0.5\n"),
     "residual_relu_forgotten": ("residual = tl.maximum(residual, 0.0,", "residual = tl.maximum(residual, -100.0,"),
+    "lines_rows_of_the_filter_swapped": ("filters[i % 3 * BLOCKS_C", "filters[(6 + i % 3) * BLOCKS_C + 0 * BLOCKS_C"),
+    "lines_mirrored": ("h, i % 3 - 1,", "h, 1 - i % 3,"),
+    "lines_last_line_forgotten": ("range(-1, H + 1)", "range(-1, H)"),
+    "lines_of_absent_images": ("(image < N)", "(image < N + 1)"),
+    "lines_sums_in_the_wrong_order": ("last, second = second + 0.0, first", "last, second = second + 0.0, second"),
+    "lines_whose_means_differ_not": ("m2 += line_m2 + delta * delta", "m2 += line_m2 + 0.0 * delta"),
+    "lines_count_of_one": ("K, count * H, mean, m2)", "K, count, mean, m2)"),
 }
+OF_THE_OP = {"padding_before_the_prologue_descriptors": ("shape, tile), scale is not None", "shape, tile), False")}
 
 
 def check_mutant(op, monkeypatch, device) -> None:
-    for case, descriptors in (("partial_last_tile", False), ("stride2_odd", False), ("stride2", True), ("pair", True)):
-        case = "several_channel_blocks" if case == "pair" else case
-        use_tile(monkeypatch, case, descriptors)
+    problems = (
+        ("partial_last_tile", {}),
+        ("stride2_odd", {}),
+        ("stride2", {"descriptors": True}),
+        ("several_channel_blocks", {"descriptors": True}),
+        ("several_channel_blocks", {"form": "columns", "prologue": "stored"}),
+        ("partial_last_tile", {"descriptors": True, "form": "lines"}),
+    )
+    for case, changes in problems:
+        use_tile(monkeypatch, case, **changes)
         check(op, case, "all", torch.float16, device)
 
 
 @pytest.fixture(scope="module")
 def mutants(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mutants")
-    return {name: mutant(module, folder, old, new) for name, (old, new) in MUTANTS.items()}
+    made = {name: mutant_kernel(module, conv_fprop_kernels, folder, *change) for name, change in MUTANTS.items()}
+    return made | {name: mutant(module, folder, *change) for name, change in OF_THE_OP.items()}
 
 
 @pytest.fixture(scope="module")
 def compiled(mutants):
-    """Which mutants compile, with pointers (on sm_80) and with descriptors."""
+    """Which mutants compile: with pointers on sm_80, with descriptors on sm_90, where 64 channels go by lines."""
     builds = []
-    for arch in (80, 90):
-        with pytest.MonkeyPatch.context() as patch, launches() as recorded:
-            patch.setattr(tiles, "gpu_of", lambda device, arch=arch: tiles.Gpu("", (arch // 10, 0)))
+    for capability, channels in (((8, 0), 64), ((9, 0), 128), ((9, 0), 64)):
+        with pytest.MonkeyPatch.context() as patch, launches(tiles.Gpu("", capability)) as recorded:
+            patch.setattr(tiles, "gpu_of", lambda device, capability=capability: tiles.Gpu("", capability))
             for changed in mutants.values():
-                x, w, c = nhwc(2, 64, 8, 8), nhwc(64, 64, 3, 3), torch.ones(64)
+                x, w, c = nhwc(2, channels, 8, 8), nhwc(channels, channels, 3, 3), torch.ones(channels)
                 changed.conv_fprop(x, w, 1, c, c, x, c, c)
-        builds += [build.on(arch) for build in recorded]
+        builds += recorded
     results = compiling(builds)
-    return {name: results[i] and results[i + len(mutants)] for i, name in enumerate(mutants)}
+    return {name: all(results[i :: len(mutants)]) for i, name in enumerate(mutants)}
 
 
 @poisoned
 @pytest.mark.skipif(not jit.INTERPRETED, reason="out-of-bounds mutants need the interpreter's guard")
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", MUTANTS | OF_THE_OP)
 def test_mutant_is_caught(monkeypatch, mutants, compiled, name, device):
     assert compiled[name]
     assert_caught(lambda: check_mutant(mutants[name].conv_fprop, monkeypatch, device))
@@ -368,3 +437,5 @@ def test_machine_code_of_every_layer(monkeypatch):
         builds += layer_builds(arch, torch.device("cpu"))
     for build, facts in zip(builds, compile_all(builds), strict=True):
         assert_machine_code(build, facts)
+        if build.arch == 90 and build.constexprs.get("R", 3) == 3:
+            assert operands_are_shared(facts) == build.constexprs.get("COLUMNS", False), facts.label

@@ -1,7 +1,6 @@
 """conv_wgrad against float64: every option, random tiles, the split, machine code."""
 
 import dataclasses
-import random
 
 import pytest
 import torch
@@ -15,6 +14,8 @@ from conv_cases import (
     assert_machine_code,
     double,
     layer_operands,
+    operands_are_shared,
+    random_tiles,
     use_tile,
 )
 from kernel_checks import assert_as_accurate, assert_caught, channels_last, mutant, relative_error
@@ -32,8 +33,8 @@ from kernels.tiles import Tile
 poisoned = pytest.mark.usefixtures("poisoned_memory")
 
 
-def operands(case: str, prologue: bool, dtype: torch.dtype, device, seed: int = 0) -> list:
-    _, shape = CASES[case]
+def operands(case: str | tuple, prologue: bool, dtype: torch.dtype, device, seed: int = 0) -> list:
+    _, shape = CASES[case] if isinstance(case, str) else case
     x, dy = (activation(case, which, dtype, device, seed + i) for i, which in enumerate("xy"))
     return [x, dy, shape.R, shape.stride, *(affine(shape.C, device, seed) if prologue else (None, None))]
 
@@ -96,44 +97,19 @@ def test_any_split_sums_every_pixel_once(device, monkeypatch, split):
     check(conv_wgrad, operands("partial_last_tile", True, torch.float16, device))
 
 
-LAYERS = (  # images, layer: beside those of CASES, of a few channels at a time that no tile of 32 divides
-    *(layer for case, layer in CASES.items() if case != "c_not_multiple_of_tile"),
-    (1, ConvShape(48, 80, 4, 4)),
-    (2, ConvShape(80, 48, 2, 8, R=1)),
-    (3, ConvShape(48, 16, 3, 5, stride=2)),
-    (2, ConvShape(32, 64, 8, 8)),
-    (5, ConvShape(64, 32, 2, 4)),
-)
-
-
-def drawn(seed: int) -> tuple[int, ConvShape, torch.dtype, bool, Tile]:
-    """(images, layer, dtype, with a prologue, tile): legal, and otherwise by chance."""
-    choice = random.Random(seed).choice
-    n, shape = LAYERS[seed % len(LAYERS)]
-    sides = [choice([b for b in (16, 32, 64) if channels % b == 0]) for channels in (shape.C, shape.K)]
-    taps = choice((1, 3, 3)) if shape.R == 3 and shape.stride == 1 else 1
-    about = {"descriptors": choice((True, True, False)), "prologue": choice(("fp32", "fp16x2", "fp16x2", "stored"))}
-    tile = Tile(*sides, choice((16, 32, 64)), 4, 1, SPLIT=choice((1, 1, 2, 3, 6)), TAPS=taps, **about)
-    tile.check("conv_wgrad", shape)
-    return n, shape, choice((torch.float16, torch.float16, torch.float32)), tile.prologue != "stored", tile
-
-
 @poisoned
-@pytest.mark.parametrize("seed", range(3 * len(LAYERS)))
-def test_any_tile_matches_float64(device, monkeypatch, seed):
-    n, shape, dtype, prologue, tile = drawn(seed)
+@pytest.mark.parametrize(("images", "shape", "tile"), random_tiles("conv_wgrad", 40), ids=str)
+def test_any_tile_matches_float64(device, monkeypatch, images, shape, tile):
     use(monkeypatch, tile)
-    extents = (n, shape.C, shape.H, shape.W), (n, shape.K, shape.P, shape.Q)
-    x, dy = (channels_last(*e, dtype=dtype, seed=seed + i, device=device) for i, e in enumerate(extents))
-    given = affine(shape.C, device, seed) if prologue else (None, None)
-    check(conv_wgrad, [x, dy, shape.R, shape.stride, *given], tile.prologue)
+    for prologue in (True, False):
+        check(conv_wgrad, operands((images, shape), prologue, torch.float16, device), tile.prologue)
 
 
-def test_the_tiles_drawn_are_of_every_kind():
-    seen = {(t.descriptors, t.prologue, t.TAPS, t.SPLIT > 1) for *_, t in map(drawn, range(3 * len(LAYERS)))}
-    for i, kinds in enumerate(((True, False), tiles.PROLOGUES, (1, 3), (True, False))):
-        assert {one[i] for one in seen} == set(kinds)
-    assert (True, "fp16x2", 3, True) in seen
+def test_the_random_tiles_are_of_every_kind():
+    found = [tile for *_, tile in random_tiles("conv_wgrad", 40)]
+    kinds = {(tile.descriptors, tile.prologue, tile.TAPS, tile.SPLIT > 1) for tile in found}
+    assert {(True, prologue, 3, True) for prologue in tiles.PROLOGUES} <= kinds
+    assert {(False, "fp32", 3), (False, "fp16x2", 3), (True, "fp16x2", 1)} <= {kind[:3] for kind in kinds}
 
 
 @poisoned
@@ -385,7 +361,7 @@ def assert_feeds_wgmma(build, facts) -> None:
     prologue = "scale_ptr" not in build.constexprs
     issue = facts.instructions_per_matrix_step() * 2048 / facts.macs_per_matrix_step()
     assert issue <= (0.72 if prologue else 0.47), (facts.label, issue)
-    assert (facts.count("LDSM") > 0) == (prologue or build.constexprs["STRIDE"] == 2), facts.label
+    assert operands_are_shared(facts) == (not prologue and build.constexprs["STRIDE"] == 1), facts.label
     two_at_a_time = build.constexprs["BLOCK_M"] // 4 if build.constexprs["HALVES"] and prologue else 0
     assert facts.count("HFMA2", ".RELU") == two_at_a_time, facts.label
 

@@ -140,11 +140,20 @@ def test_the_parts_of_a_split_product_are_written_and_read():
     ids=["reduce", "remainder", "shared", "finalize", "one_pass", "no_reduction"],
 )
 def test_a_reduction_takes_its_passes_in_turn(kernel, values, loads, programs, us):
-    loop = {"LDG.E.128": loads, "FADD": 100 - loads}
+    loop = {"LDG.E.128": loads, "FADD": 99 - loads, "BAR.SYNC": 1}
     facts = Facts("", 90, registers=64, warps=4, loops=[{"IMAD": 7}, loop])
     found = expected.launch(build(programs, kernel, {}, **values), facts, TEST_MACHINE)
     assert found.serial_us == pytest.approx(us)
     assert found.parts_bytes == (4 * values["SPLIT"] * values["elements"] if "SPLIT" in values else 0)
+
+
+@pytest.mark.parametrize(("additions", "us"), [(76, 2.4576), (976, 4.0)], ids=["bytes", "instructions"])
+def test_without_a_barrier_bytes_and_instructions_of_a_pass_overlap(additions, us):
+    loop = {"LDG.E.128": 24, "FADD": additions}
+    facts = Facts("", 90, registers=64, warps=4, loops=[loop])
+    values = {"T": 4096, "BLOCK_T": 512, "BLOCK_C": 8}
+    found = expected.launch(build(8, "bn_finalize_kernel", {}, **values), facts, TEST_MACHINE)
+    assert found.serial_us == pytest.approx(8 * (1 + us))
 
 
 def test_a_reduction_alone_is_bound_by_its_latency():

@@ -17,6 +17,7 @@ from block_cases import (
     loss_of,
     no_overflow_checks,  # noqa: F401
     prefer_library,
+    prefer_stored,
     same_networks,
 )
 from conv_cases import MATRIX_INSTRUCTION, assert_machine_code
@@ -46,6 +47,12 @@ def test_logits_gradients_and_running_statistics_match_float64(device, name, dty
 def test_convolutions_that_the_table_leaves_to_the_library(device, monkeypatch, name, ops):
     prefer_library(monkeypatch, *ops)
     check_training(fused, name, torch.float32, device)
+
+
+@pytest.mark.parametrize("ops", [("conv_fprop", "conv_wgrad"), ("conv_fprop",), ("conv_wgrad",)], ids="-".join)
+def test_activations_that_the_table_stores(device, monkeypatch, ops):
+    prefer_stored(monkeypatch, *ops)
+    check_training(fused, "two_blocks", torch.float32, device)
 
 
 def test_statistics_of_several_tiles_travel_from_block_to_block(device, monkeypatch):

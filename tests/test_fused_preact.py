@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from block_cases import check_evaluation, check_training, no_overflow_checks  # noqa: F401
+from block_cases import check_evaluation, check_training, no_overflow_checks, prefer_stored  # noqa: F401
 from kernel_checks import assert_caught, channels_last, mutant
 from torch import Tensor
 
@@ -91,6 +91,22 @@ def test_an_identity_block_makes_five_and_seventeen_passes():
     assert backward.bytes / one_pass == pytest.approx(17, rel=1e-2)
     assert flops < forward.flops < 1.01 * flops
     assert 2 * flops < backward.flops < 2.01 * flops
+
+
+@pytest.mark.parametrize(
+    ("ops", "forward", "backward"),
+    [(("conv_fprop",), 9, 17), (("conv_wgrad",), 5, 21), (("conv_fprop", "conv_wgrad"), 9, 17)],
+    ids=["fprop", "wgrad", "both"],
+)
+def test_storing_an_activation_makes_two_passes_once(monkeypatch, ops, forward, backward):
+    """Of two: a and b. What forward has stored, backward does not store again."""
+    prefer_stored(monkeypatch, *ops)
+    arguments = operands("meta", images=512, c=64, k=64, size=32)
+    one_pass = arguments["x"].numel() * 2
+    assert preact_block_cost(*arguments.values()).bytes / one_pass == pytest.approx(forward, rel=1e-2)
+    kept = meta_backward(arguments)
+    assert preact_block_backward_cost(*kept).bytes / one_pass == pytest.approx(backward, rel=1e-2)
+    assert [t.numel() > 0 for t in kept[5:7]] == [len(ops) == 2] * 2
 
 
 def test_a_projection_block_s_passes():

@@ -89,7 +89,6 @@ def test_an_unknown_op_is_named():
         pytest.param("conv_dgrad", {"form": "lines", "descriptors": True}, "form is 'lines'", id="lines_at_stride_2"),
         pytest.param("conv_fprop", {"prologue": "fp16"}, "prologue is 'fp16', expected one of fp32", id="prologue"),
         pytest.param("conv_dgrad", {"prologue": "stored"}, "prologue is 'stored'", id="prologue_of_dgrad"),
-        pytest.param("conv_fprop", {"form": "columns"}, "'columns', which has no prologue", id="columns"),
     ],
 )
 def test_a_tile_that_cannot_run_is_refused(op, change, message):
