@@ -282,7 +282,7 @@ MUTANTS = {
     "pixels_of_the_first_part": ("x.load([first, c0])", "x.load([step * BLOCK_K, c0])"),
     "relu_forgotten": ("tl.maximum(z, 0.0,", "tl.maximum(z, -100.0,"),
     "pivot_forgotten": ("relu_affine(a, pivot,", "relu_affine(a, pivot * 0,"),
-    "bias_for_shift": ("pivot, scale, shift = halves", "pivot, scale, bias = halves"),
+    "bias_of_another_scale": ("halves(scale, shift)", "halves(scale + 0.1, shift)"),
     "taps_transposed": ("tap // R - PAD, tap % R - PAD", "tap % R - PAD, tap // R - PAD"),
     "last_step_forgotten": ("for step in range(steps)", "for step in range(steps - 1)"),
     "forgotten_part": ("mask=part < SPLIT", "mask=part < SPLIT - 1"),

@@ -2,6 +2,7 @@
 
 import contextlib
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,27 @@ def test_candidates_are_legal_and_bounded_and_hold_the_default(op, gpu):
         assert 4 <= len(tried) == len(set(tried)) <= 42, shape
         assert tried[0] == tiles.default_tile(op, shape, FP16, gpu.capability)
         assert gpu is H200 or not any(tile.descriptors for tile in tried)
+
+
+def test_candidates_of_wgrad_differ_in_all_that_a_tile_has():
+    """And one by one from the default, so that a measurement says what each is worth."""
+    shape = ConvShape(256, 256, 8, 8)
+    tried = candidates("conv_wgrad", shape, FP16, H200)
+    default = tried[0]
+    assert {(tile.TAPS, tile.num_warps) for tile in tried} == {(1, 4), (3, 4), (1, 8), (3, 8)}
+    for name in ("prologue", "num_stages", "SPLIT", "BLOCK_K", "descriptors"):
+        others = [t for t in tried if replace(t, **{name: getattr(default, name)}) == default and t != default]
+        assert others, name
+    assert {tile.prologue for tile in tried} == set(tiles.PROLOGUES)
+    assert {tile.prologue for tile in candidates("conv_wgrad", shape, FP16, A100)} == {"fp32", "stored"}
+
+
+def test_three_taps_have_three_tiles_of_one_operand_in_shared_memory():
+    """At 4 stages 128 x 64 x 3 has 160 KB and 128 x 128 x 3 would have 256."""
+    tried = candidates("conv_wgrad", ConvShape(256, 256, 8, 8), FP16, H200)
+    for tile in tried:
+        assert (tile.BLOCK_M + tile.TAPS * tile.BLOCK_N) * tile.BLOCK_K * 2 * tile.num_stages <= 227 * 1024
+    assert any(tile.TAPS == 3 and tile.num_stages == 4 for tile in tried)
 
 
 def test_what_the_table_has_is_tried_again(monkeypatch):
