@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.contract import ACTIVATION_DTYPES, check_device, check_fp32
 from kernels.cost import Cost, nbytes
-from kernels.jit import tl, triton
+from kernels.jit import LAUNCH, tl, triton, wait_for_the_kernel_before
 
 BLOCK = 1024  # elements of one image: a third of 32x32x3, 16 bytes of fp16 for each thread of four warps
 
@@ -78,6 +78,7 @@ def augment_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program writes BLOCK consecutive elements (h, w, c) of one image."""
+    wait_for_the_kernel_before()
     b = tl.program_id(0).to(tl.int64)
     image = tl.load(index_ptr + b)
     legal = (image >= 0) & (image < N)
@@ -132,7 +133,20 @@ def augment(
         return out
     grid = (index.numel(), triton.cdiv(height * width * 3, BLOCK))
     augment_kernel[grid](
-        images, index, choices, mean, rstd, out, n, H=height, W=width, PAD=pad, CUTOUT=cutout, BLOCK=BLOCK, num_warps=4
+        images,
+        index,
+        choices,
+        mean,
+        rstd,
+        out,
+        n,
+        H=height,
+        W=width,
+        PAD=pad,
+        CUTOUT=cutout,
+        BLOCK=BLOCK,
+        num_warps=4,
+        **LAUNCH,
     )
     return out
 

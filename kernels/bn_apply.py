@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.bn_stats import at_least_fp32, tile
 from kernels.contract import check_activation, check_fp32, check_like
 from kernels.cost import Cost, nbytes
-from kernels.jit import tl, triton
+from kernels.jit import LAUNCH, tl, triton, wait_for_the_kernel_before
 
 
 def bn_apply_reference(
@@ -52,6 +52,7 @@ def bn_apply_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """One program: BLOCK_M of y's M rows by BLOCK_C channels. POOLED_W is y's width, or 0 without the pool."""
+    wait_for_the_kernel_before()
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     rows = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
     mask_c = offs_c < C
@@ -101,6 +102,7 @@ def bn_apply(x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = 
         BLOCK_M=block_m,
         BLOCK_C=block_c,
         num_warps=4,
+        **LAUNCH,
     )
     return y
 

@@ -28,7 +28,7 @@ from kernels.bn_apply import output_shape, window_rows
 from kernels.bn_stats import at_least_fp32, reduction_grid, tile
 from kernels.contract import check_activation, check_device, check_fp32, check_like
 from kernels.cost import Cost, nbytes
-from kernels.jit import tl, triton
+from kernels.jit import LAUNCH, tl, triton, wait_for_the_kernel_before
 
 SUM_TILES, SUM_BLOCK_C = 512, 8  # lanes of bn_coefficients: four 16-byte loads of each plane for each thread
 
@@ -77,6 +77,7 @@ def bn_backward_reduce_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """One program: the partials of steps * BLOCK_M of dy's M rows by BLOCK_C channels. POOLED_W: dy's width, or 0."""
+    wait_for_the_kernel_before()
     t = tl.program_id(0)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     mask_c = offs_c < C
@@ -117,6 +118,7 @@ def bn_coefficients_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """One program: BLOCK_C channels. Its BLOCK_T lanes add every BLOCK_T-th tile each, and are added at the end."""
+    wait_for_the_kernel_before()
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     rstd = tl.load(norm_ptr + 2 * C + offs_c, mask=mask_c, other=0.0)  # here, beside the first tiles' loads
@@ -156,6 +158,7 @@ def bn_backward_apply_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """One program: BLOCK_M of dy's M rows by BLOCK_C channels, and the rows of dx that belong to them."""
+    wait_for_the_kernel_before()
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
     mask_c = offs_c < C
     mean = tl.load(norm_ptr + offs_c, mask=mask_c, other=0.0)
@@ -205,6 +208,7 @@ def bn_backward_reduce(dy: Tensor, x: Tensor, norm: Tensor, pool: bool = False) 
         BLOCK_M=block_m,
         BLOCK_C=block_c,
         num_warps=4,
+        **LAUNCH,
     )
     return partials
 
@@ -237,6 +241,7 @@ def bn_coefficients(partials: Tensor, norm: Tensor, n: float) -> Tensor:
         BLOCK_T=SUM_TILES,
         BLOCK_C=SUM_BLOCK_C,
         num_warps=8,
+        **LAUNCH,
     )
     return coefficients
 
@@ -268,6 +273,7 @@ def bn_backward_apply(dy: Tensor, x: Tensor, norm: Tensor, coefficients: Tensor,
         BLOCK_M=block_m,
         BLOCK_C=block_c,
         num_warps=4,
+        **LAUNCH,
     )
     return dx
 

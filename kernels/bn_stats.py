@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels.contract import check_activation, check_device, check_fp32, check_like
 from kernels.cost import Cost, nbytes
-from kernels.jit import tl, triton
+from kernels.jit import LAUNCH, tl, triton, wait_for_the_kernel_before
 
 # Elements of a step of a program: two 16-byte accesses of fp16 for each thread of four warps. Under a 2x2 pool they are
 # of the pooled map: one access to each of the window's pixels.
@@ -95,6 +95,7 @@ def bn_stats_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """One program: the partials of steps * BLOCK_M rows by BLOCK_C channels. `residual_ptr` and `y_ptr` may be None."""
+    wait_for_the_kernel_before()
     t = tl.program_id(0)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -138,6 +139,7 @@ def bn_finalize_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """One program: BLOCK_C channels. Its BLOCK_T lanes take every BLOCK_T-th tile each, and are merged at the end."""
+    wait_for_the_kernel_before()
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     gamma = tl.load(gamma_ptr + offs_c, mask=mask_c, other=0.0)  # here, beside the first tiles' loads
@@ -179,7 +181,18 @@ def _launch(x: Tensor, residual: Tensor | None, y: Tensor | None) -> Tensor:
     partials = _empty_partials(x)
     grid = (tiles, triton.cdiv(channels, block_c))
     bn_stats_kernel[grid](
-        x, residual, y, partials, rows, tiles, channels, steps, BLOCK_M=block_m, BLOCK_C=block_c, num_warps=4
+        x,
+        residual,
+        y,
+        partials,
+        rows,
+        tiles,
+        channels,
+        steps,
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+        num_warps=4,
+        **LAUNCH,
     )
     return partials
 
@@ -256,6 +269,7 @@ def bn_finalize(partials: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Te
         BLOCK_T=FINALIZE_TILES,
         BLOCK_C=FINALIZE_BLOCK_C,
         num_warps=16,
+        **LAUNCH,
     )
     return norm
 

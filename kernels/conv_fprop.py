@@ -41,6 +41,7 @@ from kernels.conv_shape import (
 )
 from kernels.conv_wgrad import conv_wgrad
 from kernels.cost import Cost, nbytes
+from kernels.jit import LAUNCH
 
 
 def conv_fprop_reference(
@@ -129,6 +130,7 @@ def conv_fprop(
         **extents,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **LAUNCH,
     )
     return y, partials
 

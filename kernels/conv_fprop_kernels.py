@@ -5,7 +5,7 @@ shared memory and walks down the lines of a few images: a line of x is loaded on
 adds to the three lines of y that the filter's rows reach, so that a pixel is read 3 times, and not 9 as by the other.
 """
 
-from kernels.jit import tl, triton
+from kernels.jit import tl, triton, wait_for_the_kernel_before
 from kernels.prologue import halves, relu_affine
 
 
@@ -82,6 +82,7 @@ def conv_fprop_kernel(
 
     COLUMNS: the product is filters by pixels, without a prologue. HALVES: the prologue is in fp16, with descriptors.
     """
+    wait_for_the_kernel_before()
     PAD: tl.constexpr = R // 2
     BLOCKS_N: tl.constexpr = K // BLOCK_N
     BLOCKS_C: tl.constexpr = C // BLOCK_K
@@ -170,6 +171,7 @@ def conv_fprop_lines_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """One program: BLOCK_M // W whole images of y by BLOCK_N filters, 3x3 at stride 1. x and w are descriptors."""
+    wait_for_the_kernel_before()
     IMAGES: tl.constexpr = BLOCK_M // W
     BLOCKS_N: tl.constexpr = K // BLOCK_N
     BLOCKS_C: tl.constexpr = C // BLOCK_K

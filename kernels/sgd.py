@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kernels.contract import check_device, check_fp32
 from kernels.cost import Cost, nbytes
-from kernels.jit import tl, triton
+from kernels.jit import LAUNCH, tl, triton, wait_for_the_kernel_before
 
 COPIES = (torch.float16, torch.bfloat16)
 BLOCK = 2048  # four 16-byte accesses to each tensor for each thread of four warps
@@ -62,6 +62,7 @@ def sgd_reference(
 
 @triton.jit
 def sgd_check_kernel(dw_ptr, step_ptr, bad_step_ptr, N, BLOCK: tl.constexpr):
+    wait_for_the_kernel_before()
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     dw = tl.load(dw_ptr + offs, mask=offs < N, other=0.0)
     bad = tl.sum(tl.where(tl.abs(dw) < float("inf"), 0, 1), axis=0)  # False for NaN
@@ -86,6 +87,7 @@ def sgd_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK elements. `v_ptr` and `copy_ptr` may be None."""
+    wait_for_the_kernel_before()
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = (offs < N) & (tl.load(bad_step_ptr) < 0)
     rate = tl.load(rates_ptr + tl.minimum(tl.load(step_ptr), S - 1))
@@ -131,9 +133,22 @@ def sgd(
             raise ValueError(f"{name} is {x.dtype} {list(x.shape)} on {x.device}, expected int64 [1] on {w.device}")
     check_device("w", w)
     grid = (triton.cdiv(w.numel(), BLOCK),)
-    sgd_check_kernel[grid](dw, step, bad_step, w.numel(), BLOCK=BLOCK, num_warps=4)
+    sgd_check_kernel[grid](dw, step, bad_step, w.numel(), BLOCK=BLOCK, num_warps=4, **LAUNCH)
     sgd_kernel[grid](
-        w, dw, v, copy, rates, step, bad_step, w.numel(), rates.numel(), momentum, decay, BLOCK=BLOCK, num_warps=4
+        w,
+        dw,
+        v,
+        copy,
+        rates,
+        step,
+        bad_step,
+        w.numel(),
+        rates.numel(),
+        momentum,
+        decay,
+        BLOCK=BLOCK,
+        num_warps=4,
+        **LAUNCH,
     )
 
 

@@ -151,7 +151,8 @@ def default_tile(op: str, shape: ConvShape, dtype: torch.dtype, capability: tupl
     if dtype == torch.float32:
         return Tile(64, _divisor(n, 32), _divisor(k, 32), num_warps=4, num_stages=2)
     wide = op == "conv_fprop" and capability[0] == 9
-    if wide and dtype == torch.float16 and shape.R == 3 and shape.stride == 1 and k == shape.C and lines_fit(64, shape):
+    plain = shape.R == 3 and shape.stride == 1 and k == _divisor(k, 64)  # one block of channels
+    if wide and plain and dtype == torch.float16 and lines_fit(64, shape):
         return Tile(64, _divisor(n, 64), k, 4, 2, descriptors=True, form="lines", prologue="fp16x2")
     return Tile(
         64 if wide and shape.R == 1 else 128,

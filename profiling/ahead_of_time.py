@@ -153,15 +153,17 @@ class Facts:
         return math.prod(map(int, shape.groups())) if shape else None
 
     def main_loop(self) -> tuple[dict[str, int], dict[str, int]]:
-        """(the smallest loop with all matrix instructions that any has, these), both empty where there is none.
+        """(the loop with most matrix instructions for its length, these), both empty where there is none.
 
-        The compiler may lay a loop out so that a part of it ends in a jump backward as well.
+        The compiler lays a loop out so that a part of it, or more than it, may end in a jump backward as well.
         """
-        matrix = MATRIX_INSTRUCTION.get(self.arch)
-        found = [(body, {k: n for k, n in body.items() if matrix and k.startswith(matrix)}) for body in self.loops]
-        return (
-            max(found, key=lambda one: sum(one[1].values()), default=({}, {})) if any(m for _, m in found) else ({}, {})
-        )
+        matrix, best = MATRIX_INSTRUCTION.get(self.arch), ({}, {})
+        for body in self.loops:
+            matrices = {name: n for name, n in body.items() if matrix and name.startswith(matrix)}
+            density = sum(matrices.values()) / sum(body.values())
+            if density > sum(best[1].values()) / max(1, sum(best[0].values())):
+                best = body, matrices
+        return best
 
 
 @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """Every op is accepted as it is, and refused by name when one line of its kernel is wrong."""
 
+import sys
+
 import pytest
 import torch
 from kernel_checks import channels_last, mutant
@@ -12,7 +14,7 @@ from kernels import (
     bn_backward,
     bn_stats,
     conv_dgrad,
-    conv_fprop,
+    conv_fprop_kernels,
     conv_wgrad,
     sgd,
 )
@@ -83,7 +85,7 @@ CASES = {  # the op's module, a line of its kernel, what it becomes, its operand
     ),
     "bn_finalize": (
         bn_stats,
-        "mean += delta * (tile_n / total)",
+        "mean += delta * share",
         "mean = mean + delta",
         lambda: (torch.stack([torch.full((600, 16), 9.0), *normal(2, 600, 16).abs()]), normal(16), normal(16), 0.1),
     ),
@@ -106,7 +108,12 @@ CASES = {  # the op's module, a line of its kernel, what it becomes, its operand
         "dz",
         lambda: (*of_backward()[:3], normal(4, 16), True),
     ),
-    "conv_fprop": (conv_fprop, "mean = tl.sum(y, axis=0) / count", "mean = tl.sum(y, axis=0) / BLOCK_M", of_fprop),
+    "conv_fprop": (
+        conv_fprop_kernels,
+        "tl.minimum(N * P * Q - first, BLOCK_M).to(tl.float32)",
+        "(BLOCK_M + 0.0 * N)",
+        of_fprop,
+    ),
     "conv_dgrad": (conv_dgrad, "acc = tl.where(mask_m[:, None] & (z > 0.0), acc, 0.0)", "pass", of_dgrad),
     "conv_wgrad": (conv_wgrad, "r >> 1, s >> 1, r & 1, s & 1", "r >> 1, s >> 1, 0, 0", of_wgrad),
 }  # fmt: skip
@@ -137,8 +144,9 @@ def test_a_right_op_is_accepted(name):
 def test_an_op_whose_kernel_is_wrong_by_a_line_is_refused(monkeypatch, tmp_path, name):
     module, old, new, operands = CASES[name]
     changed = mutant(module, tmp_path, old, new)
-    for kernel in [kernel for kernel in vars(module) if kernel.endswith("_kernel")]:
-        monkeypatch.setattr(module, kernel, getattr(changed, kernel))
+    for owner in (module, sys.modules[module.__name__.removesuffix("_kernels")]):  # whose op launches them
+        for kernel in [kernel for kernel in vars(owner) if kernel.endswith("_kernel") and hasattr(changed, kernel)]:
+            monkeypatch.setattr(owner, kernel, getattr(changed, kernel))
     wrong, place = run(name, operands())
     assert list(wrong) == [place]
     assert f"{place}, is wrong: relative error " in wrong[place]
