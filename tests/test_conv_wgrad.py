@@ -133,16 +133,21 @@ def test_repeats_bit_for_bit(device, monkeypatch):
     assert torch.equal(conv_wgrad(*arguments), conv_wgrad(*arguments))
 
 
-@poisoned
-@pytest.mark.parametrize("ahead", [1, 4, 8])
-@pytest.mark.parametrize("split", [1, 5, 8])
-def test_parts_are_added_in_order_however_many_are_loaded_together(device, split, ahead):
+def check_order(reduce_kernel, split: int, ahead: int, device) -> None:
+    """The sums are those of a loop, to the bit, however many parts are loaded together."""
     parts = torch.randn(split, 512, generator=torch.Generator().manual_seed(0)).to(device)
     dw, expected = torch.empty(512, device=device), torch.zeros(512, device=device)
-    conv_wgrad_reduce_kernel[(2,)](parts, dw, split, 512, BLOCK=256, AHEAD=ahead, num_warps=8)
+    reduce_kernel[(2,)](parts, dw, split, 512, BLOCK=256, AHEAD=ahead, num_warps=8)
     for part in parts:
         expected += part
     assert torch.equal(dw, expected)
+
+
+@poisoned
+@pytest.mark.parametrize("ahead", [1, 4, 8])
+@pytest.mark.parametrize("split", [1, 5, 8])
+def test_parts_are_added_in_order(device, split, ahead):
+    check_order(conv_wgrad_reduce_kernel, split, ahead, device)
 
 
 TILES = {
@@ -304,10 +309,11 @@ MUTANT_CHECKS = (
 )
 
 
-def check_mutant(op, monkeypatch, device) -> None:
+def check_mutant(module, monkeypatch, device) -> None:
     for case, tile in MUTANT_CHECKS:
         use(monkeypatch, tile)
-        check(op, operands(case, True, torch.float16, device), tile.prologue)
+        check(module.conv_wgrad, operands(case, True, torch.float16, device), tile.prologue)
+    check_order(module.conv_wgrad_reduce_kernel, 5, 2, device)
 
 
 @pytest.fixture(scope="module")
@@ -337,11 +343,11 @@ def compiled(mutants):
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(monkeypatch, mutants, compiled, name, device):
     assert compiled[name]
-    assert_caught(lambda: check_mutant(mutants[name].conv_wgrad, monkeypatch, device))
+    assert_caught(lambda: check_mutant(mutants[name], monkeypatch, device))
 
 
 def test_the_check_that_mutants_fail(monkeypatch, device):
-    check_mutant(conv_wgrad, monkeypatch, device)
+    check_mutant(module, monkeypatch, device)
 
 
 def default_builds(arch: int, shape: ConvShape, prologue: bool) -> list:
