@@ -11,10 +11,11 @@ L2        of a product the bytes of its operands' tiles, which every program rea
 latency   of a reduction whose programs are few and loop, in turn for each pass: the L2 cache's latency, and the longer
           of its bytes' time and its instructions', or both where a barrier parts the warps' loads from their sums
 
-An op's further launches add a start each and, where they are such reductions, that time. The parts that a split product
-leaves, and its reduction reads, count as bytes. All else is taken to be free: conflicts, barriers, a cold start of the
-loop, the latency of what is not a reduction. What is measured is therefore mostly longer, and by how much is the
-finding; shorter where a step finds its operands still in the L2 cache, or where an assumption is wrong.
+An op's further launches add a start each and, where they are such reductions, that time. The parts of a split product
+are among its op's bytes twice: it writes them, and its reduction reads them. All else is taken to be free: conflicts,
+barriers, a cold start of the loop, the latency of what is not a reduction. What is measured is therefore mostly longer,
+and by how much is the finding; shorter where a step finds its operands still in the L2 cache, or where an assumption is
+wrong.
 """
 
 import math
@@ -100,7 +101,9 @@ def launch(build: "Build", facts: "Facts", machine: Machine) -> Launch:
     if issued is not None and macs is not None:
         issue = max(1.0, issued * machine.matrix_macs_per_cycle / macs)
     values = {**build.constexprs, **build.integers}
-    block = (values["BLOCK_M"], values["BLOCK_N"]) if {"BLOCK_M", "BLOCK_N", "BLOCK_K"} <= values.keys() else None
+    is_product = {"BLOCK_M", "BLOCK_N", "BLOCK_K"} <= values.keys()
+    # Several taps of one load of the first operand: as if their columns lay side by side.
+    block = (values["BLOCK_M"], values["BLOCK_N"] * values.get("TAPS", 1)) if is_product else None
     if build.kernel in LINES_KERNELS:  # the filter serves every line, a line's load three products; two lines are extra
         lines = values["H"]
         block = (values["BLOCK_M"] * lines, 3 * values["BLOCK_N"] * lines / (lines + 2))
@@ -114,7 +117,7 @@ def _passes(build: "Build") -> tuple[int, int] | None:
     """(passes of a reduction's loop as its source has it, bytes that one pass loads); None for any other kernel."""
     values = {**build.constexprs, **build.integers}
     if build.kernel == "conv_wgrad_reduce_kernel":
-        return values["SPLIT"], 4 * values["BLOCK"]
+        return math.ceil(values["SPLIT"] / values["AHEAD"]), 4 * values["BLOCK"] * values["AHEAD"]
     planes = {"bn_finalize_kernel": 3, "bn_coefficients_kernel": 2}.get(build.kernel)
     if planes is None:
         return None
@@ -174,7 +177,7 @@ def predict(op: str, layer: str, flops: int, bytes_: int, launches: Sequence[Lau
         bandwidth, l2_rate = min(bandwidth, few), min(l2_rate, few)
         after_us = sum(_after_us(one, machine) for i, one in enumerate(launches) if i != main)
     l2_bytes = operand_bytes(flops, block) if block else 0
-    times = (compute_us, 1e6 * (bytes_ + parts) / bandwidth, 1e6 * l2_bytes / l2_rate, serial_us)
+    times = (compute_us, 1e6 * (bytes_ - parts) / bandwidth, 1e6 * l2_bytes / l2_rate, serial_us)
     expected_us = max(len(launches), 1) * START_US + max(times) + after_us
     bound = ROOFS[times.index(max(times))]
     about = (op, layer, flops, bytes_, l2_bytes, floor_us, expected_us, after_us, times, bound, main)
@@ -223,7 +226,7 @@ def cases(chosen: Iterable[Any], machine: Machine) -> dict[str, Op]:
         operands = case.operands(draw)
         with torch.no_grad(), launches(Gpu(machine.name, machine.capability)) as builds:
             case.ours(*operands)
-        cost = case.cost(*operands)
+            cost = case.cost(*operands)  # of the tile that it would take there
         found[case.name] = Op(case.op, case.shape, cost.flops, cost.bytes, builds)
     return found
 

@@ -197,6 +197,14 @@ def activation_descriptor(x: Tensor, rows: int, block_c: int, stride: int = 1, n
     return TensorDescriptor(x, extents, _contiguous_strides(extents), block, "nan" if nan else "zero")
 
 
+def pixel_descriptor(x: Tensor, pixels: int, block_c: int):
+    """A tensor descriptor of x [N,C,H,W] as the matrix [NHW, C] that it is in memory, boxes of [pixels, block_c]."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    c = x.shape[1]
+    return TensorDescriptor(x, [x.numel() // c, c], [c, 1], [pixels, block_c])
+
+
 def line_descriptor(x: Tensor, rows: int, block_c: int, nan: bool = False):
     """As `activation_descriptor` at stride 1, but the `rows` pixels of a box are a line each of several images."""
     from triton.tools.tensor_descriptor import TensorDescriptor

@@ -8,11 +8,12 @@ dy           x's dtype [N, K, P, Q] channels_last, P = ceil(H / stride), stride 
 scale, shift fp32 [C]
 dw           fp32 [K, C, R, R] channels_last: KRSC in memory; R is 3 or 1
 
-One program sums one tap (r, s) over one of SPLIT parts of the pixels; a second kernel adds the parts in a fixed order,
-so that runs repeat bit for bit. Within a program a's pixels stay and dy is shifted: what the tap reads outside of a map
-is then a zero of dy, and the prologue needs no mask. At stride 2 a's pixels are those of the parity that the tap reads.
-GEMM_M = C, GEMM_N = K, GEMM_K = NPQ for each tap: a is the first operand, which may come from registers, where its
-prologue leaves it.
+One program sums one tap (r, s), or the three of a row of the filter, over one of SPLIT parts of the pixels; a second
+kernel adds the parts in order, so that runs repeat bit for bit. Within a program a's pixels stay and dy is shifted:
+what the tap reads outside of a map is then a zero of dy, and the prologue needs no mask. At stride 2 a's pixels are
+those of the parity that the tap reads. GEMM_M = C, GEMM_N = K, GEMM_K = NPQ for each tap: a is the first operand, which
+may come from registers, where its prologue leaves it. At stride 1 its pixels are consecutive and x is a matrix, so that
+without a prologue wgmma takes both operands from shared memory; of a box with more sides Triton 3.6 copies the first.
 
 Passes over an activation: 2 (reads x and dy). The parts are fp32 [SPLIT, K, R, R, C], written and read once.
 """
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels import tiles
+from kernels.bn_apply import bn_apply, bn_apply_cost
 from kernels.contract import check_like
 from kernels.conv_shape import (
     ConvShape,
@@ -30,11 +32,11 @@ from kernels.conv_shape import (
     check_offsets,
     check_operand,
     flop_formula,
+    pixel_descriptor,
 )
 from kernels.cost import Cost, nbytes
 from kernels.jit import tl, triton
-
-REDUCE_BLOCK = 1024  # elements of dw that one program of the second kernel adds up
+from kernels.prologue import halves, relu_affine
 
 
 def conv_wgrad_reference(
@@ -71,17 +73,23 @@ def conv_wgrad_kernel(
     R: tl.constexpr,
     STRIDE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    HALVES: tl.constexpr,
+    TAPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program: dw of one tap, BLOCK_M channels and BLOCK_N filters, over `steps` blocks of BLOCK_K pixels."""
+    """One program: dw of TAPS taps, BLOCK_M channels and BLOCK_N filters, over `steps` blocks of BLOCK_K pixels.
+
+    HALVES: the prologue is in fp16.
+    """
     PAD: tl.constexpr = R // 2
     BLOCKS_M: tl.constexpr = C // BLOCK_M
     BLOCKS_N: tl.constexpr = K // BLOCK_N
+    GROUPS: tl.constexpr = R * R // TAPS
     # The programs that read the same pixels are neighbours in time: the part changes slowest.
     pid = tl.program_id(0)
-    part, tap = pid // (BLOCKS_M * BLOCKS_N * R * R), pid // (BLOCKS_M * BLOCKS_N) % (R * R)
+    part, tap = pid // (BLOCKS_M * BLOCKS_N * GROUPS), pid // (BLOCKS_M * BLOCKS_N) % GROUPS * TAPS
     c0, k0 = pid // BLOCKS_N % BLOCKS_M * BLOCK_M, pid % BLOCKS_N * BLOCK_N
     offs_c, offs_k = c0 + tl.arange(0, BLOCK_M), k0 + tl.arange(0, BLOCK_N)
     # The tap reads x's pixel STRIDE * p + r - PAD = STRIDE * (p + down) + odd_h: a's pixel p + down of its parity.
@@ -92,40 +100,59 @@ def conv_wgrad_kernel(
         down, right, odd_h, odd_v = r >> 1, s >> 1, r & 1, s & 1
     if scale_ptr is not None:
         scale, shift = tl.load(scale_ptr + offs_c), tl.load(shift_ptr + offs_c)
+        if HALVES:
+            pivot, scale, shift = halves(scale, shift)
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    accs = (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),) * TAPS
     tl.assume(steps > 0)  # without it ptxas serialises the wgmma instructions of the loop (C7515)
     for step in range(steps):
         first = (part * steps + step) * BLOCK_K
         if DESCRIPTORS:
             n, p = first // (P * Q), first // Q % P
-            a = x.load([n, p, 0, c0] if STRIDE == 1 else [n, p, odd_h, 0, odd_v * C + c0]).reshape(BLOCK_K, BLOCK_M)
-            b = dy.load([n, p - down, -right, k0]).reshape(BLOCK_K, BLOCK_N)
+            if STRIDE == 1:
+                a = x.load([first, c0])
+            else:
+                a = x.load([n, p, odd_h, 0, odd_v * C + c0]).reshape(BLOCK_K, BLOCK_M)
         else:
             rows = first + tl.arange(0, BLOCK_K)
             p, q = rows // Q % P, rows % Q
             h, v = p * STRIDE + odd_h, q * STRIDE + odd_v
             in_x = (rows < N * P * Q) & (h < H) & (v < W)
-            in_dy = in_x & (p >= down) & (p - down < P) & (q >= right) & (q - right < Q)
             pixels = (rows // (P * Q) * H + h) * W + v
             a = tl.load(x + pixels[:, None] * C + offs_c, mask=in_x[:, None], other=0.0)
-            b = tl.load(dy + (rows - down * Q - right)[:, None] * K + offs_k, mask=in_dy[:, None], other=0.0)
         if scale_ptr is not None:
-            z = a.to(tl.float32) * scale + shift
-            a = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(a.dtype)
-        acc = tl.dot(a.T, b, acc, input_precision="ieee")
-    out = parts_ptr + part * (K * R * R * C) + tap * C
-    tl.store(out + offs_k[None, :] * (R * R * C) + offs_c[:, None], acc)
+            if HALVES:
+                a = relu_affine(a, pivot, scale, shift, NAN_IS_ZERO=False)
+            else:
+                z = a.to(tl.float32) * scale + shift
+                a = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(a.dtype)
+        sums = ()
+        for t in tl.static_range(TAPS):  # the next tap of the row reads one pixel further to the right
+            if DESCRIPTORS:
+                b = dy.load([n, p - down, -right - t, k0]).reshape(BLOCK_K, BLOCK_N)
+            else:
+                in_dy = in_x & (p >= down) & (p - down < P) & (q >= right + t) & (q - right - t < Q)
+                b = tl.load(dy + (rows - down * Q - right - t)[:, None] * K + offs_k, mask=in_dy[:, None], other=0.0)
+            sums += (tl.dot(a.T, b, accs[t], input_precision="ieee"),)
+        accs = sums
+    out = parts_ptr + part * (K * R * R * C) + offs_k[None, :] * (R * R * C) + offs_c[:, None]
+    for t in tl.static_range(TAPS):
+        tl.store(out + (tap + t) * C, accs[t])
 
 
-@triton.jit(do_not_specialize=["SPLIT"])  # `elements` stays: that 16 divides it makes the accesses wide
-def conv_wgrad_reduce_kernel(parts_ptr, dw_ptr, SPLIT, elements, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["SPLIT"])
+def conv_wgrad_reduce_kernel(parts_ptr, dw_ptr, SPLIT, elements, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
+    """One program: BLOCK elements of dw, one a thread, whose parts are added in order and loaded AHEAD at a time."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < elements
     dw = tl.zeros((BLOCK,), tl.float32)
-    for part in range(SPLIT):
-        dw += tl.load(parts_ptr + part * elements + offs, mask=mask, other=0.0)
-    tl.store(dw_ptr + offs, dw, mask=mask)
+    for first in range(0, SPLIT, AHEAD):
+        parts = ()
+        for i in tl.static_range(AHEAD):
+            part = first + i
+            parts += (tl.load(parts_ptr + part * elements + offs, mask=part < SPLIT, other=0.0),)
+        for i in tl.static_range(AHEAD):
+            dw += parts[i]
+    tl.store(dw_ptr + offs, dw)
 
 
 @torch.library.custom_op("cifar::conv_wgrad", mutates_args=())
@@ -142,25 +169,29 @@ def conv_wgrad(
     Raises ValueError or TypeError for shapes, dtypes, devices and layouts other than the module's.
     """
     shape = _check(x, dy, size, stride, scale, shift)
-    tile = tiles.tile("conv_wgrad", shape, x.dtype, tiles.gpu_of(x.device))
-    blocks = triton.cdiv(x.shape[0] * shape.P * shape.Q, tile.BLOCK_K)
-    split = min(tile.SPLIT, blocks)
+    tile, split, steps = _cut(x, shape)
+    if scale is not None and tile.prologue == "stored":
+        x, scale, shift = bn_apply(x, scale, shift), None, None
     check_offsets("parts [SPLIT, K, R, R, C]", split * shape.K * shape.C * size**2)
     dw = _empty(x, dy, size)
-    parts = dw if split == 1 else dw.new_empty((split, dw.numel()))
+    parts = dw if tile.SPLIT == 1 else dw.new_empty((split, dw.numel()))
     x_operand, dy_operand = x, dy
     descriptors = tile.descriptors and boxes_fit(tile.BLOCK_K, shape)
     if descriptors:
-        x_operand = activation_descriptor(x, tile.BLOCK_K, tile.BLOCK_M, stride)
+        if stride == 1:
+            x_operand = pixel_descriptor(x, tile.BLOCK_K, tile.BLOCK_M)
+        else:
+            x_operand = activation_descriptor(x, tile.BLOCK_K, tile.BLOCK_M, stride)
         dy_operand = activation_descriptor(dy, tile.BLOCK_K, tile.BLOCK_N)
-    conv_wgrad_kernel[(split * size**2 * (shape.C // tile.BLOCK_M) * (shape.K // tile.BLOCK_N),)](
+    programs = size**2 // tile.TAPS * (shape.C // tile.BLOCK_M) * (shape.K // tile.BLOCK_N)
+    conv_wgrad_kernel[(split * programs,)](
         x_operand,
         dy_operand,
         parts,
         scale,
         shift,
         x.shape[0],
-        triton.cdiv(blocks, split),
+        steps,
         H=shape.H,
         W=shape.W,
         P=shape.P,
@@ -170,15 +201,20 @@ def conv_wgrad(
         R=size,
         STRIDE=stride,
         DESCRIPTORS=descriptors,
+        HALVES=tile.prologue == "fp16x2" and x.dtype == torch.float16,
+        TAPS=tile.TAPS,
         BLOCK_M=tile.BLOCK_M,
         BLOCK_N=tile.BLOCK_N,
         BLOCK_K=tile.BLOCK_K,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    if split > 1:
-        grid = (triton.cdiv(dw.numel(), REDUCE_BLOCK),)
-        conv_wgrad_reduce_kernel[grid](parts, dw, split, dw.numel(), BLOCK=REDUCE_BLOCK, num_warps=4)
+    if tile.SPLIT > 1:  # whatever is left of it: a small batch launches what every other one does
+        interpreted = tiles.gpu_of(x.device).capability is None  # whose time is per program
+        block = 256 if interpreted else min(256, max(32, triton.next_power_of_2(dw.numel() // 4096)))
+        ahead = min(64, triton.next_power_of_2(tile.SPLIT))
+        grid = (dw.numel() // block,)  # C and K are multiples of 16: nothing is left
+        conv_wgrad_reduce_kernel[grid](parts, dw, split, dw.numel(), BLOCK=block, AHEAD=ahead, num_warps=block // 32)
     return dw
 
 
@@ -190,6 +226,14 @@ def _(x, dy, size, stride=1, scale=None, shift=None):
 def _empty(x: Tensor, dy: Tensor, size: int) -> Tensor:
     extents = (dy.shape[1], x.shape[1], size, size)
     return torch.empty(extents, dtype=torch.float32, device=x.device, memory_format=torch.channels_last)
+
+
+def _cut(x: Tensor, shape: ConvShape) -> tuple[tiles.Tile, int, int]:
+    """The tile, the parts that it leaves of x's images, at most its SPLIT, and the steps of a part's programs."""
+    tile = tiles.tile("conv_wgrad", shape, x.dtype, tiles.gpu_of(x.device))
+    blocks = triton.cdiv(x.shape[0] * shape.P * shape.Q, tile.BLOCK_K)
+    split = min(tile.SPLIT, blocks)
+    return tile, split, triton.cdiv(blocks, split)
 
 
 def _check(x, dy, size, stride, scale, shift) -> ConvShape:
@@ -215,6 +259,12 @@ def conv_wgrad_cost(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Cost:
-    """x and dy read and dw written, each once. FLOPs are the convolution's alone, as PyTorch counts them."""
+    """x and dy read and dw written, each once, and the parts written and read; and the pass that stores the activation
+    first. FLOPs are the convolution's alone, as PyTorch counts them."""
     shape = ConvShape(x.shape[1], dy.shape[1], x.shape[2], x.shape[3], size, stride)
-    return Cost(shape.flops(x.shape[0]), nbytes(x, dy, scale, shift, _empty(x.to("meta"), dy, size)))
+    tile, split, _ = _cut(x, shape)
+    dw = _empty(x.to("meta"), dy, size)
+    parts = 0 if tile.SPLIT == 1 else 2 * split * nbytes(dw)
+    cost = Cost(shape.flops(x.shape[0]), nbytes(x, dy, scale, shift, dw) + parts)
+    stored = scale is not None and tile.prologue == "stored"
+    return cost + bn_apply_cost(x, scale, shift) if stored else cost

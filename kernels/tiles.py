@@ -185,17 +185,28 @@ def _default_dgrad_tile_of_hopper(shape: ConvShape) -> Tile:
 def _default_wgrad_tile(shape: ConvShape, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:
     if capability is None:
         return Tile(_divisor(shape.C, 256), _divisor(shape.K, 256), 1024, num_warps=4, num_stages=1)
-    widest = 32 if dtype == torch.float32 else 128
-    block_m, block_n = _divisor(shape.C, widest), _divisor(shape.K, widest)
-    programs = shape.R**2 * (shape.C // block_m) * (shape.K // block_n)
+    single, descriptors = dtype == torch.float32, _has_descriptors(capability) and dtype != torch.float32
+    # Of 10.x Triton 3.6 does not compile several products of an operand that a prologue has computed.
+    taps = 3 if descriptors and capability[0] == 9 and shape.R == 3 and shape.stride == 1 else 1
+    block_m = _divisor(shape.C, 32 if single else 128)
+    # Three taps of 128x64 or 64x128: 192 accumulators a thread, as many as leave registers for the rest.
+    block_n = _divisor(shape.K, 32 if single else 128 if taps == 1 else min(128, 8192 // block_m))
+    programs = shape.R**2 // taps * (shape.C // block_m) * (shape.K // block_n)
+    resident = 512  # some four programs for each of the 108 to 142 multiprocessors of a large GPU
+    if descriptors:
+        # One wave. A multiprocessor holds two of the programs, by ptxas's registers and shared memory, or three small
+        # ones; an H100 SXM and an H200 have 132 of them, a B200 has 148.
+        resident = (3 if taps * block_m * block_n <= 8192 else 2) * (132 if capability[0] == 9 else 148)
     return Tile(
         block_m,
         block_n,
-        32 if dtype == torch.float32 else 64,
+        32 if single else 64,
         num_warps=4,
-        num_stages=3,
-        descriptors=_has_descriptors(capability) and dtype != torch.float32,
-        SPLIT=max(1, 512 // programs),  # some four programs for each of the 108 to 148 multiprocessors of a large GPU
+        num_stages=2 if taps == 3 and block_n > block_m else 3,  # with three there is room for but one program
+        descriptors=descriptors,
+        SPLIT=max(1, resident // programs),
+        TAPS=taps,
+        prologue="fp16x2" if descriptors and dtype == torch.float16 else "fp32",
     )
 
 

@@ -108,25 +108,41 @@ def test_the_launch_that_multiplies_does_the_work_however_small_its_grid():
 
 
 def test_the_parts_of_a_split_product_are_written_and_read():
-    """2e6 bytes in all: written by the product, read by the reduction's single program at 2e10 bytes a second."""
+    """1e6 bytes of operands and twice 2e6 of parts: written by the product, read by the reduction's single program at
+    2e10 bytes a second."""
     launches = [of(100, block=(64, 64)), of(1, serial_us=5.0, parts_bytes=2 * 10**6)]
-    found = predict("conv_wgrad", "layer", 0, 10**6, launches, TEST_MACHINE)
+    found = predict("conv_wgrad", "layer", 0, 5 * 10**6, launches, TEST_MACHINE)
     assert found.expected_us == pytest.approx(2 * START_US + 30 + 100)
-    assert found.floor_us == 10
+    assert found.floor_us == 50
+
+
+def test_taps_that_share_a_load_read_its_operand_once():
+    """A block of 64 channels by 32 filters in three taps: of the channels' tile a third, of the filters' all three."""
+    values = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}
+    blocks = [
+        expected.launch(build(10, "conv_wgrad_kernel", values | {"TAPS": taps}), facts_of([0])[0], TEST_MACHINE).block
+        for taps in (1, 3)
+    ]
+    flops = 2 * 3 * 64 * 32 * 64  # of one step
+    assert expected.operand_bytes(flops, blocks[0]) == 3 * (64 + 32) * 64 * 2
+    assert expected.operand_bytes(flops, blocks[1]) == (64 + 3 * 32) * 64 * 2
+
+
+PARTS = {"BLOCK": 1024, "AHEAD": 4}
 
 
 @pytest.mark.parametrize(
     ("kernel", "values", "loads", "programs", "us"),
     [
-        # 512 parts of 1024 floats, four of them in a pass of the unrolled loop: 128 passes of 16 KB and 100 x 4
-        # instructions, for which one multiprocessor takes 0.8192 and 0.4 us behind 1 us of latency.
-        ("conv_wgrad_reduce_kernel", {"SPLIT": 512, "elements": 8192, "BLOCK": 1024}, 8, 8, 128 * (1 + 0.8192 + 0.4)),
-        # 14 parts: three passes of four, two of the remaining parts.
-        ("conv_wgrad_reduce_kernel", {"SPLIT": 14, "elements": 8192, "BLOCK": 1024}, 8, 8, 5 * (1 + 0.8192 + 0.4)),
+        # 512 parts of 1024 floats, four of them in a pass: 128 passes of 16 KB and 100 x 4 instructions, for which one
+        # multiprocessor takes 0.8192 and 0.4 us behind 1 us of latency.
+        ("conv_wgrad_reduce_kernel", {"SPLIT": 512, "elements": 8192, **PARTS}, 8, 8, 128 * (1 + 0.8192 + 0.4)),
+        # 14 parts: the fourth pass has two of them.
+        ("conv_wgrad_reduce_kernel", {"SPLIT": 14, "elements": 8192, **PARTS}, 8, 8, 4 * (1 + 0.8192 + 0.4)),
         # 25 programs on 10 multiprocessors: three share what one has.
         (
             "conv_wgrad_reduce_kernel",
-            {"SPLIT": 8, "elements": 25600, "BLOCK": 1024},
+            {"SPLIT": 8, "elements": 25600, **PARTS},
             8,
             25,
             2 * (1 + 3 * (0.8192 + 0.4)),
@@ -191,6 +207,8 @@ def test_cases_are_predicted_by_the_launches_they_would_make():
     assert reduction.parts_bytes == split * 64 * 64 * 9 * 4
     assert wgrad.l2_bytes == expected.operand_bytes(wgrad.flops, product.block)
     assert wgrad.floor_us == pytest.approx(1e6 * wgrad.flops / 790e12)
+    operands = 2 * 512 * 32 * 32 * 64 * 2 + 64 * 64 * 9 * 4
+    assert wgrad.bytes == operands + 2 * reduction.parts_bytes
     assert found["bn_finalize 64x32x32"].launches[0].programs < 132
     assert found["bn_finalize 64x32x32"].bound == "latency"
 

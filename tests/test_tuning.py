@@ -2,6 +2,7 @@
 
 import contextlib
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,9 +52,35 @@ def test_candidates_are_legal_and_bounded_and_hold_the_default(op, gpu):
     ],
     ids=str,
 )
-def test_dgrad_is_tried_in_every_form_whose_operands_fit(shape, forms):
-    assert {tile.form for tile in candidates("conv_dgrad", shape, FP16, H200)} == forms
-    assert {tile.form for tile in candidates("conv_dgrad", shape, FP16, A100)} == {"rows"}
+@pytest.mark.parametrize("op", ["conv_fprop", "conv_dgrad"])
+def test_every_form_is_tried_whose_operands_fit(op, shape, forms):
+    tried = candidates(op, shape, FP16, H200)
+    assert {tile.form for tile in tried} == forms
+    assert {tile.form for tile in candidates(op, shape, FP16, A100)} == {"rows"}
+    if op == "conv_fprop":
+        assert {tile.prologue for tile in tried if tile.form == "lines"} <= {"fp16x2"}
+        assert any(tile.prologue == "stored" for tile in tried if tile.form == "columns")
+
+
+def test_candidates_of_wgrad_differ_in_all_that_a_tile_has():
+    """And one by one from the default, so that a measurement says what each is worth."""
+    shape = ConvShape(256, 256, 8, 8)
+    tried = candidates("conv_wgrad", shape, FP16, H200)
+    default = tried[0]
+    assert {(tile.TAPS, tile.num_warps) for tile in tried} == {(1, 4), (3, 4), (1, 8), (3, 8)}
+    for name in ("prologue", "num_stages", "SPLIT", "BLOCK_K", "descriptors"):
+        others = [t for t in tried if replace(t, **{name: getattr(default, name)}) == default and t != default]
+        assert others, name
+    assert {tile.prologue for tile in tried} == set(tiles.PROLOGUES)
+    assert {tile.prologue for tile in candidates("conv_wgrad", shape, FP16, A100)} == {"fp32", "stored"}
+
+
+def test_three_taps_have_three_tiles_of_one_operand_in_shared_memory():
+    """At 4 stages 128 x 64 x 3 has 160 KB and 128 x 128 x 3 would have 256."""
+    tried = candidates("conv_wgrad", ConvShape(256, 256, 8, 8), FP16, H200)
+    for tile in tried:
+        assert (tile.BLOCK_M + tile.TAPS * tile.BLOCK_N) * tile.BLOCK_K * 2 * tile.num_stages <= 227 * 1024
+    assert any(tile.TAPS == 3 and tile.num_stages == 4 for tile in tried)
 
 
 def test_what_the_table_has_is_tried_again(monkeypatch):
