@@ -40,6 +40,7 @@ from kernels.conv_shape import (
     weight_descriptor,
 )
 from kernels.cost import Cost, nbytes
+from kernels.jit import LAUNCH
 
 
 def conv_dgrad_reference(
@@ -128,6 +129,7 @@ def conv_dgrad(
         **extents,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **LAUNCH,
     )
     return dz, partials
 

@@ -6,7 +6,7 @@ shared memory and walks down the lines of a few images. PIXELS is the axis of th
 looks through the reshape of a box only for a product's second operand.
 """
 
-from kernels.jit import tl, triton
+from kernels.jit import tl, triton, wait_for_the_kernel_before
 
 
 @triton.jit
@@ -90,6 +90,7 @@ def conv_dgrad_kernel(
     COLUMNS: the product is channels by pixels. With descriptors dz, x and the shortcut are descriptors, too: as boxes
     they take the accumulator's layout, in which four threads have all pixels of a channel.
     """
+    wait_for_the_kernel_before()
     PIXELS: tl.constexpr = 1 if COLUMNS else 0
     PAD: tl.constexpr = R // 2
     BLOCKS_N: tl.constexpr = C // BLOCK_N
@@ -217,6 +218,7 @@ def conv_dgrad_lines_kernel(
     Its part of the filter stays in shared memory. Line p of dy is loaded once for each of the three shifts, and adds to
     the lines p - 1, p and p + 1 of dz; the first of them is then complete.
     """
+    wait_for_the_kernel_before()
     BLOCKS_N: tl.constexpr = C // BLOCK_N
     BLOCKS_K: tl.constexpr = K // BLOCK_K
     t, pid_n = tl.program_id(0) // BLOCKS_N, tl.program_id(0) % BLOCKS_N

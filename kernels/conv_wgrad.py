@@ -35,7 +35,7 @@ from kernels.conv_shape import (
     pixel_descriptor,
 )
 from kernels.cost import Cost, nbytes
-from kernels.jit import tl, triton
+from kernels.jit import LAUNCH, tl, triton, wait_for_the_kernel_before
 from kernels.prologue import halves, relu_affine
 
 
@@ -83,6 +83,7 @@ def conv_wgrad_kernel(
 
     HALVES: the prologue is in fp16.
     """
+    wait_for_the_kernel_before()
     PAD: tl.constexpr = R // 2
     BLOCKS_M: tl.constexpr = C // BLOCK_M
     BLOCKS_N: tl.constexpr = K // BLOCK_N
@@ -143,6 +144,7 @@ def conv_wgrad_kernel(
 @triton.jit(do_not_specialize=["SPLIT"])
 def conv_wgrad_reduce_kernel(parts_ptr, dw_ptr, SPLIT, elements, BLOCK: tl.constexpr, AHEAD: tl.constexpr):
     """One program: BLOCK elements of dw, one a thread, whose parts are added in order and loaded AHEAD at a time."""
+    wait_for_the_kernel_before()
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     dw = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, SPLIT, AHEAD):
@@ -208,13 +210,15 @@ def conv_wgrad(
         BLOCK_K=tile.BLOCK_K,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **LAUNCH,
     )
     if tile.SPLIT > 1:  # whatever is left of it: a small batch launches what every other one does
         interpreted = tiles.gpu_of(x.device).capability is None  # whose time is per program
         block = 256 if interpreted else min(256, max(32, triton.next_power_of_2(dw.numel() // 4096)))
         ahead = min(64, triton.next_power_of_2(tile.SPLIT))
         grid = (dw.numel() // block,)  # C and K are multiples of 16: nothing is left
-        conv_wgrad_reduce_kernel[grid](parts, dw, split, dw.numel(), BLOCK=block, AHEAD=ahead, num_warps=block // 32)
+        options = {"num_warps": block // 32, **LAUNCH}
+        conv_wgrad_reduce_kernel[grid](parts, dw, split, dw.numel(), BLOCK=block, AHEAD=ahead, **options)
     return dw
 
 

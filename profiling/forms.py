@@ -20,7 +20,7 @@ def forms(op: str, tile: Tile, shape: ConvShape, dtype: torch.dtype) -> Iterator
     if op == "conv_wgrad" or not tile.descriptors or tile.num_stages != 3:
         return
     fprop, k = op == "conv_fprop", shape.C if op == "conv_fprop" else shape.K
-    if tile.BLOCK_N >= 64 and tile.BLOCK_M * tile.BLOCK_N >= 128 * 32 * tile.num_warps:  # accumulators, a thread's 128
+    if tile.BLOCK_N >= 64 and 128 * 32 * tile.num_warps <= tile.BLOCK_M * tile.BLOCK_N:  # accumulators, a thread's 128
         stages = 2 if tile.num_warps == 4 else 4
         yield replace(tile, form="columns", num_stages=stages, prologue="stored" if fprop else "fp32")
     for block_n in (64, 32):
