@@ -284,9 +284,9 @@ def expect(op: Op, facts: dict[str, "Facts"], machine: Machine) -> Prediction:
 
 def wide_tile(op: str, shape: Any, dtype: Any, gpu: Any) -> Any:
     """Of the tiles of eight warps that tuning would try, the one that loads least; else the GPU's own."""
-    from profiling.tuning import candidates
+    from profiling.tuning import around_the_default
 
-    found = candidates(op, shape, dtype, gpu)
+    found = around_the_default(op, shape, dtype, gpu)
     wide = [tile for tile in found if tile.num_warps == 8 and tile.descriptors and tile.prologue != "stored"]
     wide = [tile for tile in wide if tile.form != "lines" and tile.num_stages == 3]
     return min(wide, key=lambda tile: 1 / tile.BLOCK_M + 1 / (tile.BLOCK_N * tile.TAPS), default=found[0])

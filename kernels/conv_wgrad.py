@@ -217,8 +217,10 @@ def conv_wgrad(
         block = 256 if interpreted else min(256, max(32, triton.next_power_of_2(dw.numel() // 4096)))
         ahead = min(64, triton.next_power_of_2(tile.SPLIT))
         grid = (dw.numel() // block,)  # C and K are multiples of 16: nothing is left
-        options = {"num_warps": block // 32, **LAUNCH}
-        conv_wgrad_reduce_kernel[grid](parts, dw, split, dw.numel(), BLOCK=block, AHEAD=ahead, **options)
+        warps = block // 32
+        conv_wgrad_reduce_kernel[grid](
+            parts, dw, split, dw.numel(), BLOCK=block, AHEAD=ahead, num_warps=warps, **LAUNCH
+        )
     return dw
 
 

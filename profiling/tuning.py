@@ -102,18 +102,23 @@ class Backend(Protocol):
 
 
 def candidates(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> list[Tile]:
-    """At most some forty tiles: the one in use, the default, and what is worth compiling around them.
+    """The tile in use, and what is worth compiling around the default: at most some forty."""
+    return list(dict.fromkeys([tiles.tile(op, shape, dtype, gpu), *around_the_default(op, shape, dtype, gpu)]))
+
+
+def around_the_default(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> list[Tile]:
+    """The default tile, and others.
 
     Blocks and warps vary together, and beside one plain version of each pair there is one with another stage and one
     with pointers for descriptors, for wgrad one with half the parts. fp32 has no matrix instruction, and keeps what it
     has.
     """
-    found = [tiles.tile(op, shape, dtype, gpu), tiles.default_tile(op, shape, dtype, gpu.capability)]
+    found = [tiles.default_tile(op, shape, dtype, gpu.capability)]
     if dtype != torch.float32:
         n, k = (shape.C, shape.K) if op == "conv_dgrad" else (shape.K, shape.C)
         make = _wgrad_candidates(shape, dtype, gpu) if op == "conv_wgrad" else _candidates(n, k, shape, gpu)
         found += [form for tile in make for form in (tile, *forms(op, tile, shape, dtype)) if _fits(form, dtype, gpu)]
-    return list(dict.fromkeys(found))
+    return found
 
 
 def _candidates(n: int, k: int, shape: ConvShape, gpu: Gpu) -> Iterator[Tile]:

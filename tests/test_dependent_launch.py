@@ -22,7 +22,8 @@ FILES = sorted((ROOT / "kernels").glob("*.py"))
 def kernels_and_launches(path: Path) -> tuple[list[ast.FunctionDef], list[ast.Call]]:
     nodes = list(ast.walk(ast.parse(path.read_text())))
     kernels = [node for node in nodes if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")]
-    return kernels, [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)]
+    return kernels, [call for call in calls if ast.unparse(call.func.value).endswith("kernel")]
 
 
 def waits_first(kernel: ast.FunctionDef) -> bool:
