@@ -151,7 +151,7 @@ def conv_dgrad_kernel(
     offs_x = ((offs_m // (P * Q) * H + h) * W + v)[:, None] * C + offs_n
     if shortcut_ptr is not None:
         if STRIDED_SHORTCUT:
-            mask_shortcut = (mask_m & (odd_h + odd_v == 0))[:, None]
+            mask_shortcut = tl.where(odd_h + odd_v == 0, mask_m, False)[:, None]
             acc += tl.load(shortcut_ptr + offs_m[:, None] * C + offs_n, mask=mask_shortcut, other=0.0).to(tl.float32)
         else:
             acc += tl.load(shortcut_ptr + offs_x, mask=mask_m[:, None], other=0.0).to(tl.float32)
