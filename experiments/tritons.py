@@ -43,7 +43,7 @@ TOGETHER = 48
 PROBE_LIMIT_S = 900
 VERSION = re.compile(r"\d+(\.\d+)+((a|b|rc)\d+)?")
 INSTALLED = """
-import importlib.metadata, json, subprocess, sys
+import json, subprocess, sys
 import triton
 from triton.backends.nvidia import compiler
 own = [m.__file__ for n, m in sys.modules.items() if n.partition(".")[0] == "triton" and getattr(m, "__file__", None)]
@@ -196,8 +196,8 @@ def install(version: str, folder: Path) -> None:
 def environment(place: Path, scratch: Path) -> Environment:
     """The environment of processes that run the Triton in `place`, and no other. Raises RunError where they do not."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PTXAS_"))}
-    cache = scratch / "cache"
-    variables = kept | {"PYTHONPATH": str(place), "PYTHONNOUSERSITE": "1", "TRITON_CACHE_DIR": str(cache)}
+    first = os.pathsep.join(filter(None, [str(place), kept.get("PYTHONPATH", "")]))
+    variables = kept | {"PYTHONPATH": first, "TRITON_CACHE_DIR": str(scratch / "cache")}
     command = [sys.executable, "-c", INSTALLED % (ARCHITECTURES,)]
     done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
     try:

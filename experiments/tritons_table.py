@@ -32,7 +32,7 @@ def known(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that are there of the same Triton and the same kernels; none of a file that is damaged."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         rows = read_jsonl(path)
-        if rows and header.items() <= rows[0].items():
+        if rows and header.items() <= rows[0].items() and all(row.get("kind") for row in rows):
             return rows
     return []
 
