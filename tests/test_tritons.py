@@ -57,7 +57,7 @@ def kernels() -> list[Named]:
 
 @pytest.fixture
 def quick(monkeypatch, kernels):
-    """A command that has two kernels on one architecture, and a compiler that says the same of both: what it was given."""
+    """A command that has two kernels of one architecture, and a compiler that says the same of both; what it got."""
     asked: list[Build] = []
 
     def compile_all(builds, environment):
