@@ -92,9 +92,8 @@ def augment_kernel(
     c, h, w = offs % 3, offs // (3 * W), (offs // 3) % W
     y = _reflect_index(h + dy - PAD, H)
     x = _reflect_index(tl.where(flip != 0, W - 1 - w, w) + dx - PAD, W)
-    pixel = tl.load(
-        images_ptr + image * (H * W * 3) + ((y * W + x) * 3 + c), mask=tl.where(legal, mask, False), other=0
-    )
+    readable = tl.where(legal, mask, False)
+    pixel = tl.load(images_ptr + image * (H * W * 3) + ((y * W + x) * 3 + c), mask=readable, other=0)
 
     # Three scalars and two selects: a gather would cost two more loads for each element.
     mean0, mean1, mean2 = tl.load(mean_ptr), tl.load(mean_ptr + 1), tl.load(mean_ptr + 2)
@@ -104,8 +103,8 @@ def augment_kernel(
     out = (pixel.to(tl.float32) - mean) * rstd
     if CUTOUT > 0:
         cut_y, cut_x = tl.load(choices_ptr + image * 5 + 3), tl.load(choices_ptr + image * 5 + 4)
-        cut = (h >= cut_y) & (h < cut_y + CUTOUT) & (w >= cut_x) & (w < cut_x + CUTOUT)
-        out = tl.where(cut, 0.0, out)
+        inside = (h >= cut_y) & (h < cut_y + CUTOUT) & (w >= cut_x) & (w < cut_x + CUTOUT)
+        out = tl.where(inside, 0.0, out)
     # An index or an offset out of range must not read other memory, and must not pass unseen.
     out = tl.where(legal, out, float("nan"))
     tl.store(out_ptr + b * (H * W * 3) + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
