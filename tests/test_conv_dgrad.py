@@ -230,7 +230,7 @@ MUTANTS = {
     "sums_of_unrounded_dz": ("dz = dz.to(tl.float32)\n", "dz = acc\n"),
     "sums_not_centred": ("dz * (x - tl.load(mean_ptr + offs_n))", "dz * (x + 0.0 * tl.load(mean_ptr + offs_n))"),
     "strided_filter_everywhere": ("if R < STRIDE:", "if R < STRIDE - 1:"),
-    "strided_shortcut_everywhere": ("(mask_m & (odd_h + odd_v == 0))", "mask_m"),
+    "strided_shortcut_everywhere": ("tl.where(odd_h + odd_v == 0, mask_m, False)", "mask_m"),
 }
 
 
