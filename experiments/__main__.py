@@ -170,6 +170,21 @@ def machine_code(
     _experiment("machine_code", lambda: Request(json=as_json), out=out)
 
 
+@app.command()
+def tritons(
+    versions: Annotated[
+        list[str], typer.Argument(help="Versions, as 3.6.0, or folders that hold one.", show_default=False)
+    ],
+    arch: Annotated[list[int] | None, typer.Option(help="Only this architecture: 80, 90 or 100. Repeatable.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The table's folder; goes on with what it holds. Default: results/tritons.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What other versions of Triton make of every kernel: compiled for each architecture, and interpreted."""
+    _experiment("tritons", lambda: Request(json=as_json), tritons=versions, architectures=tuple(arch or ()), out=out)
+
+
 def _experiment(name: str, read: Callable[[], Request], **options: Any) -> None:
     """Check the request, run `experiments.<name>.run(request, terminal, interrupts, **options)` and exit.
 

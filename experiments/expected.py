@@ -3,7 +3,7 @@
 A kernel takes START_US and then the largest of these times:
 
 compute   its arithmetic's, at the rate that the device sustains, times two factors known before it runs: `tail`, since
-          the last programs leave multiprocessors idle, and those that walk down a map take two lines beyond its edges;
+          the last programs leave multiprocessors idle, and those that walk down a map take one line beyond its edge;
           and `issue`, where a warp issues more instructions for each matrix instruction than the tensor core takes
           cycles for it
 memory    its bytes', each once, at the device's bandwidth or at that of the multiprocessors that have a program
@@ -104,10 +104,10 @@ def launch(build: "Build", facts: "Facts", machine: Machine) -> Launch:
     is_product = {"BLOCK_M", "BLOCK_N", "BLOCK_K"} <= values.keys()
     # Several taps of one load of the first operand: as if their columns lay side by side.
     block = (values["BLOCK_M"], values["BLOCK_N"] * values.get("TAPS", 1)) if is_product else None
-    if build.kernel in LINES_KERNELS:  # the filter serves every line, a line's load three products; two lines are extra
+    if build.kernel in LINES_KERNELS:  # the filter serves every line, a line's load three products; one line is extra
         lines = values["H"]
-        block = (values["BLOCK_M"] * lines, 3 * values["BLOCK_N"] * lines / (lines + 2))
-        tail *= (lines + 2) / lines
+        block = (values["BLOCK_M"] * lines, 3 * values["BLOCK_N"] * lines / (lines + 1))
+        tail *= (lines + 1) / lines
     parts = 4 * values["SPLIT"] * values["elements"] if build.kernel == "conv_wgrad_reduce_kernel" else 0
     known = (build.kernel, build.programs, facts.registers or None, facts.blocks_per_sm())
     return Launch(*known, tail, issue, block, _serial_us(build, facts, machine), parts)

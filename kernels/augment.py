@@ -93,7 +93,8 @@ def augment_kernel(
     c, h, w = offs % 3, offs // (3 * W), (offs // 3) % W
     y = _reflect_index(h + dy - PAD, H)
     x = _reflect_index(tl.where(flip != 0, W - 1 - w, w) + dx - PAD, W)
-    pixel = tl.load(images_ptr + image * (H * W * 3) + ((y * W + x) * 3 + c), mask=mask & legal, other=0)
+    readable = tl.where(legal, mask, False)
+    pixel = tl.load(images_ptr + image * (H * W * 3) + ((y * W + x) * 3 + c), mask=readable, other=0)
 
     # Three scalars and two selects: a gather would cost two more loads for each element.
     mean0, mean1, mean2 = tl.load(mean_ptr), tl.load(mean_ptr + 1), tl.load(mean_ptr + 2)

@@ -163,7 +163,7 @@ def conv_dgrad_kernel(
         at = (offs_m // (P * Q) * H + h) * W + v, mask_m
         at_shortcut = at
         if STRIDED_SHORTCUT:
-            at_shortcut = offs_m, mask_m & (odd_h + odd_v == 0)
+            at_shortcut = offs_m, tl.where(odd_h + odd_v == 0, mask_m, False)
         dtype: tl.constexpr = dz.dtype.element_ty
     if shortcut is not None:
         acc += _load(shortcut, at_shortcut, offs_n, C, BLOCK_M, BLOCK_N, PIXELS).to(tl.float32)
@@ -237,14 +237,14 @@ def conv_dgrad_lines_kernel(
     sum_dz = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), tl.float32)
     sum_dz_x = tl.zeros((BLOCK_M // 16, 8, BLOCK_N), tl.float32)
     for p in range(H + 1):  # the last of dy's lines is outside and reads as zeros
-        inside = (image < N) & (p > 0)
+        inside = tl.where(p > 0, image < N, False)
         at = (image * H + p - 1) * W + offs_m % W, inside
         a_line = None
         if x is not None:  # early, so that the products hide its latency
             a_line = _load(x, at, offs_n, C, BLOCK_M, BLOCK_N, 0)
         below = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if shortcut is not None:  # is what a line's sum begins with
-            of_below = at[0] + 2 * W, (image < N) & (p < H - 1)
+            of_below = at[0] + 2 * W, tl.where(p < H - 1, image < N, False)
             below = _load(shortcut, of_below, offs_n, C, BLOCK_M, BLOCK_N, 0).to(tl.float32)
         for i in tl.static_range(3 * BLOCKS_K):
             a = dy.load([first, p, 1 - i % 3, i // 3 * BLOCK_K]).reshape(BLOCK_M, BLOCK_K)

@@ -195,7 +195,7 @@ def conv_fprop_lines_kernel(
     # Line h of x is the last of the three that make y's line h - 1, the second of line h, the first of line h + 1.
     last = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     second = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for h in range(-1, H + 1):
+    for h in range(H + 1):
         first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for i in tl.static_range(3 * BLOCKS_C):
             a = x.load([t * IMAGES, h, i % 3 - 1, i // 3 * BLOCK_K]).reshape(BLOCK_M, BLOCK_K)
@@ -205,7 +205,7 @@ def conv_fprop_lines_kernel(
             second = tl.dot(a, filters[(3 + i % 3) * BLOCKS_C + i // 3].T, second)
             first = tl.dot(a, filters[i % 3 * BLOCKS_C + i // 3].T, first)
         p = h - 1
-        in_y = ((p >= 0) & (image < N))[:, None]
+        in_y = tl.where(p >= 0, image < N, False)[:, None]
         # The additions, be they of zeros, keep ptxas 12.8 from serialising the wgmma instructions (C7514).
         m, n = (offs_m + p * W)[:, None], offs_n[None, :]
         y = _store_y(last + nan_if_nan, m, n, in_y, K, y_ptr, residual_ptr, residual_scale_ptr, residual_shift_ptr)

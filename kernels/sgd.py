@@ -89,7 +89,7 @@ def sgd_kernel(
     """One program: BLOCK elements. `v_ptr` and `copy_ptr` may be None."""
     wait_for_the_kernel_before()
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = (offs < N) & (tl.load(bad_step_ptr) < 0)
+    mask = tl.where(tl.load(bad_step_ptr) < 0, offs < N, False)
     rate = tl.load(rates_ptr + tl.minimum(tl.load(step_ptr), S - 1))
     w = tl.load(w_ptr + offs, mask=mask, other=0.0)
     g = tl.load(dw_ptr + offs, mask=mask, other=0.0) + decay * w

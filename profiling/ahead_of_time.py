@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -98,7 +99,7 @@ class Build:
 class Facts:
     """What came out. `error` is the compiler's message where nothing did; all else is then zero or empty.
 
-    `sass` and `loops` are as `machine_code.Sass` has them; `spill_bytes` are stored and loaded, None where only the
+    `sass`, `loops`, `overwritten` are `machine_code.Sass`'s; `spill_bytes` are stored and loaded, None where only the
     driver was asked; `local_bytes` is a thread's stack and local memory, `tensor_columns` a block's part of Blackwell's
     tensor memory, `notes` are ptxas's warnings and C75xx remarks (serialised matrix instructions).
     """
@@ -113,6 +114,7 @@ class Facts:
     tensor_columns: int = 0
     sass: dict[str, int] = field(default_factory=dict)
     loops: list[dict[str, int]] = field(default_factory=list)
+    overwritten: int = 0
     notes: list[str] = field(default_factory=list)
     error: str = ""
 
@@ -247,24 +249,28 @@ def _build(kernel, args: tuple, kwargs: dict) -> Build:
     return Build(module, fn.__name__, signature, constexprs, *known, options, label=label, integers=integers)
 
 
-def compile_all(builds: list[Build]) -> list[Facts]:
+def compile_all(builds: list[Build], environment: Mapping[str, str] = os.environ) -> list[Facts]:
     """Compile `builds` in as many child processes as there are processors; Facts in the same order.
 
-    A kernel that does not compile gives Facts with an `error`. RuntimeError if a child process itself fails.
+    The `environment` is that of the processes, but that they do not interpret. A kernel that does not compile gives
+    Facts with an `error`. RuntimeError if a child process itself fails.
     """
     workers = max(1, min(os.cpu_count() or 1, 8, len(builds)))
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {k: v for k, v in environment.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     facts: list[Facts] = [Facts("", 0)] * len(builds)
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, f"{i}.json") for i in range(workers)]
         children = []
-        for i, file in enumerate(files):
-            file.write_text(json.dumps([dataclasses.asdict(build) for build in builds[i::workers]]))
-            # As a module: as a script its folder would come first, whose statistics.py hides the standard library's.
-            command = [sys.executable, "-m", "profiling.ahead_of_time", str(file)]
-            children.append(subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True))
-        errors = [child.communicate()[1] for child in children]
+        try:
+            for i, file in enumerate(files):
+                file.write_text(json.dumps([dataclasses.asdict(build) for build in builds[i::workers]]))
+                command = [sys.executable, "-m", "profiling.ahead_of_time", str(file)]
+                children.append(subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+            errors = [child.communicate()[1] for child in children]
+        finally:
+            for child in children:
+                child.kill()  # unless it has ended
         for i, (child, file) in enumerate(zip(children, files, strict=True)):
             if child.returncode != 0:
                 raise RuntimeError(f"the compiling process ended with {child.returncode}: {errors[i][-2000:]}")
@@ -299,12 +305,21 @@ def source(build: Build) -> "ASTSource":
 
 def _facts(build: Build) -> Facts:
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
 
-    compiled = triton.compile(source(build), target=GPUTarget("cuda", build.arch, 32), options=dict(build.options))
-    if not build.inspect:
-        return Facts(build.label, build.arch)
-    log = _ptxas_log(compiled.asm["ptx"], build.arch)
+    target, options = GPUTarget("cuda", build.arch, 32), dict(build.options)
+    # ptxas -v, as Triton calls it, is what reports spills and serialised matrix instructions without a driver.
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as said:
+        knobs.nvidia.dump_ptxas_log = build.inspect
+        compiled = triton.compile(source(build), target=target, options=options)
+        if not build.inspect:
+            return Facts(build.label, build.arch)
+        if "registers" not in said.getvalue():  # it came out of the cache
+            backend = make_backend(target)
+            backend.make_cubin(compiled.asm["ptx"], {}, backend.parse_options(options), build.arch)
+    log = said.getvalue()
     sass = machine_code.read(compiled.asm["cubin"])
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
     return Facts(
@@ -318,6 +333,7 @@ def _facts(build: Build) -> Facts:
         tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
         sass=sass.counts,
         loops=sass.loops,
+        overwritten=sass.overwritten,
         notes=[line.strip() for line in log.splitlines() if "warning" in line or re.search(r"C75\d\d", line)],
     )
 
@@ -330,17 +346,6 @@ def _load(module: str):
     sys.modules[spec.name] = loaded
     spec.loader.exec_module(loaded)
     return loaded
-
-
-def _ptxas_log(ptx: str, arch: int) -> str:
-    """ptxas -v: the one place that reports spills and serialised matrix instructions without a driver."""
-    ptxas = machine_code.tool("ptxas-blackwell" if arch >= 100 else "ptxas")
-    target = f"sm_{arch}a" if arch >= 90 else f"sm_{arch}"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [ptxas, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def test_cost():
 
 MUTANTS = {
     "dropped_mask_on_store": (", mask=mask)\n\n\n@torch", ")\n\n\n@torch"),
-    "dropped_mask_on_load": ("mask=mask & legal", "mask=legal"),
+    "dropped_mask_on_load": ("mask=readable", "mask=legal"),
     "swapped_flip": ("tl.where(flip != 0, W - 1 - w, w)", "tl.where(flip == 0, W - 1 - w, w)"),
     "flip_after_the_crop": (
         "_reflect_index(tl.where(flip != 0, W - 1 - w, w) + dx - PAD, W)",

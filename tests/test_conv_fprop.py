@@ -358,7 +358,7 @@ MUTANTS = {
     "residual_relu_forgotten": ("residual = tl.maximum(residual, 0.0,", "residual = tl.maximum(residual, -100.0,"),
     "lines_rows_of_the_filter_swapped": ("filters[i % 3 * BLOCKS_C", "filters[(6 + i % 3) * BLOCKS_C + 0 * BLOCKS_C"),
     "lines_mirrored": ("h, i % 3 - 1,", "h, 1 - i % 3,"),
-    "lines_last_line_forgotten": ("range(-1, H + 1)", "range(-1, H)"),
+    "lines_last_line_forgotten": ("range(H + 1)", "range(H)"),
     "lines_of_absent_images": ("(image < N)", "(image < N + 1)"),
     "lines_sums_in_the_wrong_order": ("last, second = second + 0.0, first", "last, second = second + 0.0, second"),
     "lines_whose_means_differ_not": ("m2 += line_m2 + delta * delta", "m2 += line_m2 + 0.0 * delta"),

@@ -12,7 +12,7 @@ from model.errors import DataError
 from model.interrupts import Interrupted
 
 ROOT = Path(__file__).parent.parent
-NAMES = {"ladder", "lr-finder", "forgetting", "batch-size", "reproduce", "predictions", "machine-code"}
+NAMES = {"ladder", "lr-finder", "forgetting", "batch-size", "reproduce", "predictions", "machine-code", "tritons"}
 
 
 def command(*words: str):

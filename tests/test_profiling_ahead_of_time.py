@@ -79,6 +79,16 @@ def test_compiling_gives_facts_and_a_failure_its_reason():
     assert bad.blocks_per_sm() is None
 
 
+def test_what_comes_out_of_the_cache_is_known_as_well(tmp_path):
+    x = torch.empty(2, 64, 4, 4, dtype=torch.float16, memory_format=torch.channels_last)
+    with launches() as builds:
+        bn_stats(x)
+    own = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    made, kept = (compile_all([builds[0].on(90)], own) for _ in range(2))
+    assert made == kept
+    assert made[0].registers > 0
+
+
 # By the rules of the CUDA C++ Programming Guide: 65,536 registers, warps get them in units of 256.
 @pytest.mark.parametrize(
     ("facts", "blocks"),

@@ -152,7 +152,7 @@ MUTANTS = {
     "plain_momentum": ("g += momentum * v", "g = v"),
     "velocity_not_kept": ("        tl.store(v_ptr + offs, v, mask=mask)\n", ""),
     "rate_of_the_step_before": ("tl.minimum(tl.load(step_ptr), S - 1)", "tl.minimum(tl.load(step_ptr) - 1, S - 1)"),
-    "not_masked": ("mask = (offs < N) & (tl.load(bad_step_ptr) < 0)", "mask = offs < N"),
+    "not_masked": ("mask = tl.where(tl.load(bad_step_ptr) < 0, offs < N, False)", "mask = offs < N"),
     "nan_passes": ('tl.abs(dw) < float("inf"), 0, 1', 'tl.abs(dw) == float("inf"), 1, 0'),
     "the_last_one_kept": ("none = tl.full((), -1, tl.int64)", "none = tl.load(bad_step_ptr)"),
     "copy_of_the_step_before": ("w.to(copy_ptr.dtype.element_ty)", "(w + rate * g).to(copy_ptr.dtype.element_ty)"),
@@ -184,7 +184,7 @@ def test_mutant_is_caught(device, tmp_path, name):
 @interpreted
 @pytest.mark.parametrize("kernel", ["check", "update"])
 def test_reading_past_the_end_is_caught(device, tmp_path, kernel):
-    old = "mask=offs < N, other" if kernel == "check" else "mask = (offs < N) & ("
+    old = "mask=offs < N, other" if kernel == "check" else "offs < N, False)"
     changed = mutant(module, tmp_path, old, old.replace("offs < N", "offs < N + 1"))
     assert_caught(lambda: check_all(changed.sgd, device))
 

@@ -1,0 +1,294 @@
+"""Which Triton makes sound code of the kernels: each torch pins one on a GPU machine, and compilers differ.
+
+    python -m experiments tritons 3.6.0 3.7.1 3.8.0 3.9.0    # from the package index, into results/tritons/
+    python -m experiments tritons FOLDER                     # one that pip install --no-deps --target FOLDER has made
+
+With each, in an environment of its own, every kernel of a training step and of an evaluation of both networks is
+compiled for each architecture, and its machine code is held against what the tests ask of it; a step of a tiny network
+is run in its interpreter and held against the reference. Rows are on the disk as they are made: a command that was
+ended goes on there, and what was made of other kernels is made anew.
+"""
+
+import datetime
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from experiments.study import Request
+from experiments.tritons_table import ARCHITECTURES, found, known, markdown, summary
+from model.config import Config, preset
+from model.errors import RunError, UsageError
+from profiling.records import append_jsonl, read_jsonl, write_text
+
+if TYPE_CHECKING:
+    from model.interrupts import Interrupts
+    from profiling.ahead_of_time import Build, Facts
+    from profiling.console import Terminal
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "results" / "tritons"
+IMAGES = 4
+"""Of the steps that are recorded: the code does not depend on how many there are."""
+TOGETHER = 48
+"""Kernels that are compiled between two looks at the disk: some two minutes of a core."""
+PROBE_LIMIT_S = 900
+VERSION = re.compile(r"\d+(\.\d+)+((a|b|rc)\d+)?")
+INSTALLED = """
+import json, subprocess, sys
+import triton
+from triton.backends.nvidia import compiler
+own = [m.__file__ for n, m in sys.modules.items() if n.partition(".")[0] == "triton" and getattr(m, "__file__", None)]
+tools = {str(a): subprocess.check_output([compiler.get_ptxas(a).path, "--version"], text=True) for a in %s}
+print(json.dumps({"version": triton.__version__, "files": own, "ptxas": tools,
+                  "paths": [compiler.get_ptxas(int(a)).path for a in tools]}))
+"""
+
+
+class Named(NamedTuple):
+    """A kernel to compile: the op that launches it, and the layer."""
+
+    op: str
+    layer: str
+    build: "Build"
+
+
+class Environment(NamedTuple):
+    """A Triton in a folder of its own: its version, ptxas by architecture, and the environment of processes with it."""
+
+    version: str
+    ptxas: dict[str, str]
+    variables: dict[str, str]
+
+
+def check(request: Request, tritons: Sequence[str], architectures: Sequence[int] = (), out: Path | None = None) -> None:
+    """Raise UsageError for a word that is neither a version nor a folder with a Triton; for an unknown architecture."""
+    for arch in architectures:
+        if arch not in ARCHITECTURES:
+            raise UsageError(f"--arch {arch} is none of {', '.join(map(str, ARCHITECTURES))}")
+    for word in tritons:
+        if not VERSION.fullmatch(word) and not (Path(word) / "triton").is_dir():
+            raise UsageError(
+                f"{word} is neither a version, as 3.6.0, nor a folder that "
+                f"`pip install --no-deps --target {word} triton==VERSION` has made"
+            )
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is not a folder")
+
+
+def run(
+    request: Request,
+    terminal: "Terminal",
+    interrupts: "Interrupts",
+    tritons: Sequence[str],
+    architectures: Sequence[int] = (),
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Write VERSION.jsonl for each Triton, and tritons.md of all there are, into `out`. Returns a summary by version.
+
+    Raises RunError where one cannot be had or a process with it fails; those before it are kept.
+    """
+    if importlib.util.find_spec("triton") is None:
+        raise RunError("kernels are recorded with Triton, which is not installed (it has wheels for Linux only)")
+    out = out or OUT
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        sources = fingerprint()
+        wanted = {arch: recorded(arch) for arch in architectures or ARCHITECTURES}
+        for word in tritons:
+            with tempfile.TemporaryDirectory() as folder:
+                _one(word, Path(folder), wanted, sources, out, terminal)
+            write_text(out / "tritons.md", markdown(found(out, sources)))
+        terminal.say(f"the table is {out / 'tritons.md'}")
+        return {version: summary(rows) for version, rows in found(out, sources).items()}
+    except OSError as error:
+        raise RunError(f"{out}: {error}") from None
+
+
+def fingerprint() -> str:
+    """Of all that decides what is compiled and what is said of it."""
+    files = [*(ROOT / "kernels").glob("*"), *(ROOT / "model").glob("*.py"), Path(__file__)]
+    files += [ROOT / "profiling" / f"{name}.py" for name in ("ahead_of_time", "machine_code")]
+    digest = hashlib.sha256()
+    for path in sorted(path for path in files if path.is_file()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def recorded(arch: int) -> list[Named]:
+    """Every different kernel that a training step and an evaluation of each network launch on `arch`."""
+    from experiments.expected import fused_step
+    from profiling.ahead_of_time import launches
+    from profiling.kernel_facts import Gpu
+    from profiling.specifications import H100
+
+    gpu, kernels = Gpu(f"sm_{arch}", (arch // 10, arch % 10)), []
+    for name in ("fused", "resnet9"):
+        config = preset(name).with_settings(["ops=triton", "conv=triton", "cutout=8", f"batch_size={IMAGES}"])
+        step = fused_step(config, H100._replace(name=gpu.name, capability=gpu.capability))
+        kernels += [Named(op.op, op.layer, one) for op in step for one in op.builds]
+        with launches(gpu) as builds:
+            _evaluate(config)
+        kernels += [Named(f"evaluation of {name}", "", one) for one in builds]
+    return list({one.build.key(): one for one in reversed(kernels)}.values())[::-1]
+
+
+def _evaluate(config: Config) -> None:
+    import torch
+
+    from model.trainer import build_network
+
+    images = torch.empty(IMAGES, 3, 32, 32, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        build_network(config).to(memory_format=torch.channels_last).eval()(images)
+
+
+def _one(
+    word: str, folder: Path, wanted: dict[int, list[Named]], sources: str, out: Path, terminal: "Terminal"
+) -> None:
+    """All rows of one Triton that are not there yet."""
+    place = Path(word)
+    if VERSION.fullmatch(word):
+        terminal.say(f"triton {word}: installing")
+        place = folder / "triton"
+        install(word, place)
+    own = environment(place.resolve(), folder)
+    header = {"kind": "triton", "version": own.version, "ptxas": own.ptxas, "sources": sources}
+    path = out / f"{own.version}.jsonl"
+    rows = known(path, header)
+    if not rows:
+        path.unlink(missing_ok=True)
+        append_jsonl(path, header | {"date": datetime.datetime.now(datetime.UTC).date().isoformat()})
+    done = {row["key"] for row in rows if row["kind"] == "kernel"}
+    for arch, kernels in wanted.items():
+        left, start_s = [one for one in kernels if _key(one.build) not in done], time.monotonic()
+        for i in range(0, len(left), TOGETHER):
+            for row in _compiled(left[i : i + TOGETHER], own):
+                append_jsonl(path, row)
+        faulty = sum(bool(row["faults"]) for row in read_jsonl(path) if row.get("arch") == arch)
+        seconds = f" in {time.monotonic() - start_s:.0f} s" if left else ", as they were"
+        terminal.say(f"triton {own.version}, sm_{arch}: {len(kernels)} kernels, {faulty} with faults{seconds}")
+    if not any(row["kind"] == "interpreter" for row in rows):
+        reason = interpreted(own)
+        append_jsonl(path, {"kind": "interpreter", "reason": reason})
+        terminal.say(f"triton {own.version}, interpreter: {reason or 'right'}")
+
+
+def install(version: str, folder: Path) -> None:
+    """Install that Triton alone into `folder`. Raises RunError with what pip says."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command = [*pip, "--only-binary", ":all:", "--target", str(folder), f"triton=={version}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if not line.lower().startswith("warning")]
+        why = said[-1].strip() if said else f"pip ended with {done.returncode}"
+        raise RunError(f"triton {version} cannot be installed: {why}; a folder that holds it can be named instead")
+
+
+def environment(place: Path, scratch: Path) -> Environment:
+    """The environment of processes that run the Triton in `place`, and no other. Raises RunError where they do not."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_", "PTXAS_"))}
+    first = os.pathsep.join(filter(None, [str(place), kept.get("PYTHONPATH", "")]))
+    variables = kept | {"PYTHONPATH": first, "TRITON_CACHE_DIR": str(scratch / "cache")}
+    command = [sys.executable, "-c", INSTALLED % (ARCHITECTURES,)]
+    done = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True)
+    try:
+        about = json.loads(done.stdout.splitlines()[-1])
+        foreign = [
+            file for file in [*about["files"], *about["paths"]] if not Path(file).resolve().is_relative_to(place)
+        ]
+        ptxas = {arch: re.search(r"release \S+ V(\S+)", text)[1] for arch, text in about["ptxas"].items()}
+    except (ValueError, LookupError, TypeError):
+        last = (done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"])[-1]
+        raise RunError(f"{place} holds no Triton that this Python can run: {last}") from None
+    if foreign:
+        raise RunError(f"with {place} first on the path {foreign[0]} is used: another Triton leaks in")
+    return Environment(about["version"], ptxas, variables)
+
+
+def _compiled(kernels: list[Named], own: Environment) -> list[dict[str, Any]]:
+    from profiling.ahead_of_time import compile_all
+
+    try:
+        facts = compile_all([one.build for one in kernels], own.variables)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise RunError(f"triton {own.version}: {str(error).strip().splitlines()[-1]}") from None
+    return [row(one, fact) for one, fact in zip(kernels, facts, strict=True)]
+
+
+def _key(build: "Build") -> str:
+    return hashlib.sha256(build.key().encode()).hexdigest()[:12]
+
+
+def row(one: Named, facts: "Facts") -> dict[str, Any]:
+    """The record of a kernel. `loop` are the instructions of its main loop, `matrix` those that multiply among them;
+    `faults` names what `tritons_table.FAULTS` asks and it lacks."""
+    from profiling.ahead_of_time import MATRIX_INSTRUCTION
+
+    def matrices(body: dict[str, int]) -> int:
+        return sum(n for name, n in body.items() if name.startswith(MATRIX_INSTRUCTION[facts.arch]))
+
+    loop = next(filter(matrices, facts.loops), {})
+    error = (facts.error.strip().splitlines() or [""])[-1][:200]
+    return {
+        "kind": "kernel",
+        "key": _key(one.build),
+        **{"op": one.op, "layer": one.layer, "kernel": one.build.kernel, "arch": facts.arch, "tile": tile(one.build)},
+        **{"registers": facts.registers, "spill_bytes": facts.spill_bytes, "local_bytes": facts.local_bytes},
+        **{"shared_bytes": facts.shared_bytes, "blocks_per_sm": facts.blocks_per_sm()},
+        **{"loop": sum(loop.values()), "matrix": matrices(loop), "overwritten": facts.overwritten},
+        **{"notes": facts.notes, "error": error, "faults": faults(one.build, facts)},
+    }
+
+
+def faults(build: "Build", facts: "Facts") -> list[str]:
+    """Which of `tritons_table.FAULTS` the machine code of a kernel has."""
+    from profiling.ahead_of_time import LIMITS, MATRIX_INSTRUCTION
+
+    if facts.error:
+        return ["error"]
+    multiplies = "BLOCK_K" in build.constexprs
+    has = {
+        "spills": facts.spill_bytes,
+        "local": facts.local_bytes,
+        "remarks": facts.notes,
+        "shared": facts.shared_bytes > LIMITS[facts.arch].block_shared_bytes,
+        "matrix": multiplies and not facts.count(MATRIX_INSTRUCTION[facts.arch]),
+        "TMA": build.constexprs.get("DESCRIPTORS") and not facts.count("UTMALDG"),
+        "overwritten": facts.overwritten,
+    }
+    return [name for name, found in has.items() if found]
+
+
+def tile(build: "Build") -> str:
+    """As in "128x64x64 4 warps 3 stages H=32 ...": of what decides its code all that is no operand."""
+    blocks = [name for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in build.constexprs]
+    words = ["x".join(str(build.constexprs[name]) for name in blocks)] if blocks else []
+    words += [f"{build.options[name]} {name[4:]}" for name in ("num_warps", "num_stages") if name in build.options]
+    rest = ((name, value) for name, value in build.constexprs.items() if name not in blocks and value is not None)
+    return " ".join([*words, *(f"{name}={value}" for name, value in rest)])
+
+
+def interpreted(own: Environment) -> str | None:
+    """What is wrong with a step of a tiny network in this Triton's interpreter, None if nothing."""
+    settings = ["widths=16,16,16,16", "conv=triton", "device=cpu", "dtype=float32", "batch_size=2", "cutout=8"]
+    asked = json.dumps(preset("fused").with_settings(settings).to_json())
+    command = [sys.executable, "-m", "model.probe"]
+    variables = own.variables | {"TRITON_INTERPRET": "1"}
+    pipes = {"input": asked, "capture_output": True, "text": True, "timeout": PROBE_LIMIT_S}
+    try:
+        done = subprocess.run(command, env=variables, cwd=ROOT, **pipes)
+        verdict = json.loads(done.stdout.splitlines()[-1])
+        return verdict["reason"] or ("; ".join(verdict["unchecked"]) or None)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {PROBE_LIMIT_S} s"
+    except (ValueError, LookupError, TypeError):
+        return f"its process ended with {done.returncode}"
