@@ -41,6 +41,7 @@ from kernels.conv_shape import (
 )
 from kernels.cost import Cost, nbytes
 from kernels.jit import LAUNCH
+from kernels.wgmma import must_wait
 
 
 def conv_dgrad_reference(
@@ -100,7 +101,7 @@ def conv_dgrad(
     else:
         strided = shortcut is not None and shortcut.shape != dz.shape
         extents = {"P": shape.P, "Q": shape.Q, "R": shape.R, "STRIDE": stride, "STRIDED_SHORTCUT": strided}
-        extents |= {"DESCRIPTORS": descriptors, "COLUMNS": tile.form == "columns"}
+        extents |= {"DESCRIPTORS": descriptors, "COLUMNS": tile.form == "columns", "WAIT": must_wait(dy)}
         if descriptors:
             dy_operand = activation_descriptor(dy, tile.BLOCK_M, tile.BLOCK_K)
         if descriptors and tile.form == "columns":

@@ -7,6 +7,7 @@ looks through the reshape of a box only for a product's second operand.
 """
 
 from kernels.jit import tl, triton, wait_for_the_kernel_before
+from kernels.wgmma import wait_for_product
 
 
 @triton.jit
@@ -81,6 +82,7 @@ def conv_dgrad_kernel(
     STRIDED_SHORTCUT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WAIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -88,7 +90,8 @@ def conv_dgrad_kernel(
     """One program: BLOCK_M pixels of one class by BLOCK_N channels. dy and w are descriptors or pointers.
 
     COLUMNS: the product is channels by pixels. With descriptors dz, x and the shortcut are descriptors, too: as boxes
-    they take the accumulator's layout, in which four threads have all pixels of a channel.
+    they take the accumulator's layout, in which four threads have all pixels of a channel. WAIT: for each step's
+    product, see `kernels.wgmma`.
     """
     wait_for_the_kernel_before()
     PIXELS: tl.constexpr = 1 if COLUMNS else 0
@@ -143,6 +146,8 @@ def conv_dgrad_kernel(
             acc = tl.dot(b.T, a.T, acc, input_precision="ieee")
         else:
             acc = tl.dot(a, b, acc, input_precision="ieee")
+            if WAIT:
+                acc = wait_for_product(acc)
 
     # Without an addition here, be it of zeros, ptxas 12.8 serialises the loop's wgmma instructions (C7514).
     acc += 0.0

@@ -42,6 +42,7 @@ from kernels.conv_shape import (
 from kernels.conv_wgrad import conv_wgrad
 from kernels.cost import Cost, nbytes
 from kernels.jit import LAUNCH
+from kernels.wgmma import must_wait
 
 
 def conv_fprop_reference(
@@ -105,6 +106,7 @@ def conv_fprop(
     else:
         extents = {"P": shape.P, "Q": shape.Q, "R": shape.R, "STRIDE": stride}
         extents |= {"DESCRIPTORS": descriptors, "COLUMNS": tile.form == "columns" and scale is None}
+        extents["WAIT"] = must_wait(x)
         if descriptors:
             x_operand = activation_descriptor(x, tile.BLOCK_M, tile.BLOCK_K, stride, nan)
     kernel[(tile_count * (shape.K // tile.BLOCK_N),)](

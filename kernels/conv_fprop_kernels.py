@@ -7,6 +7,7 @@ adds to the three lines of y that the filter's rows reach, so that a pixel is re
 
 from kernels.jit import tl, triton, wait_for_the_kernel_before
 from kernels.prologue import halves, relu_affine
+from kernels.wgmma import wait_for_product
 
 
 @triton.jit
@@ -73,6 +74,7 @@ def conv_fprop_kernel(
     STRIDE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WAIT: tl.constexpr,
     HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -80,7 +82,8 @@ def conv_fprop_kernel(
 ):
     """One program: BLOCK_M rows of y by BLOCK_N filters. x and w: descriptors or pointers; what is absent is None.
 
-    COLUMNS: the product is filters by pixels, without a prologue. HALVES: the prologue is in fp16, with descriptors.
+    COLUMNS: the product is filters by pixels, without a prologue. WAIT: for each step's product, see `kernels.wgmma`.
+    HALVES: the prologue is in fp16, with descriptors.
     """
     wait_for_the_kernel_before()
     PAD: tl.constexpr = R // 2
@@ -136,6 +139,8 @@ def conv_fprop_kernel(
             acc = tl.dot(b, a.T, acc, input_precision="ieee")
         else:
             acc = tl.dot(a, b.T, acc, input_precision="ieee")
+            if WAIT:
+                acc = wait_for_product(acc)
 
     # Without an addition here, be it of zeros, ptxas 12.8 serialises the loop's wgmma instructions (C7514).
     acc += tl.sum(nan_if_nan) if scale_ptr is not None and DESCRIPTORS else 0.0
@@ -201,9 +206,9 @@ def conv_fprop_lines_kernel(
             a = x.load([t * IMAGES, h, i % 3 - 1, i // 3 * BLOCK_K]).reshape(BLOCK_M, BLOCK_K)
             if scale_ptr is not None:
                 a = _activation(a, affine[i // 3], HALVES)
-            last = tl.dot(a, filters[(6 + i % 3) * BLOCKS_C + i // 3].T, last)
-            second = tl.dot(a, filters[(3 + i % 3) * BLOCKS_C + i // 3].T, second)
-            first = tl.dot(a, filters[i % 3 * BLOCKS_C + i // 3].T, first)
+            last = tl.dot(a, filters[(6 + i % 3) * BLOCKS_C + i // 3].T, last, input_precision="ieee")
+            second = tl.dot(a, filters[(3 + i % 3) * BLOCKS_C + i // 3].T, second, input_precision="ieee")
+            first = tl.dot(a, filters[i % 3 * BLOCKS_C + i // 3].T, first, input_precision="ieee")
         p = h - 1
         in_y = tl.where(p >= 0, image < N, False)[:, None]
         # The additions, be they of zeros, keep ptxas 12.8 from serialising the wgmma instructions (C7514).

@@ -37,6 +37,7 @@ from kernels.conv_shape import (
 from kernels.cost import Cost, nbytes
 from kernels.jit import LAUNCH, tl, triton, wait_for_the_kernel_before
 from kernels.prologue import halves, relu_affine
+from kernels.wgmma import must_wait, wait_for_product
 
 
 def conv_wgrad_reference(
@@ -73,6 +74,7 @@ def conv_wgrad_kernel(
     R: tl.constexpr,
     STRIDE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    WAIT: tl.constexpr,
     HALVES: tl.constexpr,
     TAPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -81,7 +83,7 @@ def conv_wgrad_kernel(
 ):
     """One program: dw of TAPS taps, BLOCK_M channels and BLOCK_N filters, over `steps` blocks of BLOCK_K pixels.
 
-    HALVES: the prologue is in fp16.
+    WAIT: for each product, see `kernels.wgmma`. HALVES: the prologue is in fp16.
     """
     wait_for_the_kernel_before()
     PAD: tl.constexpr = R // 2
@@ -134,7 +136,8 @@ def conv_wgrad_kernel(
             else:
                 in_dy = in_x & (p >= down) & (p - down < P) & (q >= right + t) & (q - right - t < Q)
                 b = tl.load(dy + (rows - down * Q - right - t)[:, None] * K + offs_k, mask=in_dy[:, None], other=0.0)
-            sums += (tl.dot(a.T, b, accs[t], input_precision="ieee"),)
+            product = tl.dot(a.T, b, accs[t], input_precision="ieee")
+            sums += (wait_for_product(product) if WAIT else product,)
         accs = sums
     out = parts_ptr + part * (K * R * R * C) + offs_k[None, :] * (R * R * C) + offs_c[:, None]
     for t in tl.static_range(TAPS):
@@ -203,6 +206,7 @@ def conv_wgrad(
         R=size,
         STRIDE=stride,
         DESCRIPTORS=descriptors,
+        WAIT=must_wait(x) and (scale is not None or stride == 2),  # else wgmma takes both operands from shared memory
         HALVES=tile.prologue == "fp16x2" and x.dtype == torch.float16,
         TAPS=tile.TAPS,
         BLOCK_M=tile.BLOCK_M,
