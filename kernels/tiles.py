@@ -196,7 +196,9 @@ def _default_wgrad_tile(shape: ConvShape, dtype: torch.dtype, capability: tuple[
     if descriptors:
         # One wave. A multiprocessor holds two of the programs, by ptxas's registers and shared memory, or three small
         # ones; an H100 SXM and an H200 have 132 of them, a B200 has 148.
-        resident = (3 if taps * block_m * block_n <= 8192 else 2) * (132 if capability[0] == 9 else 148)
+        # A 1x1 filter's products are so small that its parts would be most of their bytes: one program each.
+        each = 1 if shape.R == 1 else 3 if taps * block_m * block_n <= 8192 else 2
+        resident = each * (132 if capability[0] == 9 else 148)
     return Tile(
         block_m,
         block_n,
