@@ -96,10 +96,11 @@ def double(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def assert_machine_code(build: Build, facts: Facts) -> None:
-    """No spills, no local memory, no serialised matrix instructions, TMA from sm_90 on, few instructions for an MMA."""
+    """No spills, no local memory, no serialised matrix instructions, no operand overwritten before it is read, TMA from
+    sm_90 on, few instructions for an MMA."""
     name, arch = f"{facts.label} on sm_{facts.arch}", facts.arch
     assert not facts.error, (name, facts.error)
-    assert (facts.spill_bytes, facts.local_bytes, facts.notes) == (0, 0, []), name
+    assert (facts.spill_bytes, facts.local_bytes, facts.notes, facts.overwritten) == (0, 0, [], 0), name
     assert facts.shared_bytes <= SHARED_LIMIT[arch], name
     matrix = MATRIX_INSTRUCTION[arch]
     assert facts.count(matrix) > 0, name
