@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from kernels.jit import INTERPRETED, triton, unavailable
+from kernels.jit import INTERPRETED, PDL, triton, unavailable
 from model.config import Config
 from model.distributed import Ranks
 
@@ -71,6 +71,7 @@ def _key(asked: Config, device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "interpreted": INTERPRETED,
+        "dependent_launch": PDL,
         "sources": _sources(ROOT),
         "config": asked.to_json() | {"device": device.type},
     }

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from kernels.jit import PDL
+
 PACKAGES = ("torch", "triton", "numpy", "nvidia-ml-py", "safetensors")
 
 
@@ -36,6 +38,7 @@ def environment(device: torch.device, root: Path) -> dict[str, Any]:
         "cudnn_deterministic": cudnn.deterministic if on_gpu else None,
         "tf32_convolutions": cudnn.allow_tf32 if on_gpu else None,
         "tf32_matrix_products": torch.backends.cuda.matmul.allow_tf32 if on_gpu else None,
+        "dependent_launch": PDL if on_gpu else None,
         "git_sha": sha,
         "git_dirty": dirty,
     }
