@@ -284,7 +284,7 @@ def expect(op: Op, facts: dict[str, "Facts"], machine: Machine) -> Prediction:
 
 def wide_tile(op: str, shape: Any, dtype: Any, gpu: Any) -> Any:
     """Of the tiles of eight warps that tuning would try, the one that loads least; else the GPU's own."""
-    from profiling.tuning import around_the_default
+    from profiling.candidates import around_the_default
 
     found = around_the_default(op, shape, dtype, gpu)
     wide = [tile for tile in found if tile.num_warps == 8 and tile.descriptors and tile.prologue != "stored"]

@@ -7,22 +7,19 @@ pure functions; the GPU is behind `Backend`.
 """
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from kernels import tiles
-from kernels.conv_shape import ConvShape, boxes_fit
+from kernels.conv_shape import ConvShape
 from kernels.jit import nothing_launched
 from kernels.tiles import Entry, Gpu, Tile
-from profiling.ahead_of_time import LIMITS, REGISTERS
 from profiling.bench import Setup, lost, searching
+from profiling.candidates import candidates
 from profiling.case import Case, Draw, tensors
 from profiling.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
-from profiling.forms import forms
 from profiling.gate import Gate
 from profiling.loaded_kernels import launched, local_bytes
 from profiling.precompile import Precompiler
@@ -99,82 +96,6 @@ class Backend(Protocol):
 
     def time(self, case: Case, candidates: Sequence[Tile], incumbent: Tile) -> Timings:
         """Check and time the candidates for a case; the incumbent gets to the final in any case."""
-
-
-def candidates(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> list[Tile]:
-    """The tile in use, and what is worth compiling around the default: at most some forty."""
-    return list(dict.fromkeys([tiles.tile(op, shape, dtype, gpu), *around_the_default(op, shape, dtype, gpu)]))
-
-
-def around_the_default(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> list[Tile]:
-    """The default tile, and others.
-
-    Blocks and warps vary together, and beside one plain version of each pair there is one with another stage and one
-    with pointers for descriptors, for wgrad one with half the parts. fp32 has no matrix instruction, and keeps what it
-    has.
-    """
-    found = [tiles.default_tile(op, shape, dtype, gpu.capability)]
-    if dtype != torch.float32:
-        n, k = (shape.C, shape.K) if op == "conv_dgrad" else (shape.K, shape.C)
-        make = _wgrad_candidates(shape, dtype, gpu) if op == "conv_wgrad" else _candidates(n, k, shape, gpu)
-        found += [form for tile in make for form in (tile, *forms(op, tile, shape, dtype)) if _fits(form, dtype, gpu)]
-    return found
-
-
-def _candidates(n: int, k: int, shape: ConvShape, gpu: Gpu) -> Iterator[Tile]:
-    """For fprop and dgrad, which cut n channels into BLOCK_N and sum over k others in steps of BLOCK_K."""
-    block_k = min(k & -k, 64)
-    for block_m, block_n, warps in _blocks((64, 128, 256), _powers(n, 256)):
-        descriptors = _descriptors(block_m, shape, gpu)
-        plain = Tile(block_m, block_n, block_k, warps, 3, descriptors)
-        yield from (plain, replace(plain, num_stages=4), replace(plain, descriptors=False))
-
-
-def _wgrad_candidates(shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> Iterator[Tile]:
-    """Blocks and taps, each with one wave of parts and with half of it; and around the default what else there is."""
-    default = tiles.default_tile("conv_wgrad", shape, dtype, gpu.capability)
-    halves = gpu.capability >= (9, 0) and dtype == torch.float16
-    variants = {"prologue": ("fp32", "fp16x2", "stored") if halves else ("stored",), "num_stages": (2, 3, 4)}
-    variants |= {
-        "SPLIT": (2 * default.SPLIT, max(1, default.SPLIT // 4)),
-        "BLOCK_K": (32, 128),
-        "descriptors": (False,),
-    }
-    yield from (replace(default, **{name: value}) for name, values in variants.items() for value in values)
-    about = {"descriptors": _descriptors(64, shape, gpu), "prologue": "fp16x2" if halves else "fp32"}
-    for taps in (1, 3) if shape.R == 3 and shape.stride == 1 else (1,):
-        for block_m, block_n, warps in _blocks(_powers(shape.C, 128), _powers(shape.K, 256), taps):
-            registers = taps * block_m * block_n // (32 * warps) + 64
-            wave = 132 * max(1, REGISTERS // (32 * warps * registers))  # of an H200's 132 multiprocessors
-            split = max(1, wave // (shape.R**2 // taps * (shape.C // block_m) * (shape.K // block_n)))
-            for parts in (split, max(1, split // 2)):
-                yield Tile(block_m, block_n, 64, warps, 3, SPLIT=parts, TAPS=taps, **about)
-
-
-def _blocks(sides_m: Sequence[int], sides_n: Sequence[int], taps: int = 1) -> Iterator[tuple[int, int, int]]:
-    """(BLOCK_M, BLOCK_N, warps) with 64 to 128 registers of a thread for the accumulator, or fewer of four warps; three
-    taps may have 192."""
-    for block_m, block_n, warps in itertools.product(sides_m, sides_n, (4, 8)):
-        registers = taps * block_m * block_n // (32 * warps)
-        if 64 <= registers <= (128 if taps == 1 else 192) or (registers < 64 and warps == 4):
-            yield block_m, block_n, warps
-
-
-def _powers(channels: int, largest: int) -> list[int]:
-    """Powers of two from 64 to `largest` that divide `channels`, or the largest that does."""
-    power = min(channels & -channels, largest)
-    return [b for b in (64, 128, 256) if b <= power] or [power]
-
-
-def _descriptors(rows: int, shape: ConvShape, gpu: Gpu) -> bool:
-    return gpu.capability >= (9, 0) and boxes_fit(rows, shape)
-
-
-def _fits(tile: Tile, dtype: torch.dtype, gpu: Gpu) -> bool:
-    """Whether the operands in flight fit into a block's shared memory."""
-    limits = LIMITS.get(10 * gpu.capability[0] + gpu.capability[1], LIMITS[80])
-    operands = (tile.BLOCK_M + tile.TAPS * tile.BLOCK_N) * tile.BLOCK_K * dtype.itemsize * tile.num_stages
-    return operands <= limits.block_shared_bytes
 
 
 def select(

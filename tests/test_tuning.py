@@ -13,11 +13,12 @@ from kernels.tiles import OPS, Entry, Gpu, Tile
 from profiling import tuning
 from profiling.ahead_of_time import launches
 from profiling.bench import Setup
+from profiling.candidates import candidates
 from profiling.case import Draw
 from profiling.cases import LAYERS
 from profiling.nvml import GpuSample
 from profiling.timing import QUICK
-from profiling.tuning import CudaBackend, Timings, candidates, changed, forced, refreshed, select, tune
+from profiling.tuning import CudaBackend, Timings, changed, forced, refreshed, select, tune
 
 H200, A100, FP16 = Gpu("NVIDIA H200", (9, 0)), Gpu("NVIDIA A100", (8, 0)), torch.float16
 CPU = torch.device("cpu")
