@@ -288,8 +288,12 @@ def wide_tile(op: str, shape: Any, dtype: Any, gpu: Any) -> Any:
 
     found = around_the_default(op, shape, dtype, gpu)
     wide = [tile for tile in found if tile.num_warps == 8 and tile.descriptors and tile.prologue != "stored"]
-    wide = [tile for tile in wide if tile.form != "lines" and tile.num_stages == 3]
-    return min(wide, key=lambda tile: 1 / tile.BLOCK_M + 1 / (tile.BLOCK_N * tile.TAPS), default=found[0])
+    wide = [tile for tile in wide if tile.form != "lines"]
+
+    def loads(tile: Any) -> tuple[float, bool]:
+        return 1 / tile.BLOCK_M + 1 / (tile.BLOCK_N * tile.TAPS), tile.form != "columns"
+
+    return min(wide, key=loads, default=found[0])
 
 
 def whole(predictions: Sequence[Prediction]) -> dict[str, Any]:
