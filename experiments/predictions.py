@@ -38,7 +38,7 @@ STEPS = {"article-256": ("preprocess=on_device",), "fused": ()}
 WIDE = "fused, with eight warps where the model prefers them"
 """What tuning may find; the default tiles have four warps."""
 FORMER = (
-    "The first page, of 2026-11-22 and the H200 alone, expected 3,224 us of `fused` without a roof of the L2 cache. The "
+    "The first page, of 2026-11-22 and the H200 alone, expected 3,224 us of `fused`, without a roof of the L2. The "
     "second, of 2026-11-26, had it, and expected 5,752 us on an H200 and 6,046 on an H100 of the convolutions' first "
     "generation. The present one walks down maps or takes both operands from shared memory, computes three taps of a "
     "load, and reduces without barriers. `article-256`, the library's step, is expected to take what it was."
