@@ -49,6 +49,12 @@ def test_convolutions_that_the_table_leaves_to_the_library(device, monkeypatch, 
     check_training(fused, name, torch.float32, device)
 
 
+@pytest.mark.parametrize("tiles_of", ["hopper"], indirect=True)
+@pytest.mark.parametrize("name", ["two_blocks", "resnet9_pool_last"])
+def test_the_forms_of_a_hopper_gpu_match_float64(device, tiles_of, name):
+    check_training(fused, name, torch.float32, device)
+
+
 @pytest.mark.parametrize("ops", [("conv_fprop", "conv_wgrad"), ("conv_fprop",), ("conv_wgrad",)], ids="-".join)
 def test_activations_that_the_table_stores(device, monkeypatch, ops):
     prefer_stored(monkeypatch, *ops)
@@ -72,7 +78,15 @@ def test_evaluation_matches_float64(device, name):
     check_evaluation(fused, name, device)
 
 
-def test_twenty_training_steps_stay_with_float64(device):
+@pytest.fixture(params=["own", "hopper"])
+def tiles_of(request, monkeypatch):
+    """The tiles that these tests run with, or those of a Hopper GPU: lines, columns, taps, the prologue in fp16."""
+    if request.param == "hopper":
+        default = tiles.default_tile
+        monkeypatch.setattr(tiles, "tile", lambda op, shape, dtype, gpu: default(op, shape, torch.float16, (9, 0)))
+
+
+def test_twenty_training_steps_stay_with_float64(device, tiles_of):
     """The acceptance of a tier: its losses in fp16 are as close to the float64 run's as twice the reference's.
 
     How rounding grows in twenty steps is a matter of chance, so the reference runs several times, with the images of
