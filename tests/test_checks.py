@@ -164,5 +164,5 @@ def test_many_images_are_judged_on_the_device(monkeypatch, images):
     monkeypatch.setattr(checks.tiles, "gpu_of", lambda device: checks.tiles.Gpu("NVIDIA H200", (9, 0)))
     row = checks.check(Check("conv_fprop 64x32x32-64x3x3-s1", images), known, gpu, torch.float16)
     assert judges == [torch.device("cpu") if images == 2 else gpu]
-    assert (row["status"], row["batch"], row["tile"]["BLOCK_M"]) == ("right", images, 128)
+    assert (row["status"], row["batch"], row["tile"]["form"]) == ("right", images, "lines")
     json.dumps(row)

@@ -237,7 +237,7 @@ def builds_of_the_blocks_alone(arch: int) -> list[Build]:
     return [
         build.on(arch)
         for build in builds
-        if build.kernel == "conv_fprop_kernel"
+        if build.kernel.startswith("conv_fprop")
         and build.signature["scale_ptr"] != "constexpr"
         and build.signature["residual_scale_ptr"] == "constexpr"
     ]

@@ -22,7 +22,7 @@ def documents() -> list[dict]:
     """Pages of an H100 and an H200 on which the compiler says next to nothing, of steps on few images."""
     chosen = [case for case in cases.cases() if case.op in ("bn_finalize", "bn_apply")]
     with pytest.MonkeyPatch.context() as patched:
-        few = {name: (*settings, "batch_size=16") for name, settings in predictions.STEPS.items()}
+        few = {name: (*settings, "batch_size=128") for name, settings in predictions.STEPS.items()}
         patched.setattr(predictions, "STEPS", few)
         return predictions.pages((H100, H200), facts_of, chosen)
 
@@ -33,7 +33,7 @@ def document(documents) -> dict:
 
 
 def test_machines_of_one_architecture_are_compiled_for_once(monkeypatch):
-    monkeypatch.setattr(predictions.expected, "fused_step", lambda config, machine: [])
+    monkeypatch.setattr(predictions.expected, "fused_step", lambda *operands: [])
     compiled = []
 
     def compile_(builds):

@@ -103,28 +103,30 @@ def changed(monkeypatch, tmp_path):
 
 
 FPROP = r"conv_fprop 16x32x32-16x3x3-s1 fp32, tile 1024x16x16 4 warps 1 stages pointers, "
-DOT = "        acc = tl.dot(a, b.T, acc"
+DOT = "            acc = tl.dot(a, b.T, acc"
 
 
 def test_a_kernel_that_is_finite_and_wrong_is_refused_by_op_shape_and_tile(changed):
-    changed("kernels/conv_fprop.py", "(tap * C + c + offs_k))", "((R * R - 1 - tap) * C + c + offs_k))")
+    changed("kernels/conv_fprop_kernels.py", "(tap * C + c + offs_k))", "((R * R - 1 - tap) * C + c + offs_k))")
     assert re.match(FPROP + r"is wrong: relative error 0\.\d+ against float64, PyTorch's own is \de-0\d; ", refusal())
 
 
 def test_a_kernel_that_never_ends_is_refused_and_ended(changed):
-    changed("kernels/conv_fprop.py", "range(R * R * BLOCKS_C)", "range(R * R * BLOCKS_C * 10**9)")
+    changed("kernels/conv_fprop_kernels.py", "range(R * R * BLOCKS_C)", "range(R * R * BLOCKS_C * 10**9)")
     changed("model/op_checks.py", "OP_LIMIT_S = 60", "OP_LIMIT_S = 6")
     assert re.fullmatch(FPROP + "did not end within the time limit of one op", refusal())
 
 
 def test_a_kernel_that_crashes_is_refused(changed):
-    changed("kernels/conv_fprop.py", DOT, "        import os; os.abort()\n" + DOT)
+    changed("kernels/conv_fprop_kernels.py", DOT, "            import os; os.abort()\n" + DOT)
     assert re.match(FPROP + "ended the probe's process by SIGABRT", refusal())
 
 
 def test_a_kernel_that_does_not_compile_is_refused(changed):
     changed(
-        "kernels/conv_fprop.py", DOT, "        raise ValueError('out of resource: 300000 bytes\\nand more')\n" + DOT
+        "kernels/conv_fprop_kernels.py",
+        DOT,
+        "            raise ValueError('out of resource: 300000 bytes\\nand more')\n" + DOT,
     )
     assert re.fullmatch(FPROP + r"failed with \w+Error: .*", refusal())
 
