@@ -186,7 +186,8 @@ def install(version: str, folder: Path) -> None:
     """Install that Triton alone into `folder`. Raises RunError with what pip says."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command = [*pip, "--only-binary", ":all:", "--target", str(folder), f"triton=={version}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    variables = {k: v for k, v in os.environ.items() if k != "PIP_CONSTRAINT"}  # which may pin another
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if not line.lower().startswith("warning")]
         why = said[-1].strip() if said else f"pip ended with {done.returncode}"

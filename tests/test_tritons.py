@@ -100,6 +100,8 @@ def test_a_slip_of_the_finger_is_a_line_and_exit_code_2(words, said):
 def test_a_version_that_cannot_be_had_is_a_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    (tmp_path / "constraints.txt").write_text("triton==3.6.0\n")  # of another environment's, as a CI has them
+    monkeypatch.setenv("PIP_CONSTRAINT", str(tmp_path / "constraints.txt"))
     with pytest.raises(RunError, match=r"triton 0\.0\.1 cannot be installed: ERROR: No matching distribution .*folder"):
         tritons.install("0.0.1", tmp_path / "triton")
 
