@@ -234,7 +234,7 @@ def conv_dgrad_lines_kernel(
     dtype: tl.constexpr = dz.dtype.element_ty
     taps = ()
     for i in tl.static_range(9 * BLOCKS_K):
-        taps = taps + (w.load([i // 9 * BLOCK_K, i % 9 * C + pid_n * BLOCK_N]),)  # noqa: RUF005, Triton's tuples add
+        taps += (w.load([i // 9 * BLOCK_K, i % 9 * C + pid_n * BLOCK_N]),)
     above = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     here = above
     if shortcut is not None:

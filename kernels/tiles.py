@@ -39,8 +39,8 @@ class Tile:
                  its operand in registers; or its columns are ("columns"), and wgmma takes both operands from shared
                  memory; or a program keeps its part of the filter in shared memory and walks down a map ("lines"),
                  which loads a pixel 3 times instead of 9
-    prologue     of fprop and wgrad: relu(x * scale + shift) is computed in fp32 as x is loaded ("fp32"), or in one
-                 fp16 instruction for two elements ("fp16x2"), or by a pass of its own beforehand ("stored")
+    prologue     of fprop and wgrad: relu(x * scale + shift) is computed in fp32 as x is loaded ("fp32"), or in fp16,
+                 two elements an instruction ("fp16x2"), or by a pass of its own beforehand ("stored")
     """
 
     BLOCK_M: int
@@ -168,7 +168,7 @@ def default_tile(op: str, shape: ConvShape, dtype: torch.dtype, capability: tupl
 
 
 def _default_dgrad_tile_of_hopper(shape: ConvShape) -> Tile:
-    """Of four warps the one that loads least: for each byte, lines do 196 FLOPs, 128x128 columns 64 and 256x64 51.
+    """Of four warps the one that loads least: for each byte, lines do 171 FLOPs, 128x128 columns 64 and 256x64 51.
 
     Two blocks fit into a multiprocessor, so that one's epilogue is under the other's products: hence lines only where
     the nine taps are of one block of filters, and two stages of 256x64.

@@ -3,7 +3,7 @@
 wgmma runs on while the warps go on, and reads that operand as it comes to it. ptxas before 13.3, which Triton up to 3.8
 brings for compute capability 9.0, hands the registers out again too early, so that a later operand may be multiplied in
 an earlier one's place, without a word (triton-lang/triton#9433; #11781 has 61 for 64 on an H100). So a loop with such
-products waits for them at the end of each step: while one program waits, another one of the multiprocessor multiplies.
+products waits for them at the end of each step. Another program of the multiprocessor is to multiply meanwhile.
 """
 
 from torch import Tensor
