@@ -7,7 +7,7 @@ looks through the reshape of a box only for a product's second operand.
 """
 
 from kernels.jit import tl, triton, wait_for_the_kernel_before
-from kernels.wgmma import wait_for_product
+from kernels.wgmma import halves_of_columns, wait_for_product
 
 
 @triton.jit
@@ -50,12 +50,6 @@ def _terms(dz, x, columns, mean_ptr, PIXELS: tl.constexpr):
     """What the two sums are of, in fp32: dz and dz * (x - mean)."""
     dz = dz.to(tl.float32)
     return dz, dz * (x.to(tl.float32) - tl.expand_dims(tl.load(mean_ptr + columns), PIXELS))
-
-
-@triton.jit
-def _halves(tile):
-    """The first and the second half of a tile's columns, where they are: in registers."""
-    return tl.split(tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1))
 
 
 @triton.jit(do_not_specialize=["N", "T"])  # one build for every batch
@@ -179,7 +173,7 @@ def conv_dgrad_kernel(
         if COLUMNS:  # in halves, or 128 accumulators a thread and x in fp32 spill
             if not DESCRIPTORS:
                 acc = tl.where(mask_m[None, :], acc, 0.0)
-            da, x = _halves(acc), _halves(x)
+            da, x = halves_of_columns(acc), halves_of_columns(x)
             dz0 = _mask(da[0], x[0], None, dtype, offs_n, scale_ptr, shift_ptr, 1)
             terms0 = _terms(dz0, x[0], offs_n, mean_ptr, 1)
             sum_dz, sum_dz_x = tl.sum(terms0[0], axis=1), tl.sum(terms0[1], axis=1)

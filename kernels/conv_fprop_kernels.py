@@ -7,7 +7,7 @@ adds to the three lines of y that the filter's rows reach, so that a pixel is re
 
 from kernels.jit import tl, triton, wait_for_the_kernel_before
 from kernels.prologue import halves, relu_affine
-from kernels.wgmma import wait_for_product
+from kernels.wgmma import halves_of_columns, wait_for_product
 
 
 @triton.jit
@@ -106,7 +106,6 @@ def conv_fprop_kernel(
             taps_inside |= (mask_m & (h >= 0) & (h < H) & (v >= 0) & (v < W)).to(tl.int32) << i
 
     acc = tl.zeros((BLOCK_N, BLOCK_M) if COLUMNS else (BLOCK_M, BLOCK_N), tl.float32)
-    nan_if_nan = tl.zeros((BLOCK_K,), tl.float32)
     # One flat loop of a constant trip count: nested or unknown ones make ptxas serialise the wgmma instructions.
     for step in range(R * R * BLOCKS_C):
         tap, c = step // BLOCKS_C, step % BLOCKS_C * BLOCK_K
@@ -121,14 +120,12 @@ def conv_fprop_kernel(
             b = w.load([pid_n * BLOCK_N, tap * C + c])
         else:
             inside = (taps_inside >> tap & 1) != 0
-            a = tl.load(x + (pixels + r * W + s)[:, None] * C + (c + offs_k), mask=inside[:, None], other=0.0)
+            a = tl.load(x + ((pixels + r * W + s)[:, None] * C + c + offs_k), mask=inside[:, None], other=0.0)
             b = tl.load(w + offs_n[:, None] * (R * R * C) + (tap * C + c + offs_k))
         if scale_ptr is not None:
             scale, shift = tl.load(scale_ptr + c + offs_k), tl.load(shift_ptr + c + offs_k)
             if DESCRIPTORS:
-                # Outside of x the descriptor reads NaN, which becomes the padding's zero without a mask. A NaN inside
-                # would vanish too; it has made its channel's statistics NaN, and those are passed on.
-                nan_if_nan += (scale + shift) * 0.0
+                # Outside of x the descriptor reads NaN, which becomes the padding's zero without a mask.
                 a = _activation(a, halves(scale, shift) if HALVES else (scale, shift), HALVES)
             else:
                 z = a.to(tl.float32) * scale + shift
@@ -143,14 +140,27 @@ def conv_fprop_kernel(
                 acc = wait_for_product(acc)
 
     # Without an addition here, be it of zeros, ptxas 12.8 serialises the loop's wgmma instructions (C7514).
-    acc += tl.sum(nan_if_nan) if scale_ptr is not None and DESCRIPTORS else 0.0
+    if scale_ptr is not None and DESCRIPTORS:
+        # A NaN inside of x became zero, too; but it has made its channel's statistics NaN, and those are passed on.
+        nan_if_nan = tl.zeros((BLOCK_K,), tl.float32)
+        for c in tl.static_range(0, C, BLOCK_K):
+            nan_if_nan += (tl.load(scale_ptr + c + offs_k) + tl.load(shift_ptr + c + offs_k)) * 0.0
+        acc += tl.sum(nan_if_nan)
+    elif DESCRIPTORS:
+        acc += 0.0
     PIXELS: tl.constexpr = 1 if COLUMNS else 0
-    m, n, in_y = tl.expand_dims(offs_m, 1 - PIXELS), tl.expand_dims(offs_n, PIXELS), tl.expand_dims(mask_m, 1 - PIXELS)
-    y = _store_y(acc, m, n, in_y, K, y_ptr, residual_ptr, residual_scale_ptr, residual_shift_ptr)
-    if partials_ptr is not None:
-        count = tl.minimum(N * P * Q - first, BLOCK_M).to(tl.float32)
-        mean, m2 = _moments(y, in_y, count, PIXELS)
-        _store_partials(partials_ptr, pid_m, offs_n, T, K, count, mean, m2)
+    m, in_y = tl.expand_dims(offs_m, 1 - PIXELS), tl.expand_dims(mask_m, 1 - PIXELS)
+    count = tl.minimum(N * P * Q - first, BLOCK_M).to(tl.float32)
+    # A residual with an affine of its own takes as many registers as the accumulator: half of the filters at a time.
+    PARTS: tl.constexpr = 2 if DESCRIPTORS and not COLUMNS and residual_scale_ptr is not None else 1
+    parts = halves_of_columns(acc) if PARTS == 2 else (acc,)
+    for i in tl.static_range(PARTS):
+        offs = pid_n * BLOCK_N + i * (BLOCK_N // PARTS) + tl.arange(0, BLOCK_N // PARTS)
+        n = tl.expand_dims(offs, PIXELS)
+        y = _store_y(parts[i], m, n, in_y, K, y_ptr, residual_ptr, residual_scale_ptr, residual_shift_ptr)
+        if partials_ptr is not None:
+            mean, m2 = _moments(y, in_y, count, PIXELS)
+            _store_partials(partials_ptr, pid_m, offs, T, K, count, mean, m2)
 
 
 @triton.jit(do_not_specialize=["N", "T"])

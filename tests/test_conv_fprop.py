@@ -145,12 +145,14 @@ HOW = [(False, "rows", "fp32"), (True, "rows", "fp32"), (True, "rows", "fp16x2")
 HOW += [(True, "lines", "fp16x2"), (True, "columns", "stored")]
 
 
+@pytest.mark.parametrize("channel", [3, -1], ids=["first_block", "last_block"])
 @pytest.mark.parametrize(("descriptors", "form", "prologue"), HOW)
-def test_nan_is_passed_on(device, monkeypatch, descriptors, form, prologue):
+def test_nan_is_passed_on(device, monkeypatch, descriptors, form, prologue, channel):
     """A NaN in x makes its channel's statistics NaN, hence scale and shift; the ReLU must not hide it."""
-    use_tile(monkeypatch, "one_image_one_tile", descriptors, form=form, prologue=prologue)
-    x, w, stride, scale, shift, *_ = operands("one_image_one_tile", "prologue", torch.float16, device)
-    x[0, 3, 1, 1] = scale[3] = shift[3] = torch.nan
+    case = "several_channel_blocks"
+    use_tile(monkeypatch, case, descriptors, form=form, prologue=prologue)
+    x, w, stride, scale, shift, *_ = operands(case, "prologue", torch.float16, device)
+    x[0, channel, 1, 1] = scale[channel] = shift[channel] = torch.nan
     y, partials = conv_fprop(x, w, stride, scale, shift)
     assert y.isnan().all()
     assert partials[1:].isnan().all()
@@ -356,6 +358,7 @@ MUTANTS = {
     "forgotten_partial_tile": ("count = tl.minimum(N * P * Q - first, BLOCK_M)", "count = (BLOCK_M + N * 0)"),
     "residual_after_the_statistics": ("        acc += residual\n", "        acc += residual * 0.5\n"),
     "residual_relu_forgotten": ("residual = tl.maximum(residual, 0.0,", "residual = tl.maximum(residual, -100.0,"),
+    "second_half_of_the_filters_forgotten": ("+ i * (BLOCK_N // PARTS)", "+ i // 2 * (BLOCK_N // PARTS)"),
     "lines_rows_of_the_filter_swapped": ("filters[i % 3 * BLOCKS_C", "filters[(6 + i % 3) * BLOCKS_C + 0 * BLOCKS_C"),
     "lines_mirrored": ("h, i % 3 - 1,", "h, 1 - i % 3,"),
     "lines_last_line_forgotten": ("range(H + 1)", "range(H)"),
