@@ -114,8 +114,8 @@ def run(
 
 
 def fingerprint() -> str:
-    """Of all that decides what is compiled and what is said of it."""
-    files = [*(ROOT / "kernels").glob("*"), *(ROOT / "model").glob("*.py"), Path(__file__)]
+    """Of all that decides what a kernel compiles to and what is said of it. What is launched is in the rows' keys."""
+    files = [*(ROOT / "kernels").glob("*.py"), Path(__file__)]
     files += [ROOT / "profiling" / f"{name}.py" for name in ("ahead_of_time", "machine_code")]
     digest = hashlib.sha256()
     for path in sorted(path for path in files if path.is_file()):
@@ -163,10 +163,11 @@ def _one(
     own = environment(place.resolve(), folder)
     header = {"kind": "triton", "version": own.version, "ptxas": own.ptxas, "sources": sources}
     path = out / f"{own.version}.jsonl"
-    rows = known(path, header)
-    if not rows:
-        path.unlink(missing_ok=True)
-        append_jsonl(path, header | {"date": datetime.datetime.now(datetime.UTC).date().isoformat()})
+    keys = {arch: {_key(one.build) for one in kernels} for arch, kernels in wanted.items()}
+    rows = known(path, header) or [header | {"date": datetime.datetime.now(datetime.UTC).date().isoformat()}]
+    # Of what is launched no more nothing is kept.
+    rows = [row for row in rows if row["kind"] != "kernel" or row["key"] in keys.get(row["arch"], (row["key"],))]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     done = {row["key"] for row in rows if row["kind"] == "kernel"}
     for arch, kernels in wanted.items():
         left, start_s = [one for one in kernels if _key(one.build) not in done], time.monotonic()

@@ -199,6 +199,15 @@ def test_rows_are_kept_and_only_what_is_missing_is_compiled(tmp_path, quick, mon
     assert len(quick) == 4
 
 
+def test_the_row_of_a_kernel_that_is_launched_no_more_goes(tmp_path, quick, monkeypatch, kernels):
+    place, out = fake_triton(tmp_path / "a"), tmp_path / "out"
+    run(place, out)
+    monkeypatch.setattr(tritons, "recorded", lambda arch: kernels[1:] if arch == 80 else [])
+    assert run(place, out)["9.9.9"]["architectures"]["80"]["kernels"] == 1
+    assert len(quick) == 2
+    assert [row["kind"] for row in read_jsonl(out / "9.9.9.jsonl")] == ["triton", "kernel", "interpreter"]
+
+
 @pytest.mark.parametrize("damage", ["{", "[]\n", '{"kind": "triton"}\n'], ids=["torn", "no_record", "no_header"])
 def test_a_damaged_file_is_made_anew(tmp_path, quick, damage):
     place, out = fake_triton(tmp_path / "a"), tmp_path / "out"
