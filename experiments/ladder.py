@@ -2,7 +2,7 @@
 
     python -m experiments ladder                 # four epochs of each rung, extrapolated to 35
     python -m experiments ladder --full          # and each trained to its end, with its accuracy
-    python -m experiments ladder --small         # a narrow network on some images: minutes on two CPU cores
+    python -m experiments ladder --small         # a narrow network on some images: ten minutes on two CPU cores
 
 A turn is an epoch of every rung with its validation; turns go A B C, C B A, so that a drift of the machine does not
 read as a gain. The first epoch of a rung is not counted, and behind it the making of its batches alone is timed once. A
@@ -12,7 +12,7 @@ turn ladder.json has all that is known until then: the same command with the sam
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments.rungs import RUNGS, Rung, require_own
@@ -42,17 +42,22 @@ FEWEST = 4
 
 
 class Sizes(NamedTuple):
-    """How much a turn is. `widths` None: the article's network; `images` None: all of them."""
+    """How much a turn is, and how many there are. `turns` None: as many as there is time for; `widths` None: the
+    article's network; `images` None: all of them."""
 
-    turns: int
+    turns: int | None
     widths: tuple[int, ...] | None = None
     images: int | None = None
     test_images: int | None = None
 
 
 WHOLE = Sizes(FEWEST)
-SMALL = Sizes(32, (8, 8, 8, 8), 2_048, 500)
+SMALL = Sizes(None, (8, 8, 8, 8), 2_048, 500)
 """The narrowest network there is, so that the host and the input weigh as much as they can."""
+MOST = 32
+"""Turns of `small`, of which `SMALL_S` leaves fewer on a slow machine."""
+SMALL_S = 420.0
+"""Seconds that the turns of `small` may take, of the ten minutes that it may: its processes start and warm up first."""
 
 
 def check(request: Request, epochs_per_rung: int | None = None, full: bool = False, cutout: int = 0) -> None:
@@ -138,15 +143,16 @@ def _cut(session: "train.Session", sizes: Sizes) -> "train.Session":
 class Measurement:
     """The turns of `rungs` by `session`, kept in `study`; `failed` says why a rung is left out of this call.
 
-    A failure is not kept, so that the next call tries again; what cannot run on this device is. `on_result` gets the
-    rows after each set-up and each turn. `target` is what a rung's process runs, in `threads` threads.
+    A failure is not kept, so that the next call tries again; what cannot run on this device is. Without `turns` there
+    are as many as SMALL_S has room for by the epochs that warm the rungs up, and the number is kept. `on_result` gets
+    the rows after each set-up and each turn. `target` is what a rung's process runs, in `threads` threads.
     """
 
     study: Study
     session: "train.Session"
     rungs: Sequence[Rung]
     configure: Callable[[Rung], Config]
-    turns: int
+    turns: int | None
     threads: int | None = None
     on_result: Callable[[list[Row]], Any] = lambda rows: None
     target: Callable[..., None] = serve
@@ -158,13 +164,27 @@ class Measurement:
         for rung in self.rungs:
             if rung.needs_gpu and device == "cpu":
                 self._refuse(rung, "kernels and CUDA graphs need a CUDA GPU")
-        keys = [(i, rung) for i in range(self.turns) for rung in (self.rungs if i % 2 == 0 else self.rungs[::-1])]
-        left = [key for key in keys if not self._refusal(key[1]) and _turn_key(*key) not in self.study.results]
-        if left:
+        if self.turns is None and PLAN in self.study.results:
+            self.turns = self.study.results[PLAN]["turns"]
+        if self.turns is None or self._left():
             with Company(self.session.dataset, self.session.terminal.say, self.target) as company:
                 limits = self._set_up(company)
-                self._take([(i, rung) for i, rung in left if rung.name in limits], company, limits)
+                if self.turns is None:
+                    self.turns = self.study.once(PLAN, lambda: {"turns": self._fitting(limits)})["turns"]
+                self._take([(i, rung) for i, rung in self._left() if rung.name in limits], company, limits)
         return self.rows()
+
+    def _left(self) -> list[tuple[int, Rung]]:
+        """The turns that are missing, of rungs that run here, in their order."""
+        keys = [(i, rung) for i in range(self.turns) for rung in (self.rungs if i % 2 == 0 else self.rungs[::-1])]
+        return [key for key in keys if not self._refusal(key[1]) and _turn_key(*key) not in self.study.results]
+
+    def _fitting(self, names: Iterable[str]) -> int:
+        """How many turns of these rungs SMALL_S has room for, an even number from FEWEST to MOST."""
+        turn_s = sum(self.study.results[f"set-up/{name}"]["epoch_s"] for name in names)
+        turns = min(MOST, max(FEWEST, int(SMALL_S / max(turn_s, 1e-9)) // 2 * 2))
+        self.session.terminal.say(f"{turns} turns of {turn_s:.1f} s each will take {turns * turn_s / 60:.0f} min")
+        return turns
 
     def rows(self) -> list[Row]:
         """A row for each rung: its set-up, and the seconds of its turns until now; or the `reason` why it has none."""
@@ -172,7 +192,7 @@ class Measurement:
         for rung in self.rungs:
             kept = self.study.results.get(_set_up_key(rung), {"reason": "it was not begun yet"})
             reason = self.failed.get(rung.name, kept["reason"])
-            taken = [_turn_key(i, rung) for i in range(self.turns) if _turn_key(i, rung) in self.study.results]
+            taken = [_turn_key(i, rung) for i in range(self.turns or 0) if _turn_key(i, rung) in self.study.results]
             head = {**dataclasses.asdict(rung), "changes": dict(rung.changes)}
             found.append({**head, **kept, "reason": reason, "turns": [self.study.results[key] for key in taken]})
         return found
@@ -232,6 +252,9 @@ class Measurement:
         self.failed[rung.name] = reason
         self.session.terminal.warn(f"{rung.name} is left out: {reason}")
         return None
+
+
+PLAN = "plan"
 
 
 def _set_up_key(rung: Rung) -> str:

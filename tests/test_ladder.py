@@ -103,6 +103,16 @@ def test_turns_go_there_and_back_and_a_rung_without_its_gpu_is_unavailable(tmp_p
     assert measured(study(tmp_path), target=None) == rows  # a finished ladder starts nothing
 
 
+@pytest.mark.parametrize(("seconds", "turns"), [(0.0, 4), (0.2, 6), (1e9, 32)], ids=["slow", "some", "fast"])
+def test_a_small_ladder_has_as_many_turns_as_there_is_time_for_and_keeps_to_them(tmp_path, monkeypatch, seconds, turns):
+    """Three rungs, whose uncounted epochs took 10 ms each."""
+    monkeypatch.setattr(ladder, "SMALL_S", seconds)
+    rows = measured(study(tmp_path), turns=None, target=rung_processes.healthy)
+    assert [len(r["turns"]) for r in rows] == [turns, turns, turns, 0]
+    monkeypatch.setattr(ladder, "SMALL_S", 60.0)
+    assert measured(study(tmp_path), turns=None, target=None) == rows
+
+
 def test_what_breaks_one_rung_leaves_the_others_alone(tmp_path, monkeypatch):
     """Each says why it is missing; the next call tries again those that may yet run."""
     monkeypatch.setattr(ladder, "TURN_S", 1.0)
