@@ -162,9 +162,21 @@ def sentences(found: Sweep, suggested: Suggestion | None, config: Config) -> lis
             )
         if s.at_end:
             said.append("The loss was lowest at the sweep's last step, so the second rule is a lower bound.")
-    ended = f"The sweep ended early: {found.stopped}." if found.stopped else None
-    said.append(ended or f"The loss did not blow up: the sweep went to its end, a rate of {found.rates[-1]:.3g}.")
+    said.append(_end(found))
     return said
+
+
+def _end(found: Sweep) -> str:
+    """What became of the loss at the highest rates."""
+    if found.stopped:
+        return f"The sweep ended early: {found.stopped}."
+    values, _ = smooth(found.rates, found.losses, WINDOW)
+    lowest = int(np.argmin(values))
+    rose = [rate for rate, value in zip(found.rates[lowest:], values[lowest:], strict=True) if value > values[0]]
+    last = f"the sweep's end, a rate of {found.rates[-1]:.3g}"
+    if rose:
+        return f"From a rate of {rose[0]:.2g} on the smoothed loss is above its first value; it is finite up to {last}."
+    return f"The smoothed loss does not rise above its first value up to {last}."
 
 
 def chart(found: Sweep, suggested: Suggestion | None, config: Config) -> Chart:
@@ -240,7 +252,7 @@ def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dic
     caveats = []
     if request.small:
         caveats.append(
-            f"--small: the narrow network of {config.preset} at batch {config.batch_size}; its rates are its own."
+            f"--small: the narrow network of {config.preset} at batch {config.batch_size}. Another has other rates."
         )
     caveats.append(
         "One sweep with one seed. A sweep sees an untrained network for an epoch, not a schedule to its end."

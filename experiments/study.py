@@ -252,7 +252,8 @@ def render(document: dict[str, Any], plots: Sequence[Plot], tables: Sequence[Tab
 
     document = clean(document)
     sentences = document["sentences"]
-    facts = {**document["settings"], **document["environment"]}
+    asked = {name: value for name, value in document["settings"].items() if value is not None}
+    facts = {**asked, **document["environment"]}
     return _template().render(
         **page.assets([plot.chart for plot in plots]),
         name=document["experiment"],

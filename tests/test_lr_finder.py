@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -124,6 +125,17 @@ def test_a_dip_elsewhere_is_no_part_of_the_floor():
     y = y + 0.02 * torch.randn(400, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     found = lr_finder.suggest((10**x).tolist(), y.tolist())
     assert found.high < 10 * found.low
+
+
+def test_a_loss_that_ends_above_its_first_value_is_said_to():
+    rates, losses = valley()  # at 10**1.5 it is 2.6
+    rises, falls = (
+        lr_finder.sentences(lr_finder.Sweep(rates[:n], losses[:n], None), None, tiny_config())[-1] for n in (200, 140)
+    )
+    first = next(rate for rate, loss in zip(rates, losses, strict=True) if loss > 2.3)
+    rate = re.fullmatch(r"From a rate of (\S+) on the .* finite up to the sweep's end, a rate of 31\.6\.", rises)[1]
+    assert float(rate) == pytest.approx(first, rel=0.1)
+    assert falls == "The smoothed loss does not rise above its first value up to the sweep's end, a rate of 0.695."
 
 
 def test_too_short_a_sweep_is_not_said_to_have_risen():
