@@ -46,11 +46,9 @@ ROOT = Path(__file__).resolve().parent
 STARTED_NS = time.monotonic_ns()
 TARGET = 0.94
 """The accuracy that the article and DAWNBench train to."""
-PROFILE_PASS = [sys.executable, str(ROOT / "train.py"), "--profile-pass"]
 """The command that profiles the run in the folder that follows it."""
 PROFILER_BYTES = 2 << 30
 """Memory that a profiled pass on a CPU may come to need besides the run's own."""
-MEASURE_CEILINGS = [sys.executable, "-m", "profiling", "device"]
 
 _STATUS = {
     Interrupted: "interrupted",
@@ -289,43 +287,16 @@ def profile(
     counters: bool = False,
     ceilings: "Ceilings | None" = None,
 ) -> None:
-    """Account for the run in `out`: a profiled pass in a fresh process, then report.html, .md and .json.
-
-    `data` are the command line's words for the same data. With `counters`, Nsight Compute reads the GPU's in a pass
-    more. Without `ceilings` this device's are measured. Whatever fails is said in the report; the run stands.
-    """
+    """Account for the run in `out`, as `profiling.collect_command.profile` does, whose arguments these are."""
     import torch
 
     from model.trainer import choose_dtype
-    from profiling import ncu, report_command
-    from profiling.collection import RECORDS, record_failure, run_pass
-    from profiling.errors import ReportError
-    from profiling.records import write_json
+    from profiling import collect_command
 
-    terminal, device, folder = session.terminal, session.device, out.absolute() / RECORDS
-    if device.type == "cuda":
+    if session.device.type == "cuda":
         torch.cuda.empty_cache()
-    terminal.say("profiling: a pass of its own in a fresh process ...")
-    error = run_pass("the profiled pass", [*PROFILE_PASS, str(out.absolute()), *data], ROOT, terminal.warn)
-    if error:
-        record_failure(folder, error)
-    dtype = str(choose_dtype(config.dtype, device, config.ops)).removeprefix("torch.")
-    if ceilings:
-        write_json(folder / "ceilings.json", ceilings.to_json())
-    else:
-        terminal.say("measuring what this device sustains, about a minute ...")
-        words = ["--device", str(device), "--dtype", dtype, "--out", str(folder / "ceilings.json")]
-        run_pass("the measurement of ceilings", [*MEASURE_CEILINGS, *words], ROOT, terminal.warn)
-    reason = ncu.probe() if counters else None
-    if reason:
-        terminal.warn(f"no counters: {reason}")
-    elif counters:
-        command = ncu.command([*PROFILE_PASS, str(out.absolute()), "--ncu", *data], folder / "ncu.csv")
-        run_pass("the pass under ncu", command, ROOT, terminal.warn)
-    try:
-        report_command.run(out, False, terminal)
-    except ReportError as error:
-        terminal.warn(f"{error}; try again with python -m profiling report {out}")
+    dtype = str(choose_dtype(config.dtype, session.device, config.ops)).removeprefix("torch.")
+    collect_command.profile(out, str(session.device), dtype, data, session.terminal, counters, ceilings)
 
 
 def _profile_pass(session: Session, out: Path, counters: bool) -> None:
@@ -536,7 +507,7 @@ class Request:
         """The words by which another process loads the same data, without asking the network for it."""
         if identity == "synthetic":
             return ["--synthetic"]
-        return ["--data-dir", str(self.data_dir or "data")]
+        return ["--data-dir", str((self.data_dir or Path("data")).absolute())]
 
 
 def _find_checkpoint(session: Session, resume: str, out: Path) -> "Checkpoint | None":

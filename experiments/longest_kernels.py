@@ -10,8 +10,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import train
 from profiling.attribution import per_step
+from profiling.collect_command import PROFILE_PASS, ROOT
 from profiling.collection import RECORDS, run_pass
 from profiling.cross_check import judge
 from profiling.records import read_json, read_jsonl, write_json
@@ -54,7 +54,7 @@ def longest(trace: Trace, profile: dict[str, Any], timed_ms: float | None) -> di
 def main() -> None:
     run, data = Path(sys.argv[1]).absolute(), sys.argv[2:]
     (run / RECORDS).mkdir(exist_ok=True)
-    error = run_pass("the profiled pass", [*train.PROFILE_PASS, str(run), *data], train.ROOT, print)
+    error = run_pass("the profiled pass", [*PROFILE_PASS, str(run), *data], ROOT, print)
     if error:
         sys.exit(1)
     trace, about = read(run / RECORDS / "trace.json.gz"), read_json(run / RECORDS / "profile.json")

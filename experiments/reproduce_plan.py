@@ -16,7 +16,8 @@ from typing import Any
 from experiments.reproduce_runs import FUSED, REFERENCE, WARM, WARM_UP, data_identity
 from experiments.study import Request
 from profiling import ncu, specifications
-from train import PROFILE_PASS, ROOT
+from profiling.collect_command import PROFILE_PASS
+from train import ROOT
 
 STAGES = {"smoke": 230.0, "numbers": 440.0, "peers": 560.0}
 """Seconds that a stage may take."""

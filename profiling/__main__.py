@@ -124,6 +124,22 @@ def report(
 
 
 @app.command()
+def collect(
+    run: Annotated[Path, typer.Argument(help="Folder of a run that train.py wrote.")],
+    data_dir: Annotated[
+        Path | None, typer.Option(help="The images that it was trained on; without it, data/ or generated ones.")
+    ] = None,
+    synthetic: Annotated[bool, typer.Option("--synthetic", help="Take generated images.")] = False,
+) -> None:
+    """Profile a run that has ended: one without records, or whose profiled pass was interrupted. Then report."""
+    from profiling.collect_command import run as profile
+    from profiling.console import Terminal
+
+    terminal = Terminal()
+    _end(lambda: profile(run, data_dir, synthetic, terminal), terminal)
+
+
+@app.command()
 def compare(
     run_a: Annotated[Path, typer.Argument(help="Folder of a profiled run, or its report.json.")],
     run_b: Annotated[Path, typer.Argument(help="Another.")],

@@ -62,8 +62,8 @@ def test_a_run_s_kernels_are_profiled_and_kept(tmp_path):
     run = tmp_path / "run"
     subprocess.run([sys.executable, "tests/runs.py", "--epochs", "1", "--out", run], cwd=ROOT, check=True)
     driver = (
-        "import sys, train; from experiments import longest_kernels\n"
-        "train.PROFILE_PASS = [sys.executable, 'tests/runs.py', '--profile-pass']\n"
+        "import sys; from experiments import longest_kernels\n"
+        "longest_kernels.PROFILE_PASS = [sys.executable, 'tests/runs.py', '--profile-pass']\n"
         f"sys.argv = ['', {str(run)!r}, '--synthetic']; longest_kernels.main()"
     )
     done = subprocess.run([sys.executable, "-c", driver], cwd=ROOT, capture_output=True, text=True)

@@ -12,8 +12,9 @@ import torch
 
 import train
 from model.errors import UsageError
-from profiling import collection, report
+from profiling import collect_command, collection, report
 from profiling.ceilings import measure
+from profiling.console import Terminal
 from profiling.errors import ReportError
 from profiling.records import read_json, write_json
 
@@ -137,11 +138,9 @@ def test_hostile_names_do_no_harm(copy):
     assert "<script>alert(1)" not in (copy / "report.html").read_text()
 
 
-def test_the_pass_runs_in_a_process_of_its_own(copy, monkeypatch):
+def test_the_pass_runs_in_a_process_of_its_own(copy, quick):
     for name in ("trace.json.gz", "profile.json", "work.json", "ceilings.json"):
         (copy / "records" / name).unlink()
-    monkeypatch.setattr(train, "PROFILE_PASS", [sys.executable, RUNS, "--profile-pass"])
-    monkeypatch.setattr(train, "MEASURE_CEILINGS", [*train.MEASURE_CEILINGS, "--seconds", "0.002"])
     train.profile(runs.tiny_session(), runs.tiny_config(), copy, ["--synthetic"], counters=False)
     assert but_for_noise(read_json(copy / "report.json")["lacks"]) == []
 
@@ -151,8 +150,10 @@ def test_ceilings_of_this_machine_are_taken_instead_of_measured(copy, monkeypatc
     file, session = tmp_path / "ceilings.json", runs.tiny_session()
     measured = (copy / "records" / "ceilings.json").rename(file)
     found = train._ceilings(measured, session, runs.tiny_config())
-    monkeypatch.setattr(train, "PROFILE_PASS", [sys.executable, "-c", "pass"])
-    monkeypatch.setattr(train, "MEASURE_CEILINGS", [sys.executable, "-c", "raise SystemExit('measured again')"])
+    monkeypatch.setattr(collect_command, "PROFILE_PASS", [sys.executable, "-c", "pass"])
+    monkeypatch.setattr(
+        collect_command, "MEASURE_CEILINGS", [sys.executable, "-c", "raise SystemExit('measured again')"]
+    )
     train.profile(session, runs.tiny_config(), copy, ["--synthetic"], ceilings=found)
     assert read_json(copy / "records" / "ceilings.json") == read_json(file)
     assert but_for_noise(read_json(copy / "report.json")["lacks"]) == []
@@ -183,6 +184,59 @@ def test_a_pass_that_fails_is_told_and_the_run_stands(copy):
     assert "out of luck" in warnings[0]
     made = report.build(copy)
     assert any("exit code 6: error: out of luck" in line for line in made["lacks"])
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The pass on the tests' images, and ceilings in a moment."""
+    monkeypatch.setattr(collect_command, "PROFILE_PASS", [sys.executable, RUNS, "--profile-pass"])
+    monkeypatch.setattr(collect_command, "MEASURE_CEILINGS", [*collect_command.MEASURE_CEILINGS, "--seconds", "0.002"])
+
+
+def test_a_run_that_was_not_profiled_is_profiled_afterwards(tmp_path, quick):
+    """Its report has the kernels, and lacks what nobody wrote down in the run."""
+    out = tmp_path / "run"
+    train.run(runs.tiny_session(), runs.tiny_config(), out)
+    assert collect_command.run(out, None, False, Terminal(speaks=False)) == 0
+    made = read_json(out / "report.json")
+    assert "conv_inefficiency" in {t["key"] for t in made["terms"]}
+    assert "There is no record of the steps." in made["lacks"]
+    assert (out / "report.html").exists()
+
+
+def test_a_profile_that_was_interrupted_is_taken_up(copy, quick):
+    for name in ("trace.json.gz", "profile.json", "work.json", "ceilings.json"):
+        (copy / "records" / name).unlink()
+    assert collect_command.run(copy, None, True, Terminal(speaks=False)) == 0
+    assert but_for_noise(read_json(copy / "report.json")["lacks"]) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (
+            lambda run: (run / "config.json").unlink(),
+            "is not the folder of a run: expected its summary.json",
+        ),
+        (lambda run: (run / "summary.json").write_text("[]"), "is not the folder of a run"),
+        (
+            lambda run: write_json(run / "summary.json", read_json(run / "summary.json") | {"status": "interrupted"}),
+            r"has not ended \(interrupted\): first python train.py --resume",
+        ),
+    ],
+    ids=["no_config", "no_summary", "interrupted"],
+)
+def test_what_cannot_be_collected_is_a_line(copy, damage, says):
+    damage(copy)
+    with pytest.raises(ReportError, match=says):
+        collect_command.run(copy, None, True, Terminal(speaks=False))
+
+
+def test_a_pass_that_fails_is_collect_s_exit_code(copy, monkeypatch):
+    monkeypatch.setattr(collect_command, "PROFILE_PASS", [sys.executable, "-c", "raise SystemExit('no images')"])
+    monkeypatch.setattr(collect_command, "MEASURE_CEILINGS", [sys.executable, "-c", "pass"])
+    with pytest.raises(ReportError, match=r"could not be profiled: exit code 1: no images"):
+        collect_command.run(copy, None, True, Terminal(speaks=False))
 
 
 def test_profile_accounts_for_one_whole_run():
