@@ -160,7 +160,7 @@ def test_ceilings_of_this_machine_are_taken_instead_of_measured(copy, monkeypatc
         ({"device": "NVIDIA H200"}, "it is of NVIDIA H200 in float32, and this run on"),
         ({"dtype": "bfloat16"}, "in bfloat16, and this run on"),
         ({"fingerprint": "0" * 16}, "another machine, or with another driver"),
-        ({"version": 7}, "expected an object with version 1"),
+        ({"version": 7}, "version is 7, expected 1"),
     ):
         write_json(file, found.to_json() | changes)
         with pytest.raises(UsageError, match=says):
