@@ -14,10 +14,11 @@ from profiling.evidence import Analysis, Run, analyse, read
 from profiling.figures import Figure, measured, modelled, quoted, unavailable
 from profiling.floors import CUTS, FUSED_PASSES, FUSED_SAYS, floor_ns, fused_kernels, kernels
 from profiling.flops import V100_FLOPS_PER_S
+from profiling.forms import clean
 from profiling.markdown import render_markdown
 from profiling.page import render_html
 from profiling.records import write_json, write_text
-from profiling.roofline import Roofs, Row, kernel_rows, layer_rows
+from profiling.roofline import Roofs, Row, layer_rows
 from profiling.specifications import boost_mhz, specification
 from profiling.timeline import timeline
 
@@ -33,11 +34,12 @@ def build(folder: Path) -> dict[str, Any]:
     s, total_ns = run.summary, a.evidence.training_ns
     roofs = Roofs(a.evidence.ceiling or a.evidence.peak, a.evidence.bandwidth)
     work = a.rows.get("ops", [])
-    terms = [t.to_json(total_ns, recoverable=t.key != "ideal") for t in a.terms]
+    terms = [t.to_json(total_ns) for t in a.terms]
     report = {
         "version": VERSION,
-        "title": f"{s.get('preset')} on {s.get('device')}",
-        "status": "incomplete" if a.lacks else "complete",
+        "title": f"{s['preset']} on {s['device']}",
+        "status": "incomplete" if a.lacks or a.doubts else "complete",
+        "doubts": a.doubts,
         "lacks": a.lacks,
         "run": _run_facts(run),
         "environment": _flat(run.environment),
@@ -48,7 +50,7 @@ def build(folder: Path) -> dict[str, Any]:
         "levers": _levers(a, run),
         "profiled": _profiled(a),
         "floors": _floors(a),
-        "kernels": _kernels(a, run, roofs),
+        "kernels": _kernels(a, run),
         "layers": [_sourced(r, a) for r in layer_rows(a.timed, work, a.active_steps, roofs)] if a.timed else [],
         "roofs": _roofs(a, run),
         "timeline": timeline(run.phases, run.telemetry),
@@ -57,7 +59,7 @@ def build(folder: Path) -> dict[str, Any]:
     report["headline"] = headline(report)
     report["sentences"] = sentences(report)
     report["assumption"] = assumption(report)
-    return report
+    return clean(report)
 
 
 def write(folder: Path) -> tuple[dict[str, Any], str | None]:
@@ -89,14 +91,14 @@ def _run_facts(run: Run) -> dict[str, Any]:
         ("preset", "data_identity", "data_source", "device", "dtype", "ops", "step", "epochs", "steps", "seed"),
     )
     return {
-        **{key: s.get(key) for key in keys},
+        **{key: s[key] for key in keys},
         "batch_size": run.config.get("batch_size"),
         "images": run.work["images"] if run.work else None,
-        "git_sha": s.get("git_sha"),
+        "git_sha": s["git_sha"],
         "dirty": run.environment.get("git_dirty"),
         "date": run.environment.get("date"),
-        "status": s.get("status"),
-        "on_gpu": run.environment.get("gpu") is not None,
+        "status": s["status"],
+        "on_gpu": run.environment["gpu"] is not None,
     }
 
 
@@ -123,20 +125,18 @@ def _figures(run: Run, a: Analysis) -> dict[str, tuple[str, Figure]]:
         return measured(rate / peak, "share", source)
 
     def of_summary(key: str, unit: str, source: str) -> Figure:
-        return (
-            unavailable(unit, "the run did not get that far") if s.get(key) is None else measured(s[key], unit, source)
-        )
+        return unavailable(unit, "the run did not get that far") if s[key] is None else measured(s[key], unit, source)
 
     clock = "monotonic clock of the run"
     on_cpu = "a CPU has no data sheet's peak here; see the share of the measured ceiling"
-    no_peak = on_cpu if not run.environment.get("gpu") else "this GPU's data sheet is not in the table"
+    no_peak = on_cpu if not run.environment["gpu"] else "this GPU's data sheet is not in the table"
     figures = {
         "training_s": ("training", measured(seconds, "s", clock)),
         "train_plus_eval_s": ("with preprocessing and evaluation", of_summary("train_plus_eval_s", "s", clock)),
         "wall_s": ("process", of_summary("wall_s", "s", clock)),
         "test_accuracy": (
             "test accuracy",
-            of_summary("test_accuracy", "share", f"test images, {s.get('data_identity')} data, n = 1"),
+            of_summary("test_accuracy", "share", f"test images, {s['data_identity']} data, n = 1"),
         ),
         "images_per_s": (
             "images a second",
@@ -228,16 +228,15 @@ def _article(a: Analysis, run: Run) -> dict[str, Any]:
         V100.bytes_per_s,
         run.work["article_flops_per_image"],
     )
-    return {"title": title, "total_ns": total_ns, "terms": [t.to_json(total_ns, t.key != "ideal") for t in terms]}
+    return {"title": title, "total_ns": total_ns, "terms": [t.to_json(total_ns) for t in terms]}
 
 
-def _kernels(a: Analysis, run: Run, roofs: Roofs) -> list[dict[str, Any]]:
+def _kernels(a: Analysis, run: Run) -> list[dict[str, Any]]:
     """With what Nsight Compute counted, where it did: bytes of DRAM, and the tensor cores' activity, per launch."""
-    rows = kernel_rows(a.timed, a.rows.get("ops", []), a.active_steps, roofs) if a.timed else []
-    counted = [run.counters.get(row.name) for row in rows]
+    counted = [run.counters.get(row.name) for row in a.kernels]
     return [
         _sourced(row, a) | {"dram_bytes": c.dram_bytes if c else None, "tensor_active": c.tensor_active if c else None}
-        for row, c in zip(rows, counted, strict=True)
+        for row, c in zip(a.kernels, counted, strict=True)
     ]
 
 
@@ -261,7 +260,7 @@ def _profiled(a: Analysis) -> dict[str, Any]:
 
 
 def _levers(a: Analysis, run: Run) -> list[dict[str, Any]]:
-    peak, seconds = a.evidence.peak or a.evidence.ceiling, run.summary.get("train_plus_eval_s")
+    peak, seconds = a.evidence.peak or a.evidence.ceiling, run.summary["train_plus_eval_s"]
     if not peak or not seconds or not a.evidence.flops or not run.work:
         return []
     article_flops = account.ARTICLE_IMAGES * run.work["article_flops_per_image"]
