@@ -56,7 +56,7 @@ def believed(run: "Run") -> "Run":
         lacks.append(f"steps.json contradicts the run: {why}. The steps are left out.")
         steps = None
     if len(run.epochs) != run.summary["epochs"]:
-        lacks.append(f"log.jsonl has {len(run.epochs):,} epochs, and summary.json {run.summary['epochs']:,}.")
+        lacks.append(f"Epochs: {len(run.epochs):,} in log.jsonl, {run.summary['epochs']:,} in summary.json.")
     if run.trace is not None and profile and not profile["error"] and (why := _profile_wrong(run, batch)):
         lacks.append(f"profile.json contradicts the run or its trace: {why}. The profiled pass is left out.")
         profile = {}

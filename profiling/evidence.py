@@ -18,7 +18,7 @@ from profiling.ceilings import Ceilings
 from profiling.collection import RECORDS
 from profiling.cross_check import Judged, judge
 from profiling.errors import ReportError
-from profiling.forms import COUNT, FACT, NUMBER, POSITIVE, SECONDS, SHARE
+from profiling.forms import COUNT, FACT, NUMBER, POSITIVE, SECONDS, SHARE, clean
 from profiling.records import read_bytes, read_json, read_jsonl, require_regular
 from profiling.roofline import Roofs, Row, Timed, kernel_rows
 from profiling.specifications import Specification, specification
@@ -101,7 +101,7 @@ class Run(NamedTuple):
 
 
 def read(folder: Path) -> Run:
-    """Read a run's folder. Raises ReportError where there is no readable summary.json."""
+    """Read a run's folder. Raises ReportError where there is no readable summary.json, or no record of a profiling."""
     lacks: list[str] = []
     records = folder / RECORDS
 
@@ -127,6 +127,10 @@ def read(folder: Path) -> Run:
         raise ReportError(
             f"{folder} is not that of a single run: {error}; of several, name one run-NNN folder"
         ) from None
+    if not records.is_dir():
+        raise ReportError(
+            f"{clean(str(folder))} was not profiled, so there is no account of it; use train.py --profile"
+        )
     profile = optional("record of the profiled pass", lambda: record("profile"), {})
     if profile.get("error"):
         lacks.append(f"The profiled pass failed: {profile['error']}.")

@@ -5,6 +5,7 @@
 
 import math
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from profiling import account
@@ -23,6 +24,10 @@ from profiling.specifications import boost_mhz, specification
 from profiling.timeline import timeline
 
 VERSION = 1
+OF_GPUS = ("mfu", "mfu_at_clock", "sm_clock_hz", "throttled_share", "energy_j")
+"""Figures that a CPU cannot have: no driver says so much of it, and no data sheet's peak is known."""
+TARGET_ACCURACY = 0.94
+"""That the article's 256 s are the time to (quoted)."""
 V100 = specification("Tesla V100-SXM2-16GB")
 """The article's GPU."""
 
@@ -43,11 +48,11 @@ def build(folder: Path) -> dict[str, Any]:
         "lacks": a.lacks,
         "run": _run_facts(run),
         "environment": _flat(run.environment),
-        "figures": {key: f.to_json(label) for key, (label, f) in _figures(run, a).items()},
+        "figures": _figures(run, a),
         "phases": _phases(run),
         "terms": terms,
         "article": _article(a, run),
-        "levers": _levers(a, run),
+        **_levers(a, run),
         "profiled": _profiled(a),
         "floors": _floors(a),
         "kernels": _kernels(a, run),
@@ -113,7 +118,21 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _figures(run: Run, a: Analysis) -> dict[str, tuple[str, Figure]]:
+def _step(a: Analysis) -> dict[str, Any]:
+    """The median of the timed run's steps, and in `spread` where nine in ten of them lie."""
+    label, steps = "a step, median", a.step_ns
+    if not steps:
+        return unavailable("s", "the timed run's steps are not known").to_json(label) | {"spread": ""}
+    low, high = (steps[round(share * (len(steps) - 1))] / 1e6 for share in (0.05, 0.95))
+    spread = f"nine in ten took {low:.4g} to {high:.4g} ms"
+    step_s = median(steps) / 1e9
+    return measured(step_s, "s", f"of {len(steps):,} steps of the timed run; {spread}").to_json(label) | {
+        "spread": spread
+    }
+
+
+def _figures(run: Run, a: Analysis) -> dict[str, dict[str, Any]]:
+    """The key figures; those that only a GPU has are left out on a CPU."""
     s, e = run.summary, a.evidence
     seconds = e.training_ns / 1e9
     rate = e.flops / seconds if seconds and e.flops else None
@@ -128,18 +147,17 @@ def _figures(run: Run, a: Analysis) -> dict[str, tuple[str, Figure]]:
         return unavailable(unit, "the run did not get that far") if s[key] is None else measured(s[key], unit, source)
 
     clock = "monotonic clock of the run"
-    on_cpu = "a CPU has no data sheet's peak here; see the share of the measured ceiling"
-    no_peak = on_cpu if not run.environment["gpu"] else "this GPU's data sheet is not in the table"
+    no_peak = "this GPU's data sheet is not in the table"
     figures = {
         "training_s": ("training", measured(seconds, "s", clock)),
-        "train_plus_eval_s": ("with preprocessing and evaluation", of_summary("train_plus_eval_s", "s", clock)),
+        "train_plus_eval_s": ("training, evaluation", of_summary("train_plus_eval_s", "s", clock)),
         "wall_s": ("process", of_summary("wall_s", "s", clock)),
         "test_accuracy": (
             "test accuracy",
             of_summary("test_accuracy", "share", f"test images, {s['data_identity']} data, n = 1"),
         ),
         "images_per_s": (
-            "images a second",
+            "throughput",
             of_summary("images_per_s", "1/s", "training images over preprocessing and training"),
         ),
         "flops": (
@@ -185,7 +203,9 @@ def _figures(run: Run, a: Analysis) -> dict[str, tuple[str, Figure]]:
         "throttled_share": ("throttled", run.telemetry.throttled_share()),
         "energy_j": ("energy", run.telemetry.energy()),
     }
-    return figures
+    left_out = () if e.on_gpu else OF_GPUS
+    records = {key: figure.to_json(label) for key, (label, figure) in figures.items() if key not in left_out}
+    return {"training_s": records.pop("training_s"), "step_s": _step(a), **records}
 
 
 def _windows(run: Run) -> list[tuple[int, int]]:
@@ -259,18 +279,29 @@ def _profiled(a: Analysis) -> dict[str, Any]:
     }
 
 
-def _levers(a: Analysis, run: Run) -> list[dict[str, Any]]:
+def _levers(a: Analysis, run: Run) -> dict[str, Any]:
+    """The factors between the article's 256 s and this run, or the `reason` why the two say nothing of each other."""
     peak, seconds = a.evidence.peak or a.evidence.ceiling, run.summary["train_plus_eval_s"]
-    if not peak or not seconds or not a.evidence.flops or not run.work:
-        return []
+    accuracy = run.summary["test_accuracy"]
+    reason = ""
+    if run.summary["data_identity"] == "synthetic":
+        reason = "the images are synthetic, and the article's are not"
+    elif accuracy is None or accuracy < TARGET_ACCURACY:
+        reached = "no accuracy is known" if accuracy is None else f"it reached {accuracy:.2%}"
+        reason = f"{reached}, and the article's 256 s are the time to {TARGET_ACCURACY:.0%}"
+    elif not peak or not seconds or not a.evidence.flops:
+        reason = "its work, its time or this device's peak is not known"
+    if reason:
+        return {"levers": [], "no_levers": reason}
     article_flops = account.ARTICLE_IMAGES * run.work["article_flops_per_image"]
     factors = account.levers(a.evidence.flops, seconds, peak, article_flops, V100_FLOPS_PER_S)
     whose = "data sheet's peak" if a.evidence.peak else "measured ceiling"
     source = f"256 s (quoted) over this run's training with evaluation, at the {whose}"
-    return [
+    rows = [
         {"name": name, "factor": factor, "log": math.log(factor), "status": "modelled", "source": source}
         for name, factor in factors
     ]
+    return {"levers": rows, "no_levers": ""}
 
 
 def _floors(a: Analysis) -> list[dict[str, Any]]:
@@ -295,7 +326,7 @@ def _floors(a: Analysis) -> list[dict[str, Any]]:
 def _roofs(a: Analysis, run: Run) -> dict[str, list[dict[str, Any]]]:
     compute, bandwidth = [], []
     if run.ceilings:
-        source = f"`ceilings.json`, {run.ceilings.dtype}"
+        source = f"ceilings.json, {run.ceilings.dtype}"
         compute.append(measured(run.ceilings.flops_per_s, "FLOP/s", source).to_json("measured ceiling"))
         bandwidth.append(measured(run.ceilings.bytes_per_s, "B/s", source).to_json("measured copy"))
     if a.specification:

@@ -31,6 +31,8 @@ def run(folder: Path, strict: bool, terminal: "Terminal") -> int:
 
 def say(report: dict[str, Any], file: Path, terminal: "Terminal") -> None:
     """The report in sentences, and the file that it is in."""
+    for line in report["doubts"]:
+        terminal.warn(line)
     terminal.say(report["headline"], "bold")
     for line in (*report["sentences"], report["assumption"]):
         terminal.say(line)

@@ -70,11 +70,9 @@ def test_every_step_of_the_timed_run_is_in_its_phase(profiled):
         assert phase["start_ns"] <= epoch[0] < epoch[-1] <= phase["end_ns"]
 
 
-def test_gpu_figures_are_unavailable_with_their_reason_and_never_zero(profiled):
+def test_what_only_a_gpu_has_is_left_out_or_unavailable_with_its_reason(profiled):
     made = read_json(profiled / "report.json")
-    for key in ("mfu", "energy_j"):
-        assert made["figures"][key]["value"] is None
-        assert made["figures"][key]["status"] == "unavailable"
+    assert not {"mfu", "energy_j", "throttled_share", "sm_clock_hz"} & set(made["figures"])
     assert made["timeline"]["reason"] == "no NVIDIA driver"
     assert made["timeline"]["samples"] == {}
 

@@ -137,6 +137,49 @@ def test_an_unknown_gpu_has_no_peak_but_its_ceiling_stands(tmp_path):
     assert "ceiling_gap" not in ns(made)
 
 
+@pytest.mark.parametrize(
+    ("identity", "accuracy", "why"),
+    [
+        ("synthetic", 0.99, "the images are synthetic"),
+        ("official", 0.9399, "it reached 93.99%"),
+        ("copy", None, "no accuracy is known"),
+        ("official", 0.94, ""),
+    ],
+)
+def test_only_a_run_to_the_target_is_compared_with_the_article(tmp_path, identity, accuracy, why):
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    write_json(folder / "summary.json", summary | {"data_identity": identity, "test_accuracy": accuracy})
+    made = report.build(folder)
+    assert made["no_levers"].startswith(why)
+    assert bool(made["levers"]) == (not why) == (not made["no_levers"])
+
+
+def test_the_median_step_comes_with_its_spread(made):
+    assert made["figures"]["step_s"]["value"] == STEP_NS / S
+    assert made["figures"]["step_s"]["spread"] == "nine in ten took 20 to 20 ms"
+
+
+def test_a_run_that_was_not_profiled_is_one_line(tmp_path, capsys):
+    folder = make_run(tmp_path / "run")
+    (folder / "records").rename(tmp_path / "elsewhere")
+    with pytest.raises(errors.ReportError, match=r"was not profiled, .* use train.py --profile$"):
+        report_command.run(folder, False, console.Terminal())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_no_control_character_of_a_record_reaches_the_terminal(tmp_path, capsys):
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    write_json(folder / "summary.json", summary | {"device": "\x1b[31mred\x07"})
+    profile = json.loads((folder / "records" / "profile.json").read_text())
+    write_json(folder / "records" / "profile.json", profile | {"error": "\x1b]0;title\x07"})
+    report_command.run(folder, False, console.Terminal())
+    said = "".join(capsys.readouterr())
+    assert "title" in said
+    assert not {"\x1b", "\x07"} & set(said)
+
+
 def test_kernels_of_no_category_make_the_account_incomplete(tmp_path):
     folder = make_run(tmp_path / "run")
     trace = traces.HandMadeTrace()
