@@ -44,7 +44,7 @@ def say(report: dict[str, Any], file: Path, terminal: "Terminal") -> None:
 def _require_consistent(report: dict[str, Any]) -> None:
     share = residual_share(report)
     if report["status"] != "complete":
-        raise InconsistentError("the account is incomplete; the lines above say what it lacks")
+        raise InconsistentError("the account is incomplete or in doubt; the lines above say why")
     if share is None or share > RESIDUAL_LIMIT:
         seen = "no residual" if share is None else f"{share:.1%}"
         raise InconsistentError(
