@@ -248,7 +248,7 @@ def open_study(name: str, request: Request, session: "train.Session", extra: dic
 def render(document: dict[str, Any], plots: Sequence[Plot], tables: Sequence[Table]) -> str:
     """The page of an experiment's document: one file that asks the network for nothing."""
     from profiling import page
-    from profiling.untrusted import clean
+    from profiling.forms import clean
 
     document = clean(document)
     sentences = document["sentences"]
@@ -300,7 +300,7 @@ def _differences(theirs: Any, mine: dict[str, Any]) -> list[str]:
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Names and values of the settings and the environment, for people."""
-    from profiling.untrusted import plain
+    from profiling.quantities import plain
 
     pairs = []
     for key, value in facts.items():

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 MISSING = "—"
 """What stands where a number is not known."""
@@ -92,3 +93,14 @@ def column(
         return f"{number:,.{places}f}".replace("-", "\N{MINUS SIGN}") if abs(number) < 1e12 else significant(number)
 
     return [written(value) for value in values], shown
+
+
+def plain(value: Any, missing: str = "not known") -> str:
+    """A value of the environment or of the configuration."""
+    if value is None:
+        return missing
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(plain(item) for item in value)
+    return f"{value:,}" if isinstance(value, int) and abs(value) >= 10**5 else str(value)

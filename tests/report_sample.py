@@ -4,6 +4,8 @@ import copy
 import math
 from typing import Any
 
+from profiling.forms import clean
+
 MADE_UP = "MADE UP FOR TESTS"
 S = 1_000_000_000
 
@@ -157,11 +159,11 @@ def cpu() -> dict[str, Any]:
 
 
 def empty() -> dict[str, Any]:
-    """Every key of a report, and nothing known."""
+    """Every key of a report, of which nothing is known."""
     rows = ("phases", "terms", "levers", "floors", "kernels", "layers", "epochs")
-    report: dict[str, Any] = dict.fromkeys(gpu())
-    report |= {"version": 1, "figures": {"train_s": figure(None, "s", "", "the run was killed", "training")}}
-    return report | {key: [dict.fromkeys(gpu()[key][0])] for key in rows}
+    report = cpu() | {key: [] for key in rows} | {"figures": {}, "roofs": {"compute": [], "bandwidth": []}}
+    report["figures"] = {"train_s": figure(None, "s", "", "the run was killed", "training")}
+    return report | {"article": report["article"] | {"terms": []}, "run": dict.fromkeys(report["run"])}
 
 
 HOSTILE = (
@@ -176,7 +178,7 @@ HOSTILE = (
 
 
 def hostile() -> dict[str, Any]:
-    """`gpu()` with a hostile text in place of every string but units, statuses and bounds."""
+    """`gpu()` with a hostile text in place of every string but units, statuses and bounds, clean as a report is."""
     number = 0
 
     def poison(value: Any, key: str) -> Any:
@@ -196,7 +198,7 @@ def hostile() -> dict[str, Any]:
     report["timeline"]["samples"][HOSTILE[0]] = list(range(len(report["timeline"]["samples"]["t_s"])))
     report["environment"] |= {name: name for name in HOSTILE}
     report["figures"][HOSTILE[0]] = figure(1.0, HOSTILE[1], HOSTILE[2], HOSTILE[0], HOSTILE[1])
-    return report
+    return clean(report)
 
 
 def _common() -> dict[str, Any]:
