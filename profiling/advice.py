@@ -20,6 +20,10 @@ NEXT = {
 """What to try against a term."""
 
 
+WORTH = 0.005
+"""Share of training below which a term is not worth a sentence."""
+
+
 def _next(key: str, report: dict[str, Any]) -> str:
     """What to try against a term of this run; on a CPU what its threads, its caches and its dtype leave to try."""
     run, place = report["run"], report["environment"]
@@ -83,7 +87,7 @@ def sentences(report: dict[str, Any]) -> list[str]:
     if not total:
         return ["No training was recorded, so there is nothing to account for."]
     said: list[str] = []
-    for term in _costs(report)[:3]:
+    for term in [t for t in _costs(report) if t["recoverable_ns"] > WORTH * total][:3]:
         share = f"{_share(term['ns'], total)} of training{_above(term)}"
         what_if = f"; without that {term['what_if']}" if term["what_if"] else ""
         advice = f" Next: {_next(term['key'], report)}."
@@ -92,7 +96,8 @@ def sentences(report: dict[str, Any]) -> list[str]:
             + (advice if not any(line.endswith(advice) for line in said) else "")
         )
     for term in report["terms"]:
-        if term["ns"] < -0.005 * total:
+        doubted = any(line.startswith(_capital(term["name"])) for line in report["doubts"])
+        if term["ns"] < -WORTH * total and not doubted:
             said.append(
                 f"{_capital(term['name'])} is {_s(term['ns'])}: the profiled pass and the timed run, or a model and "
                 "what was measured, differ by so much. Other terms may be wrong by as much."

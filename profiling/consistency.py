@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from profiling.account import UNEXPLAINED, Evidence, Term
+from profiling.account import NECESSARY, UNEXPLAINED, Evidence, Term
 from profiling.cross_check import Judged
 from profiling.roofline import Row
 
@@ -159,7 +159,8 @@ def doubts(
                 f"{name[:1].upper()}{name[1:]} is {term.ns / 1e9:.3g} s, {share:.1%} of training. {_why(term)}"
             )
         elif share > 1:
-            found.append(f"{name[:1].upper()}{name[1:]} is {term.ns / 1e9:.3g} s, more than all of training.")
+            why = " The ceiling is too low." if term.key in NECESSARY else ""
+            found.append(f"{name[:1].upper()}{name[1:]} is {term.ns / 1e9:.3g} s, more than all of training.{why}")
     if perturbation is not None and not 1 - DISTURBED < perturbation < (2.0**30 if e.on_gpu else 1 + DISTURBED):
         found.append(
             f"A profiled step took {perturbation:.3g} times as long as a timed one: something else used this machine "

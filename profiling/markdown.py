@@ -25,7 +25,7 @@ def render_markdown(report: Record) -> str:
     warning = data_warning(report)
     if warning:
         lines += [f"> **{warning[0]}** {warning[1]}", ""]
-    if report.get("status") != "complete":
+    if report["lacks"]:
         lines += ["> **INCOMPLETE.** This account does not explain the whole run.", ""]
         lines += [*(f"> - {escape(lack, 1000)}" for lack in report["lacks"]), ""]
     tiles = content.tiles(report)

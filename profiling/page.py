@@ -58,7 +58,6 @@ def render_html(report: Record) -> str:
         article_title=report["article"]["title"],
         run=head(report),
         data_warning=data_warning(report),
-        incomplete=report.get("status") != "complete",
         doubts=report["doubts"],
         lacks=report["lacks"],
         all_lacks=content.lacks(report),
