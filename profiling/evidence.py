@@ -114,23 +114,20 @@ def read(folder: Path) -> Run:
             lacks.append(f"The {what} cannot be read: {error}.")
         return default
 
-    def record(name: str) -> Any:
-        return read_json(records / f"{name}.json", FORMS[name])
+    def record(of: str) -> Any:
+        return read_json(records / f"{of}.json", FORMS[of])
 
+    name = clean(str(folder))
     if not (folder / "summary.json").exists():
         raise ReportError(
-            f"{folder} is not the folder of a run: it has no summary.json; expected one that train.py wrote"
+            f"{name} is not the folder of a run: it has no summary.json; expected one that train.py wrote"
         )
     try:
         summary = read_json(folder / "summary.json", SUMMARY)
     except (OSError, ValueError) as error:
-        raise ReportError(
-            f"{folder} is not that of a single run: {error}; of several, name one run-NNN folder"
-        ) from None
+        raise ReportError(f"{name} is not that of a single run: {error}; of several, name one run-NNN folder") from None
     if not records.is_dir():
-        raise ReportError(
-            f"{clean(str(folder))} was not profiled, so there is no account of it; use train.py --profile"
-        )
+        raise ReportError(f"{name} was not profiled, so there is no account of it: python -m profiling collect {name}")
     profile = optional("record of the profiled pass", lambda: record("profile"), {})
     if profile.get("error"):
         lacks.append(f"The profiled pass failed: {profile['error']}.")

@@ -163,7 +163,7 @@ def test_the_median_step_comes_with_its_spread(made):
 def test_a_run_that_was_not_profiled_is_one_line(tmp_path, capsys):
     folder = make_run(tmp_path / "run")
     (folder / "records").rename(tmp_path / "elsewhere")
-    with pytest.raises(errors.ReportError, match=r"was not profiled, .* use train.py --profile$"):
+    with pytest.raises(errors.ReportError, match=r"run was not profiled, .*: python -m profiling collect .*run$"):
         report_command.run(folder, False, console.Terminal())
     assert capsys.readouterr() == ("", "")
 
