@@ -108,8 +108,8 @@ class Study:
         self.results: dict[str, dict[str, Any]] = {}
         if self._kept.exists():
             try:
-                self.results = {row["key"]: row["result"] for row in read_jsonl(self._kept)}
-            except (ValueError, TypeError, KeyError) as error:
+                self.results = {row["key"]: dict(row["result"]) for row in read_jsonl(self._kept)}
+            except (OSError, ValueError, TypeError, KeyError) as error:
                 raise UsageError(f"--out {out} holds a damaged record: {error}; name a new folder") from None
             terminal.say(f"{out} holds {len(self.results)} results already: going on from there")
 
@@ -248,7 +248,7 @@ def open_study(name: str, request: Request, session: "train.Session", extra: dic
 def render(document: dict[str, Any], plots: Sequence[Plot], tables: Sequence[Table]) -> str:
     """The page of an experiment's document: one file that asks the network for nothing."""
     from profiling import page
-    from profiling.untrusted import clean
+    from profiling.forms import clean
 
     document = clean(document)
     sentences = document["sentences"]
@@ -301,7 +301,7 @@ def _differences(theirs: Any, mine: dict[str, Any]) -> list[str]:
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Names and values of the settings and the environment, for people."""
-    from profiling.untrusted import plain
+    from profiling.quantities import plain
 
     pairs = []
     for key, value in facts.items():

@@ -2,24 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 
-from profiling.content import provenance
+from profiling.content import Record, provenance
 from profiling.plot import PAINT, Chart, axis, clip, colour, escape, layout, line, margin, trace
 from profiling.quantities import column, show
 from profiling.roofline_chart import roofline
 from profiling.timeline_chart import timeline
-from profiling.untrusted import Record, number, part, rows, text
 
 TARGET_ACCURACY = 0.94
 
 
 def charts(report: Record) -> list[Chart]:
     """All charts of a report, in the page's order."""
-    ours, theirs = rows(report, "terms"), rows(part(report, "article"), "terms")
-    names = {text(term, "key"): text(term, "name") for term in [*theirs, *ours]}
-    order = {text(term, "key"): names[text(term, "key")] for term in [*ours, *theirs]}
+    ours, theirs = report["terms"], report["article"]["terms"]
+    names = {term["key"]: term["name"] for term in [*theirs, *ours]}
+    order = {term["key"]: names[term["key"]] for term in [*ours, *theirs]}
     return [
         waterfall("waterfall", "this run", ours, order),
-        waterfall("article", text(part(report, "article"), "title") or "the article's run", theirs, order, beside=True),
+        waterfall("article", report["article"]["title"], theirs, order, beside=True),
         roofline(report),
         timeline(report),
         learning_curve(report, "loss", {"train_loss": "training", "test_loss": "test"}),
@@ -30,18 +29,18 @@ def charts(report: Record) -> list[Chart]:
 def waterfall(key: str, title: str, terms: Sequence[Record], order: Mapping[str, str], beside: bool = False) -> Chart:
     """Terms as bars, each from where the one before ended, and their sum. A row for each key of `order`, and its name.
 
-    A negative term goes back. One whose time is not known, or that this run does not have, leaves its row empty.
+    A negative term goes back. One that this run does not have leaves its row empty.
     `beside` another one, which names the rows, it names them only on a phone.
     """
-    if not any(number(term, "ns") is not None for term in terms):
+    if not terms:
         return Chart(key, title, reason="no term of this account is known")
-    of_key = {text(term, "key"): term for term in terms}
-    total = sum(number(term, "ns") or 0 for term in terms)
+    of_key = {term["key"]: term for term in terms}
+    total = sum(term["ns"] for term in terms)
     names, bars, end = [], [], 0.0
     for row_key, name in order.items():
-        term = of_key.get(row_key, {})
-        ns = number(term, "ns")
-        names.append(text(term, "name") or name or row_key)
+        term = of_key.get(row_key)
+        ns = term["ns"] if term else None
+        names.append(term["name"] if term else name)
         bars.append((end, ns, PAINT.get(row_key, "other"), _of_term(term, total) if term else "not told apart here"))
         end += ns or 0
     bars.append((0.0, total, "total", f"<b>{escape(title)}</b><br>{show(total, 'ns')}"))
@@ -91,18 +90,19 @@ def waterfall(key: str, title: str, terms: Sequence[Record], order: Mapping[str,
     rows_axis = {
         "range": [len(bars) - 0.4, -0.6],
         "tickvals": positions,
-        "ticktext": [*(clip(name, 24) for name in names), "<b>sum</b>"],
+        "ticktext": [*(escape(name, 19, 38) for name in names), "<b>sum</b>"],
         "automargin": True,
         "ticks": "",
         "showgrid": False,
         "zeroline": False,
         "fixedrange": True,
-        "tickfont": {"color": colour("ink"), "size": 12},
+        "tickfont": {"color": colour("ink"), "size": 10},
     }
     low, high = min(0.0, *starts, *ends), max(*ends, 1e-9)
     seconds_axis = axis("seconds", range=[low, high + 0.16 * (high - low)], fixedrange=True, nticks=6)
     roomy = axis("seconds", range=[low, high + 0.34 * (high - low)], fixedrange=True, nticks=4)
     longer = {"ticktext": [*(clip(name, 40) for name in names), "<b>sum</b>"], "showticklabels": not beside}
+    longer["tickfont"] = {"color": colour("ink"), "size": 12}
     whole = layout(
         xaxis=seconds_axis, yaxis=rows_axis | longer, hovermode="y", bargap=0, margin=margin(left=10, right=4)
     )
@@ -111,21 +111,22 @@ def waterfall(key: str, title: str, terms: Sequence[Record], order: Mapping[str,
 
 def difference(compared: Record) -> Chart:
     """From run A's training to run B's by what each term gained or lost; see `profiling.compare.compare`."""
-    start = {"key": "a", "name": "A", "ns": number(compared, "a_ns"), "status": "measured", "source": "run A"}
+    first, last = compared["names"]
+    start = {"key": "a", "name": first, "ns": compared["a_ns"], "status": "measured", "source": "run A"}
     gained = [
-        {"key": text(row, "key"), "name": text(row, "name"), "ns": number(row, "difference_ns"), "source": "B less A"}
-        for row in rows(compared, "terms")
+        {"key": row["key"], "name": row["name"], "ns": row["difference_ns"], "source": "B less A"}
+        for row in compared["terms"]
     ]
     order = {term["key"]: term["name"] for term in [start, *gained]}
-    return waterfall("difference", "B", [start, *gained], order)
+    return waterfall("difference", last, [start, *gained], order)
 
 
 def learning_curve(report: Record, key: str, names: dict[str, str]) -> Chart:
     """What the log says under the keys of `names`, over epochs."""
-    log = rows(report, "epochs")
+    log = report["epochs"]
     data = []
     for (field, name), paint in zip(names.items(), ("series-2", "series-1"), strict=True):
-        known = [row for row in log if number(row, "epoch") is not None and number(row, field) is not None]
+        known = [row for row in log if row.get(field) is not None]
         if known:
             x, y = [row["epoch"] for row in known], [row[field] for row in known]
             style = {"line": line(paint, 2), "mode": "lines+markers", "marker": {"size": 4}}
@@ -144,7 +145,7 @@ def learning_curve(report: Record, key: str, names: dict[str, str]) -> Chart:
         shapes = [{"type": "line", **ends, "line": line("faint", 1, "dot")}]
     whole = layout(
         xaxis=axis("epoch", tick0=0, dtick=max(1, 5 * round(len(log) / 35)), tickformat="d"),
-        yaxis=axis(key, tickformat=".0%" if key == "accuracy" else "", nticks=6),
+        yaxis=axis("", tickformat=".3~p" if key == "accuracy" else ".4~g", nticks=6, automargin=True),
         hovermode="x",
         shapes=shapes,
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
@@ -154,9 +155,9 @@ def learning_curve(report: Record, key: str, names: dict[str, str]) -> Chart:
 
 
 def _of_term(term: Record, total: float) -> str:
-    ns = number(term, "ns")
-    time = "not known" if ns is None else f"{show(ns, 'ns')}, {show(ns / total if total else None, 'share')} of all"
-    pieces = [f"{escape(text(p, 'name'))}: {show(number(p, 'ns'), 'ns')}" for p in rows(term, "parts")]
-    source = escape(provenance(text(term, "status"), text(term, "source")))
-    lines = [f"<b>{escape(text(term, 'name'))}</b>", time, *pieces, escape(text(term, "note")), f"<i>{source}</i>"]
+    ns = term["ns"]
+    time = f"{show(ns, 'ns')}, {show(ns / total if total else None, 'share')} of all"
+    pieces = [f"{escape(p['name'])}: {show(p['ns'], 'ns')}" for p in term.get("parts", ())]
+    source = escape(provenance(term.get("status") or "", term.get("source") or ""))
+    lines = [f"<b>{escape(term['name'])}</b>", time, *pieces, escape(term.get("note") or ""), f"<i>{source}</i>"]
     return "<br>".join(filter(None, lines))

@@ -4,10 +4,9 @@ import re
 from collections.abc import Iterable
 
 from profiling import content
-from profiling.content import Row, Table
+from profiling.content import Record, Row, Table
 from profiling.page import data_warning, head
 from profiling.telemetry_table import telemetry_table
-from profiling.untrusted import Record, clean, part, text, texts
 
 KERNELS = 30
 """Kernels that are listed; report.json has them all."""
@@ -16,30 +15,32 @@ LONGEST = 160
 
 
 def render_markdown(report: Record) -> str:
-    """The report as GitHub's Markdown, whatever of it is null, empty or hostile; the same text for the same report."""
-    report = clean(report)
-    lines = [f"# {escape(text(report, 'title') or 'A training run, accounted for')}", ""]
-    lines += [f"**{escape(text(report, 'headline') or 'No account of this run could be given.', 1000)}**", ""]
+    """The report as GitHub's Markdown; the same text for the same report, in which nothing but its own is markup."""
+    lines = [f"# {escape(report['title'])}", ""]
+    if report["doubts"]:
+        lines += ["> **IN DOUBT.** These figures cannot all be right.", ""]
+        lines += [*(f"> - {escape(doubt, 1000)}" for doubt in report["doubts"]), ""]
+    lines += [f"**{escape(report['headline'], 1000)}**", ""]
     lines += ["; ".join(f"{name} {escape(value)}" for name, value in head(report)), ""]
     warning = data_warning(report)
     if warning:
         lines += [f"> **{warning[0]}** {warning[1]}", ""]
-    if report.get("status") != "complete":
+    if report["lacks"]:
         lines += ["> **INCOMPLETE.** This account does not explain the whole run.", ""]
-        lines += [*(f"> - {escape(lack, 1000)}" for lack in texts(report, "lacks")), ""]
+        lines += [*(f"> - {escape(lack, 1000)}" for lack in report["lacks"]), ""]
     tiles = content.tiles(report)
     lines += ["## Key figures", ""]
     cells = [[tile.label, f"{tile.number} {tile.unit}", tile.status, tile.source] for tile in tiles]
     lines += grid(["figure", "value", "status", "source"], cells, {0, 2, 3}) or ["No figure is known.", ""]
     lines += section("From ideal to measured", content.terms(report), "No term of this account is known.")
-    title = text(part(report, "article"), "title") or "The article's V100"
+    title = report["article"]["title"]
     lines += section(escape(title), content.article(report), "Its terms are not known.")
     lines += ["## What to do next", ""]
-    lines += [f"{i}. {escape(said, 1000)}" for i, said in enumerate(texts(report, "sentences"), start=1)]
-    lines += ["", escape(text(report, "assumption") or "What it assumes is not stated.", 1000), ""]
+    lines += [f"{i}. {escape(said, 1000)}" for i, said in enumerate(report["sentences"], start=1)]
+    lines += ["", escape(report["assumption"], 1000), ""]
     lines += section("Phases of the process", content.phases(report), "No phases were recorded.")
     lines += section("Roofs", content.roofs(report), "No roof is known.")
-    reason = text(part(report, "timeline"), "reason") or "no samples of the device were recorded"
+    reason = report["timeline"]["reason"] or ""
     sensors = telemetry_table(report)
     lines += section("Clocks, power, activity during training", sensors, f"Unavailable: {escape(reason, 1000)}.")
     kernels = content.kernels(report)
@@ -47,7 +48,8 @@ def render_markdown(report: Record) -> str:
     layers = content.kernels(report, "layers")
     lines += section("Convolution layers, pass by pass", layers, "No layer could be told apart.", KERNELS)
     lines += section("The least time, by passes over memory", content.floors(report), "No bandwidth is known.")
-    lines += section("From the article's 256 s to this run", content.levers(report), "The run cannot be compared.")
+    no_levers = escape(report["no_levers"], 1000)
+    lines += section("From the article's 256 s to this run", content.levers(report), f"Unavailable: {no_levers}.")
     lines += section("Learning curve", content.epochs(report), "No epoch was logged.")
     lines += ["## What this account lacks", ""]
     lines += [f"- {escape(lack, 1000)}" for lack in content.lacks(report)] or ["Nothing that it knows of."]

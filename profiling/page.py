@@ -14,10 +14,12 @@ from markupsafe import Markup
 
 from profiling import content
 from profiling.charts import charts, difference
+from profiling.compare import signed
+from profiling.content import Record
 from profiling.errors import ReportError
 from profiling.plot import Chart
+from profiling.quantities import plain
 from profiling.telemetry_table import telemetry_table
-from profiling.untrusted import Record, clean, part, plain, text, texts
 
 HERE = Path(__file__).parent
 STATUSES = {
@@ -31,7 +33,7 @@ SECTIONS = (
     ("next", "What next"),
     ("phases", "Phases"),
     ("roofline", "Roofline"),
-    ("timeline", "Timeline"),
+    ("timeline", "Clocks, power, activity"),
     ("kernels", "Kernels"),
     ("floors", "Floors and levers"),
     ("learning", "Learning curve"),
@@ -43,8 +45,7 @@ HEAD = ("preset", "device", "dtype", "ops", "data_identity", "epochs", "batch_si
 
 
 def render_html(report: Record) -> str:
-    """The page of a report.json, whatever of it is null, empty or hostile; the same text for the same report."""
-    report = clean(report)
+    """The page of a report that `profiling.report.build` returned; the same text for the same report."""
     drawn = charts(report)
     phases = content.phases(report)
     return _template("report.html.jinja").render(
@@ -52,18 +53,18 @@ def render_html(report: Record) -> str:
         charts={chart.key: chart for chart in drawn},
         statuses=STATUSES,
         sections=SECTIONS,
-        title=text(report, "title") or "A training run, accounted for",
-        headline=text(report, "headline") or "No account of this run could be given.",
-        article_title=text(part(report, "article"), "title") or "The article's V100",
+        title=report["title"],
+        headline=report["headline"],
+        article_title=report["article"]["title"],
         run=head(report),
         data_warning=data_warning(report),
-        incomplete=report.get("status") != "complete",
-        lacks=texts(report, "lacks"),
+        doubts=report["doubts"],
+        lacks=report["lacks"],
         all_lacks=content.lacks(report),
         tiles=content.tiles(report),
         terms=content.terms(report),
-        sentences=texts(report, "sentences"),
-        assumption=text(report, "assumption"),
+        sentences=report["sentences"],
+        assumption=report["assumption"],
         phases=phases,
         phase_unit=phases.columns[1].rpartition(" ")[2],
         phase_kinds=[_phase_kind(i, row) for i, row in enumerate(phases.rows)],
@@ -73,6 +74,7 @@ def render_html(report: Record) -> str:
         telemetry=telemetry_table(report),
         floors=content.floors(report),
         levers=content.levers(report),
+        no_levers=report["no_levers"],
         epochs=content.epochs(report),
         environment=content.environment(report),
     )
@@ -80,30 +82,32 @@ def render_html(report: Record) -> str:
 
 def head(report: Record) -> list[tuple[str, str]]:
     """What stands below the headline: of the run, what is known."""
-    run = part(report, "run")
+    run = report["run"]
     known = [(name.replace("_", " "), plain(run[name])) for name in HEAD if run.get(name) is not None]
     return [(name, value[:12] if name == "git sha" else value) for name, value in known]
 
 
 def render_comparison(compared: Record) -> str:
     """The page of what `profiling.compare.compare` returned."""
-    compared = clean(compared)
     chart = difference(compared)
     training = {"name": "training", "a_ns": compared["a_ns"], "b_ns": compared["b_ns"]}
     phases = [{**phase, "name": f"phase {phase['name']}"} for phase in compared["phases"]]
     return _template("compare.html.jinja").render(
         **assets([chart]),
         chart=chart,
-        a=compared["a"],
-        b=compared["b"],
+        names=compared["names"],
+        titles=compared["titles"],
+        doubts=compared["doubts"],
+        figures=compared["figures"],
         sentence=compared["sentence"],
+        uncertainty=compared["uncertainty"],
         differs=compared["differs"],
         rows=[
             {
                 "name": row["name"],
                 "a": f"{row['a_ns'] / 1e9:.3f}",
                 "b": f"{row['b_ns'] / 1e9:.3f}",
-                "difference": f"{(row['b_ns'] - row['a_ns']) / 1e9:+.3f}",
+                "difference": signed(row["b_ns"] - row["a_ns"]),
             }
             for row in [training, *compared["terms"], *phases]
         ],
@@ -129,7 +133,7 @@ def assets(drawn: Sequence[Chart]) -> dict[str, Any]:
 
 def data_warning(report: Record) -> tuple[str, str] | None:
     """What to know about images that are not the official ones."""
-    identity = text(part(report, "run"), "data_identity")
+    identity = report["run"]["data_identity"]
     if identity == "official":
         return None
     return {

@@ -3,10 +3,9 @@
 import math
 from typing import Any
 
-from profiling.content import details, longest_first, provenance
+from profiling.content import Record, details, longest_first, provenance
 from profiling.plot import CLEAR, PAINT, Chart, axis, clip, colour, escape, layout, line, margin, outline, trace
 from profiling.quantities import show
-from profiling.untrusted import Record, number, part, rows, text
 
 LARGEST_POINT_PX = 32
 
@@ -19,21 +18,21 @@ def roofline(report: Record) -> Chart:
     chart = Chart("roofline", "Roofline", reason="no kernel with known FLOPs and bytes, and no roof")
     groups = {key: [row for row in longest_first(report, key) if _placed(row)] for key in ("kernels", "layers")}
     points = [row for group in groups.values() for row in group]
-    roofs = _roofs(part(report, "roofs"))
+    roofs = _roofs(report["roofs"])
     if not points and not roofs:
         return chart
-    counted = [row for row in groups["kernels"] if min(number(row, key) or 0 for key in ("flops", "dram_bytes")) > 0]
+    counted = [row for row in groups["kernels"] if min(row.get(key) or 0 for key in ("flops", "dram_bytes")) > 0]
     x = [row["intensity"] for row in points] + [rate / bandwidth for rate, bandwidth, _, _ in roofs]
     x += [row["flops"] / row["dram_bytes"] for row in counted]
     y = [row["flops_per_s"] for row in points] + [rate for rate, _, _, _ in roofs]
     left, right = min(x) / 3, max(x) * 8
     bottom, top = min([*y, *(left * bandwidth for _, bandwidth, _, _ in roofs)]) / 2, max(y) * 4
-    longest = max((number(row, "ns_per_step") or 0 for row in points), default=0) or 1
+    longest = max((row["ns_per_step"] for row in points), default=0) or 1
     data = [_roof(roof, left, right) for roof in roofs]
     first = next((group for group, members in groups.items() if members), "")
     for group, members in groups.items():
-        for category in dict.fromkeys(text(row, "category") for row in members):
-            inside = [row for row in members if text(row, "category") == category]
+        for category in dict.fromkeys(row["category"] for row in members):
+            inside = [row for row in members if row["category"] == category]
             data.append(
                 trace(
                     "scatter",
@@ -45,7 +44,7 @@ def roofline(report: Record) -> Chart:
                     visible=group == first,
                     showlegend=True,
                     marker={
-                        "size": [number(row, "ns_per_step") or 0 for row in inside],
+                        "size": [row["ns_per_step"] for row in inside],
                         "sizemode": "area",
                         "sizeref": 2 * longest / LARGEST_POINT_PX**2,
                         "sizemin": 3,
@@ -70,24 +69,24 @@ def roofline(report: Record) -> Chart:
         margin=margin(left=56),
     )
     shown = tuple(group for group, members in groups.items() if members)
-    return Chart("roofline", "Roofline", 480, data, whole, groups=shown)
+    # on a phone the slope has no room for its label, which the tables and the tips have too
+    narrow = {"annotations": whole["annotations"][:1]}
+    return Chart("roofline", "Roofline", 480, data, whole, narrow, groups=shown)
 
 
 def _of_kernel(row: Record) -> str:
-    speed = f"{show(number(row, 'flops_per_s'), 'FLOP/s')}, {show(number(row, 'bytes_per_s'), 'B/s')}"
+    speed = f"{show(row.get('flops_per_s'), 'FLOP/s')}, {show(row.get('bytes_per_s'), 'B/s')}"
     roof = (
-        f"{show(number(row, 'roof_fraction'), 'share')} of the roof ({escape(text(row, 'bound')) or 'bound unknown'})"
+        f"{show(row.get('roof_fraction'), 'share')} of the roof ({escape(row.get('bound') or '') or 'bound unknown'})"
     )
-    time = f"{show(number(row, 'ns_per_step'), 'ns')} a step, {show(number(row, 'share'), 'share')}"
-    source = escape(provenance(text(row, "status"), text(row, "source")))
+    time = f"{show(row.get('ns_per_step'), 'ns')} a step, {show(row.get('share'), 'share')}"
+    source = escape(provenance(row["status"], row["source"]))
     where = escape(details(row))
-    return "<br>".join(
-        filter(None, (f"<b>{escape(text(row, 'name'))}</b>", where, speed, roof, time, f"<i>{source}</i>"))
-    )
+    return "<br>".join(filter(None, (f"<b>{escape(row['name'])}</b>", where, speed, roof, time, f"<i>{source}</i>")))
 
 
 def _placed(row: Record) -> bool:
-    return (number(row, "intensity") or 0) > 0 and (number(row, "flops_per_s") or 0) > 0
+    return (row["intensity"] or 0) > 0 and (row["flops_per_s"] or 0) > 0
 
 
 def _counted(kernels: list[Record], visible: bool) -> dict[str, Any]:
@@ -110,15 +109,14 @@ def _counted(kernels: list[Record], visible: bool) -> dict[str, Any]:
 def _roofs(record: Record) -> list[tuple[float, float, str, str]]:
     """(FLOP/s, bytes/s, status, provenance) of each compute roof, with the best bandwidth known in the same way."""
     found = []
-    for roof in rows(record, "compute"):
-        status, rate = text(roof, "status"), number(roof, "value") or 0
-        bandwidths = [row for row in rows(record, "bandwidth") if text(row, "status") == status]
-        best = max(bandwidths, key=lambda row: number(row, "value") or 0, default={})
-        if rate > 0 and (number(best, "value") or 0) > 0:
-            lines = [f"<b>{escape(text(roof, 'label'))}: {show(rate, 'FLOP/s')}</b>", escape(text(roof, "source"))]
+    for roof in record["compute"]:
+        status, rate = roof["status"], roof["value"]
+        best = max((row for row in record["bandwidth"] if row["status"] == status), key=lambda row: row["value"])
+        if rate > 0 and best["value"] > 0:
+            lines = [f"<b>{escape(roof['label'])}: {show(rate, 'FLOP/s')}</b>", escape(roof["source"])]
             lines += [
-                f"<b>{escape(text(best, 'label'))}: {show(best['value'], 'B/s')}</b>",
-                escape(text(best, "source")),
+                f"<b>{escape(best['label'])}: {show(best['value'], 'B/s')}</b>",
+                escape(best["source"]),
             ]
             found.append((rate, best["value"], status, "<br>".join([*lines, f"<i>{escape(status)}</i>"])))
     return sorted(found)

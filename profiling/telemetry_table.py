@@ -5,9 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from profiling.content import Cell, Row, Table
-from profiling.quantities import MISSING, show
-from profiling.untrusted import Record, number, part, plain, rows, text
+from profiling.content import Cell, Record, Row, Table
+from profiling.quantities import MISSING, plain, show
 
 
 def telemetry_table(report: Record) -> Table:
@@ -15,17 +14,16 @@ def telemetry_table(report: Record) -> Table:
 
     It has no rows where there is a reason for the lack of all of them.
     """
-    timeline = part(report, "timeline")
-    if text(timeline, "reason"):
+    timeline = report["timeline"]
+    if timeline["reason"]:
         return Table((), [], frozenset())
-    samples, names = part(timeline, "samples"), part(timeline, "fields")
-    inside = _during_training(samples.get("t_s"), rows(timeline, "phases"))
+    samples, names = timeline["samples"], timeline["fields"]
+    inside = _during_training(samples["t_s"], timeline["phases"])
     lines = []
     for key in names:
-        label, unit = text(part(names, key), "label") or key, text(part(names, key), "unit")
-        values = samples.get(key)
-        kept = [v for i, v in enumerate(values) if inside(i) and v is not None] if isinstance(values, list) else []
-        numbers = [v for v in kept if isinstance(v, int | float) and not isinstance(v, bool)]
+        label, unit = names[key]["label"], names[key]["unit"]
+        kept = [v for i, v in enumerate(samples[key]) if inside(i) and v is not None]
+        numbers = [v for v in kept if isinstance(v, int | float)]
         if numbers:
             three = (min(numbers), statistics.median(numbers), max(numbers))
             cells = tuple(Cell(show(value, unit)) for value in three)
@@ -34,22 +32,18 @@ def telemetry_table(report: Record) -> Table:
             lines.append(Row((Cell(label, _words(kept)), *[Cell("")] * 3), "measured", "the driver"))
         else:
             lines.append(Row((Cell(label), *[Cell(MISSING)] * 3), "unavailable", "no sample"))
-    for key, reason in part(timeline, "unavailable").items():
-        lines.append(Row((Cell(key), *[Cell(MISSING)] * 3), "unavailable", plain(reason)))
+    for key, reason in timeline["unavailable"].items():
+        lines.append(Row((Cell(key), *[Cell(MISSING)] * 3), "unavailable", reason))
     return Table(("sensor", "lowest", "median", "highest"), lines)
 
 
-def _during_training(times: Any, phases: Sequence[Record]) -> Callable[[int], bool]:
+def _during_training(times: Sequence[float], phases: Sequence[Record]) -> Callable[[int], bool]:
     """Whether a sample, by its index, was taken in a phase called training; all were where these are not known."""
-    windows = [
-        (p["start_s"], p["end_s"])
-        for p in phases
-        if text(p, "name") == "training" and number(p, "start_s") is not None and number(p, "end_s") is not None
-    ]
-    if not isinstance(times, list) or not windows:
+    windows = [(p["start_s"], p["end_s"]) for p in phases if p["name"] == "training"]
+    if not windows:
         return lambda index: True
-    inside = [isinstance(t, int | float) and any(start <= t <= end for start, end in windows) for t in times]
-    return lambda index: index < len(inside) and inside[index]
+    inside = [any(start <= t <= end for start, end in windows) for t in times]
+    return inside.__getitem__
 
 
 def _words(values: Sequence[Any]) -> str:

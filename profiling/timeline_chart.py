@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from profiling.content import Record
 from profiling.plot import Chart, axis, clip, colour, layout, line, margin, trace
 from profiling.quantities import SAME, scale
-from profiling.untrusted import Record, number, part, rows, text
 
 SAMPLES = 400
 """Buckets of a series of samples, in each of which the lowest and the highest are drawn."""
@@ -13,17 +13,16 @@ SAMPLES = 400
 
 def timeline(report: Record) -> Chart:
     """The sensors' series under the run's phases, one panel for each unit."""
-    record = part(report, "timeline")
-    samples, fields = part(record, "samples"), part(record, "fields")
-    times = samples.get("t_s")
+    record = report["timeline"]
+    samples, fields = record["samples"], record["fields"]
     series: dict[str, list[tuple[str, list[Any]]]] = {}
     for key in fields:
-        values = samples.get(key)
-        if isinstance(times, list) and isinstance(values, list) and any(_is_number(value) for value in values):
-            unit = SAME.get(text(part(fields, key), "unit"), text(part(fields, key), "unit"))
-            series.setdefault(unit, []).append((text(part(fields, key), "label") or key, values))
+        values = samples[key]
+        if any(_is_number(value) for value in values):
+            unit = SAME.get(fields[key]["unit"], fields[key]["unit"])
+            series.setdefault(unit, []).append((fields[key]["label"], values))
     if not series:
-        return Chart("timeline", "Timeline", reason=text(record, "reason") or "no samples of the device were recorded")
+        return Chart("timeline", "Timeline", reason=record["reason"])
     data: list[dict[str, Any]] = []
     axes: dict[str, Any] = {}
     panel = 1 / len(series)
@@ -40,7 +39,7 @@ def timeline(report: Record) -> Chart:
         )
         axes[f"legend{number_of}"] = {"orientation": "h", "x": 0, "y": top, "yanchor": "bottom", "font": {"size": 11}}
         for j, (label, values) in enumerate(members):
-            x, y = thin(times, values)
+            x, y = thin(samples["t_s"], values)
             data.append(
                 trace(
                     "scatter",
@@ -57,7 +56,7 @@ def timeline(report: Record) -> Chart:
             )
     last = axes[f"yaxis{len(series)}" if len(series) > 1 else "yaxis"]
     last["domain"] = [0.0, last["domain"][1]]
-    shapes, wide, narrow = _shades(rows(record, "phases"))
+    shapes, wide, narrow = _shades(record["phases"])
     whole = layout(
         xaxis=axis("seconds since the process began", anchor=f"y{len(series)}" if len(series) > 1 else "y"),
         **axes,
@@ -72,7 +71,7 @@ def timeline(report: Record) -> Chart:
 
 def thin(times: Sequence[Any], values: Sequence[Any], buckets: int = SAMPLES) -> tuple[list[float], list[Any]]:
     """At most two samples of each bucket, the lowest and the highest, in their order; None where there is none."""
-    pairs = [(t, v if _is_number(v) else None) for t, v in zip(times, values, strict=False) if _is_number(t)]
+    pairs = [(t, v if _is_number(v) else None) for t, v in zip(times, values, strict=True)]
     if len(pairs) <= 2 * buckets:
         kept = pairs
     else:
@@ -86,22 +85,21 @@ def thin(times: Sequence[Any], values: Sequence[Any], buckets: int = SAMPLES) ->
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float)
 
 
 def _shades(phases: Sequence[Record]) -> tuple[list[dict], list[dict], list[dict]]:
     """A shade for each stretch of training; the names of the phases with room for them, on a page and on a phone."""
-    known = [p for p in phases if number(p, "start_s") is not None and number(p, "end_s") is not None]
-    span = max((p["end_s"] for p in known), default=0.0) or 1.0
+    span = max((p["end_s"] for p in phases), default=0.0) or 1.0
     behind = {"type": "rect", "xref": "x", "yref": "paper", "y0": 0, "y1": 1, "layer": "below", "line": {"width": 0}}
     shapes = [
         {**behind, "x0": p["start_s"], "x1": p["end_s"], "fillcolor": colour("shade")}
-        for p in known
-        if text(p, "name") == "training"
+        for p in phases
+        if p["name"] == "training"
     ]
     wide: list[dict] = []
     narrow: list[dict] = []
-    for start, end, name in _stretches(known):
+    for start, end, name in _stretches(phases):
         place = {"x": (start + end) / 2, "y": 1, "yref": "paper", "yanchor": "bottom", "yshift": 24, "showarrow": False}
         for labels, width_px in ((wide, 900), (narrow, 290)):
             letters = int(width_px * (end - start) / span / 6.5)
@@ -112,11 +110,11 @@ def _shades(phases: Sequence[Record]) -> tuple[list[dict], list[dict], list[dict
 
 def _stretches(phases: Sequence[Record]) -> list[tuple[float, float, str]]:
     """(start, end, name) of each phase; the epochs, in which training alternates with others, are one."""
-    of_training = [i for i, phase in enumerate(phases) if text(phase, "name") == "training"]
+    of_training = [i for i, phase in enumerate(phases) if phase["name"] == "training"]
     first, last = (of_training[0], of_training[-1]) if of_training else (len(phases), len(phases))
-    alone = [(p["start_s"], p["end_s"], text(p, "name")) for p in [*phases[:first], *phases[last + 1 :]]]
+    alone = [(p["start_s"], p["end_s"], p["name"]) for p in [*phases[:first], *phases[last + 1 :]]]
     epochs = phases[first : last + 1]
     if not epochs:
         return alone
-    names = dict.fromkeys(text(phase, "name") for phase in epochs)
+    names = dict.fromkeys(phase["name"] for phase in epochs)
     return [*alone, (epochs[0]["start_s"], epochs[-1]["end_s"], ", ".join(names))]

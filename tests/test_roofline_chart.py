@@ -73,12 +73,12 @@ def test_without_a_specification_only_what_was_measured_is_a_roof():
 
 
 def test_points_need_no_roof():
-    report = gpu() | {"roofs": None}
+    report = gpu() | {"roofs": {"compute": [], "bandwidth": []}}
     assert points(roofline(report), "kernels")
 
 
 def test_roofs_need_no_point():
-    report = gpu() | {"kernels": [], "layers": None}
+    report = gpu() | {"kernels": [], "layers": []}
     chart = roofline(report)
     assert chart.data
     assert chart.groups == ()
@@ -86,5 +86,6 @@ def test_roofs_need_no_point():
 
 @pytest.mark.parametrize("intensity", [None, 0, -1.0], ids=["none", "zero", "negative"])
 def test_what_has_no_place_on_a_logarithmic_axis_is_left_out(intensity):
-    report = gpu() | {"kernels": [gpu()["kernels"][0] | {"intensity": intensity}], "layers": [], "roofs": {}}
+    report = gpu() | {"kernels": [gpu()["kernels"][0] | {"intensity": intensity}], "layers": []}
+    report["roofs"] = {"compute": [], "bandwidth": []}
     assert roofline(report).reason

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import sys
 
@@ -108,10 +109,28 @@ def test_the_folder_of_something_else_is_refused(tmp_path):
         Study("other", tmp_path / "a", SETTINGS, QUIET)
 
 
-def test_a_damaged_record_is_said_in_one_line(tmp_path):
+@pytest.mark.parametrize(
+    "damage", ["nonsense\n", "NaN\n", '{"key": "a", "result": 1e999}\n', "[" * 10**5 + "\n", '{"key": "a"}\n', "3\n"]
+)
+def test_a_damaged_record_is_said_in_one_line(tmp_path, damage):
     study(tmp_path)
-    (tmp_path / "results.jsonl").write_text("nonsense\n")
-    with pytest.raises(UsageError, match=r"damaged record: .*results.jsonl, line 1"):
+    (tmp_path / "results.jsonl").write_text(damage)
+    with pytest.raises(UsageError, match=r"damaged record: [^\n]*$"):
+        study(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes and devices")
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_a_record_that_is_no_file_is_said_in_one_line(tmp_path, kind):
+    study(tmp_path)
+    path = tmp_path / "results.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/full")
+    else:
+        path.mkdir()
+    with pytest.raises(UsageError, match=r"damaged record: .*results.jsonl is not a regular file"):
         study(tmp_path)
 
 
