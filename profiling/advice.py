@@ -23,6 +23,16 @@ NEXT = {
 }
 """What to try against a term."""
 
+NEXT_IDLE = {
+    "waiting for data": "more workers, or `--set preprocess=on_device --set workers=0`",
+    "waiting in a synchronisation": "fewer `.item()` and synchronisations: keep results on the device for an epoch",
+    "in the optimiser's step": "a captured step (`--set step=captured`), whose optimiser is launched with the rest",
+    "launching kernels": "a larger batch, or a captured step (`--set step=captured`), which is one launch",
+    "in Python": "a captured step (`--set step=captured`), or less Python between the operations of a step",
+    "between queued kernels": "nothing in this program: kernels were queued, and waited for another stream or the GPU",
+}
+"""By the largest part of the idle time."""
+
 _NEXT_ON_CPU = {
     "batch norm": "fewer channels at the largest maps: its passes go through memory, and the fused kernels need a GPU",
     "memory-bound": "fewer channels at the largest maps: these operations only move them",
@@ -78,7 +88,7 @@ def sentences(report: dict[str, Any]) -> list[str]:
     for term in [t for t in _losses(report) if t["key"] != "residual"][:3]:
         said.append(
             f"{_capital(term['name'])} took {_s(term['ns'])}, {_share(term['ns'], total)} of training; "
-            f"{term['what_if'] or 'nothing else did'}. Next: {advice[term['key']]}."
+            f"{term['what_if'] or 'nothing else did'}. Next: {_next(term, advice)}."
         )
     for term in report["terms"]:
         if term["ns"] < -0.02 * total:
@@ -109,6 +119,14 @@ def sentences(report: dict[str, Any]) -> list[str]:
     if residual and residual["ns"] >= 0:
         said.append(f"{_s(residual['ns'])} ({_share(residual['ns'], total)}) of training remain unexplained.")
     return said
+
+
+def _next(term: dict[str, Any], advice: dict[str, str]) -> str:
+    largest = max(term.get("parts", []), key=lambda part: part["ns"], default=None)
+    if term["key"] != "idle" or largest is None:
+        return advice[term["key"]]
+    action = NEXT_IDLE.get(largest["name"], advice["idle"])
+    return f"for the largest part, {largest['name']} ({_s(largest['ns'])}), {action}"
 
 
 def assumption(report: dict[str, Any]) -> str:

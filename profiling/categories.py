@@ -152,6 +152,19 @@ _FRAME = re.compile(
 """Functions that do what their template arguments say."""
 
 
+_HOST = _patterns(
+    ("data", rf"{AUGMENTATION}$ enumeratedataloader .*dataloaderiter"),
+    ("sync", r"item$ localscalardense"),
+    ("optimiser", r"optimizer(step|zerograd)"),
+)
+
+
+def host_work(op: str) -> str | None:
+    """What the host does inside of `op`: "data" for a batch, "sync" with the device, "optimiser"; None is another."""
+    simple = _simplified(op)
+    return next((work for work, pattern in _HOST if pattern.match(simple)), None)
+
+
 @functools.lru_cache(maxsize=1 << 14)
 def _category(name: str, ops: tuple[str, ...]) -> str:
     kernel = _function(name).lower()

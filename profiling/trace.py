@@ -75,11 +75,13 @@ class Trace:
     """A profiled pass.
 
     kernels      by their start
+    steps        as the profiler marked them; where it marked none, all that was launched is one
     syncs        (start_ns, end_ns, name) of the host's calls that wait for the device
     device_name  of the device that ran the kernels, None if the trace does not say
     on_gpu       whether a device beside the host was at work, even if none of its kernels were recorded
     lacks        a sentence for everything that is missing: busy times may be too small then, and gaps too large
     lost         starts of the launches within the steps whose kernels are missing; `missing` is their sentence
+    calls        what the host did
     """
 
     kernels: list[Kernel]
@@ -89,6 +91,7 @@ class Trace:
     on_gpu: bool
     lacks: list[str]
     lost: list[int] = field(default_factory=list)
+    calls: HostCalls = field(default_factory=HostCalls)
 
     def step_of(self, kernel: Kernel) -> int | None:
         """Index of the step in which `kernel` was launched, None if in none."""
@@ -118,10 +121,12 @@ def read(path: Path) -> Trace:
     kernels.sort(key=lambda kernel: (kernel.start_ns, kernel.end_ns))
     times = [launch.start_ns for launch in kept.launches.values()] if on_gpu else [k.start_ns for k in kernels]
     steps = _without_stub(sorted(kept.steps, key=lambda step: step.start_ns), times)
+    if not steps and times:  # of a program that has none: one step is all that it launched
+        steps = [Step(0, min(times), max(times) + 1)]
     lost = kept.launches_without_kernels(steps) if kernels else []
     lacks = events.lacks + kept.lacks(kernels, steps) + ([missing(len(lost))] if lost else [])
     name = _device_name(events.properties.get("deviceProperties"), kernels)
-    return Trace(kernels, steps, sorted(kept.syncs), name, on_gpu, lacks, lost)
+    return Trace(kernels, steps, sorted(kept.syncs), name, on_gpu, lacks, lost, kept.calls)
 
 
 def _without_stub(steps: list[Step], times: list[int]) -> list[Step]:
@@ -193,17 +198,18 @@ class _Kept:
             if step := _STEP.fullmatch(name):
                 self.steps.append(Step(int(step[1]), *_interval(event)))
             elif not _WRAPPER.match(name):
-                self._add_call(event, name)
+                self._add_call(event, name, category == "user_annotation")
         elif category is not None and category.endswith(("_runtime", "_driver")):
             self._add_runtime(event, _name(event))
 
-    def _add_call(self, event: dict[str, Any], name: str) -> None:
+    def _add_call(self, event: dict[str, Any], name: str, annotation: bool) -> None:
         args = event.get("args", {})
         extents = args.get("Input Dims")
         dims = json.dumps(extents, separators=(",", ":")) if isinstance(extents, list) and any(extents) else ""
         if len(dims) > LONGEST_DIMS:
             dims = ""
-        self.calls.add(self._thread(event), *_interval(event), name, dims, _integer(args.get("External id", -1)))
+        external = _integer(args.get("External id", -1))
+        self.calls.add(self._thread(event), *_interval(event), name, dims, external, annotation)
 
     def _add_runtime(self, event: dict[str, Any], name: str) -> None:
         kind, waits = _runtime_call(name)
@@ -253,8 +259,6 @@ class _Kept:
         lacks = []
         if self.malformed:
             lacks.append(f"trace incomplete: {self.malformed} events were malformed and left out")
-        if not steps:
-            lacks.append("the trace has no ProfilerStep annotations, so what one step took is not known")
         if not kernels:
             many = len(self.launches)
             lacks.append(f"trace incomplete: {many} launches, but no kernels" if many else "the trace holds no work")

@@ -21,7 +21,7 @@ IDLE_NS = STEP_NS - CONV_NS - BN_NS - CAST_NS
 X, W = [BATCH, 64, 32, 32], [64, 64, 3, 3]
 
 
-def make_trace(path) -> None:
+def make_trace(path, queued_ns=0) -> None:
     """Steps that launch at once; a copy on another stream lies half under a convolution."""
     trace = traces.HandMadeTrace()
 
@@ -36,7 +36,7 @@ def make_trace(path) -> None:
         launched(
             "sm90_xmma_fprop_implicit_gemm_f16f16", "aten::cudnn_convolution", [X, W], begin + 10 * US, start, CONV_NS
         )
-        start += CONV_NS
+        start += CONV_NS + queued_ns
         launched("cudnn::bn_fw_tr_1C11", "aten::cudnn_batch_norm", [X, [64]], begin + 40 * US, start, BN_NS)
         start += BN_NS - OVERLAP_NS
         launched("nchwToNhwcKernel", "aten::copy_", [X, X], begin + 80 * US, start, CAST_NS + OVERLAP_NS, stream=8)
@@ -163,7 +163,17 @@ def test_idle_is_of_the_unprofiled_run_and_not_of_the_trace(tmp_path):
 
 def test_all_gaps_are_the_hosts_when_the_next_kernel_was_not_launched(made):
     parts = {p["name"]: p["ns"] for t in made["terms"] if t["key"] == "idle" for p in t["parts"]}
-    assert parts["waiting for the host"] > 0.98 * sum(parts.values())
+    assert parts["launching kernels"] + parts["in Python"] > 0.98 * sum(parts.values())
+
+
+def test_a_launched_kernel_that_leaves_the_device_empty_for_long_is_doubted(tmp_path, made):
+    folder = make_run(tmp_path / "run")
+    make_trace(folder / "records" / "trace.json.gz", queued_ns=2 * MS)
+    doubts = [
+        lack for lack in report.build(folder)["lacks"] if "took more than 1 ms to begin on an empty device" in lack
+    ]
+    assert [doubt.partition(" ")[0] for doubt in doubts] == [str(ACTIVE)]
+    assert not any("empty device" in lack for lack in made["lacks"])
 
 
 def test_against_three_peaks(made):
