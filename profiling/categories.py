@@ -16,6 +16,7 @@ elementwise and reduce kernels, fills) contradict none, nor does a matrix produc
 
 import functools
 import re
+from typing import NamedTuple
 
 from profiling.trace import Kernel
 
@@ -170,21 +171,34 @@ def _category(name: str, ops: tuple[str, ...]) -> str:
     kernel = _function(name).lower()
     if _COMMUNICATION.search(kernel):
         return "communication"
-    simple = [_simplified(op) for op in ops]
-    for op in simple:
-        for category, pattern in _CONTEXTS:
-            if pattern.match(op):
-                return category
+    works = [_of_operation(op) for op in ops]
+    if context := next((work.context for work in works if work.context), None):
+        return context
     if found := _find(_OF_ONE_PURPOSE, kernel):
         return found
-    for op in reversed(simple):
-        for category, pattern in _OPERATIONS:
-            if pattern.fullmatch(op):
-                return category
-    for category, pattern in _PARTS:
-        if any(pattern.fullmatch(op) for op in simple):
-            return category
+    if innermost := next((work.own for work in reversed(works) if work.own), None):
+        return innermost
+    if part := next((work.part for work in works if work.part), None):
+        return part
     return _find(_COMPILED_KERNELS if kernel.startswith("triton_") else _KERNELS, kernel) or "unknown"
+
+
+class _Work(NamedTuple):
+    """The category of an operation by each of the tables."""
+
+    context: str | None
+    own: str | None
+    part: str | None
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _of_operation(op: str) -> _Work:
+    name = _simplified(op)
+    return _Work(
+        next((category for category, pattern in _CONTEXTS if pattern.match(name)), None),
+        next((category for category, pattern in _OPERATIONS if pattern.fullmatch(name)), None),
+        next((category for category, pattern in _PARTS if pattern.fullmatch(name)), None),
+    )
 
 
 def _function(name: str) -> str:

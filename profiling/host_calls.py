@@ -1,10 +1,14 @@
 """What the host was doing: the operations and annotations of each thread, which lie inside of one another."""
 
 import functools
+import itertools
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
+
+DEEPEST = 64
+"""So many are kept of the outermost and of the innermost of nested operations; PyTorch nests some thirty."""
 
 
 class Scope(NamedTuple):
@@ -56,6 +60,7 @@ class HostCalls:
         return number
 
     def _scope(self, calls: "_Thread", stack: Sequence[int]) -> Scope:
+        stack = stack if len(stack) <= 2 * DEEPEST else [*stack[:DEEPEST], *stack[-DEEPEST:]]
         dims = next((calls.dims[i] for i in reversed(stack) if calls.dims[i]), 0)
         scope = Scope(tuple(self._texts[calls.name[i]] for i in stack), self._texts[dims])
         return self._scopes.setdefault(scope, scope)
@@ -83,7 +88,7 @@ class HostCalls:
                 stack.append(order[following])
                 following += 1
             calls.drop_ended(stack, time)
-            yield self._scope(calls, [i for i in stack if calls.end[i] > time])
+            yield self._scope(calls, calls.running(stack, time))
 
     def pieces(self) -> Iterator[Piece]:
         """Each thread's time in operations, cut where the innermost one changes. Of two that overlap, the later."""
@@ -125,6 +130,14 @@ class _Thread:
 
     def outermost_first(self) -> list[int]:
         return sorted(range(len(self.start)), key=lambda i: (self.start[i], -self.end[i]))
+
+    def running(self, stack: list[int], time: int) -> list[int]:
+        """Those of `stack` that have not ended; of many the first and the last."""
+        if len(stack) <= 2 * DEEPEST:
+            return [i for i in stack if self.end[i] > time]
+        ends = range(len(stack)), range(len(stack) - 1, -1, -1)
+        kept = {n for end in ends for n in itertools.islice((n for n in end if self.end[stack[n]] > time), DEEPEST)}
+        return [stack[n] for n in sorted(kept)]
 
     def drop_ended(self, stack: list[int], time: int) -> None:
         while stack and self.end[stack[-1]] <= time:
