@@ -205,7 +205,7 @@ def _common() -> dict[str, Any]:
             left = total - ns
             term |= {"recoverable_ns": ns, "what_if": f"without it {left / S:.4g} s, {total / left:.3g} times as fast"}
         if key == "idle":
-            parts = {"waiting for the host": 91, "waiting in a synchronisation": 22, "between queued kernels": 42}
+            parts = {"launching kernels": 91, "waiting in a synchronisation": 22, "between queued kernels": 42}
             term["parts"] = [{"name": n, "ns": ms * 1_000_000} for n, ms in parts.items()]
         if here < 0:
             term["note"] = "negative: the model says more than was measured"

@@ -1,4 +1,7 @@
+import copy
+import json
 import os
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -49,6 +52,46 @@ def test_training_step_is_recovered(path):
     assert gaps.data_ns + gaps.launch_ns + gaps.python_ns == 4 * HOST_GAP_NS + 3 * STEP_GAP_NS
     assert gaps.queued_ns == 4 * LAUNCH_GAP_NS
     assert sum(idle(trace)) + step.total.busy_ns == step.total.span_ns
+
+
+HOSTILE = [
+    None,
+    True,
+    -1,
+    0,
+    5,
+    10**14,
+    10**30,
+    1e308,
+    "",
+    "1e999999999",
+    [],
+    {"a": [1]},
+    "\ud800",
+    "ProfilerStep#1",
+    2**61,
+]
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_whatever_is_damaged_categories_sum_to_busy_and_nothing_raises(path, seed):
+    rng = random.Random(seed)
+    made = HandMadeTrace()
+    for number in range(3):
+        training_step(made, number, number * STEP_NS)
+    events = json.loads(made.text())["traceEvents"]
+    for event in rng.choices(events, k=rng.choice([1, 4, 16, 64])):
+        where = event["args"] if rng.random() < 0.5 and isinstance(event["args"], dict) else event
+        where[rng.choice(sorted(where) or ["x"])] = copy.deepcopy(rng.choice(HOSTILE))
+    events += rng.choices(events, k=rng.choice([0, 10]))
+    rng.shuffle(events)
+    path.write_text(json.dumps({"traceEvents": events}))
+    trace = read(path)
+    step, gaps = per_step(trace), idle(trace)
+    assert step is None or sum(step.by_category.values()) == step.busy_ns
+    assert step is None or sum(step.total.by_category.values()) == step.total.busy_ns
+    assert gaps is None or min(gaps) >= 0
+    doubt(trace)
 
 
 def test_kernel_behind_others_costs_nothing_and_keeps_its_own_time(path):
