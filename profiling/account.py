@@ -195,9 +195,10 @@ def _idle(e: Evidence) -> Term:
     total = sum(gaps)
     parts: tuple[tuple[str, int], ...] = ()
     if total > 0:
-        sums = [round(idle * so_far / total) for so_far in itertools.accumulate(gaps)]
-        each = [end - start for start, end in zip([0, *sums], [*sums[:-1], idle], strict=False)]
-        parts = tuple((name, ns) for name, ns, gap in zip(CAUSES, each, gaps, strict=False) if gap)
+        seen = [(name, gap) for name, gap in zip(CAUSES, gaps, strict=False) if gap]
+        sums = [round(idle * so_far / total) for so_far in itertools.accumulate(gap for _, gap in seen)]
+        shares = (end - start for start, end in zip([0, *sums], [*sums[:-1], idle], strict=False))
+        parts = tuple(zip((name for name, _ in seen), shares, strict=True))
     text = f"unprofiled steps less the kernels' busy time ({e.busy.source})"
     if parts:
         text += "; its parts in proportion to the profiled pass's gaps"

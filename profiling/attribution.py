@@ -1,7 +1,8 @@
 """Where a device's time went: every nanosecond in which anything ran, and every gap between.
 
-Concurrent kernels are not counted twice: each nanosecond of the union over all streams goes to one category, by the
-order of `CATEGORIES`, and within it to the kernel that has been running longest.
+Concurrent kernels are not counted twice: each nanosecond of the union over all streams of a device goes to one
+category, by the order of `CATEGORIES`, and within it to the kernel that has been running longest. A gap goes to what
+the host did in it, until it launched the next kernel.
 """
 
 import itertools
@@ -50,7 +51,7 @@ class Idle(NamedTuple):
 
     data_ns       made a batch, or waited for one
     sync_ns       waited for the device: `.item()`, a synchronisation, a copy that blocks; or it was waiting when the
-                  device ran dry, so that it could not have launched anything
+                  device ran dry, so that it could not have launched anything, and made no batch since
     optimiser_ns  was in the optimiser's step
     launch_ns     was in another operation, or had launched the kernel, which had yet to start
     python_ns     was in no operation
@@ -203,17 +204,18 @@ def idle(trace: Trace) -> Idle | None:
     until = [_covered_until(intervals) for intervals in doing]
     found = dict.fromkeys(Idle._fields, 0)
     for start, kernel in _gaps(trace):
-        gap, before = kernel.start_ns - start, bisect_left(wait_starts, start)
         if kernel.launch_ns <= start:
-            found["queued_ns"] += gap
-        elif before and latest_ends[before - 1] >= start:  # of the waits that began before, the one that lasted longest
-            found["sync_ns"] += gap
+            found["queued_ns"] += kernel.start_ns - start
+            continue
+        launched = min(kernel.launch_ns, kernel.start_ns)
+        shares = _differences([covered(launched) - covered(start) for covered in until] + [launched - start])
+        before = bisect_left(wait_starts, start)
+        if before and latest_ends[before - 1] >= start:  # of the waits that began before, the one that lasted longest
+            shares = [shares[0], kernel.start_ns - start - shares[0]]
         else:
-            launched = min(kernel.launch_ns, kernel.start_ns)
-            shares = _differences([covered(launched) - covered(start) for covered in until] + [launched - start])
-            for cause, ns in zip(("data_ns", "sync_ns", "optimiser_ns", "launch_ns", "python_ns"), shares, strict=True):
-                found[cause] += ns
             found["launch_ns"] += kernel.start_ns - launched
+        for cause, ns in zip(Idle._fields, shares, strict=False):
+            found[cause] += ns
     devices = {kernel.device for kernel in trace.kernels if trace.step_of(kernel) is not None}
     return Idle(*_divided(found.values(), max(len(devices), 1)))
 

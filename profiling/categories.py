@@ -97,7 +97,7 @@ _PARTS = _patterns(
 
 _COMMUNICATION = re.compile(
     r"nccl|rccl|memcpy\sptop|all_?reduce|all_?gather|reduce_?scatter|all_?(to|2)_?all|cross_device_reduce|nvshmem|deep_ep"
-    r"|symm(etric)?_?mem|barrier|multimem|mscclpp"
+    r"|symm(etric)?_?mem|\bbarrier|multimem|mscclpp"
 )
 """Whatever is around it: waiting for other processes is nobody's work."""
 
@@ -151,7 +151,6 @@ _FRAME = re.compile(
     r"\b(\w*elementwise_kernel\w*|reduce_kernel|kernel2?|device_kernel|kentry|trampoline_kernel)$", re.ASCII
 )
 """Functions that do what their template arguments say."""
-
 
 _HOST = _patterns(
     ("data", rf"{AUGMENTATION}$ enumeratedataloader .*dataloaderiter"),
