@@ -119,7 +119,7 @@ def _report(out: Path, document: Row) -> list[str]:
     if not path.exists():
         return []
     report = read_json(path)
-    lacks = [f"  lacks: {reason[:200]}" for reason in report.get("lacks", [])[:4]]
+    lacks = [f"  lacks: {reason[:200]}" for reason in [*report.get("doubts", []), *report.get("lacks", [])][:4]]
     return [
         f"== account of {FUSED}-0: {report['headline']}",
         *(f"  {s[:230]}" for s in report["sentences"][:5]),

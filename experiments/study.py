@@ -108,8 +108,8 @@ class Study:
         self.results: dict[str, dict[str, Any]] = {}
         if self._kept.exists():
             try:
-                self.results = {row["key"]: row["result"] for row in read_jsonl(self._kept)}
-            except (ValueError, TypeError, KeyError) as error:
+                self.results = {row["key"]: dict(row["result"]) for row in read_jsonl(self._kept)}
+            except (OSError, ValueError, TypeError, KeyError) as error:
                 raise UsageError(f"--out {out} holds a damaged record: {error}; name a new folder") from None
             terminal.say(f"{out} holds {len(self.results)} results already: going on from there")
 

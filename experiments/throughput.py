@@ -128,7 +128,7 @@ def main() -> None:
         f"The article's network at batch {BATCH}, training on this CPU",
         ["", "images/s, each turn", "peak memory"],
         [
-            [name, ", ".join(f"{v:.0f}" for v in speed[case]), f"{peak(turns, case) / 2**20:,.0f} MB"]
+            [name, ", ".join(f"{v:.0f}" for v in speed[case]), f"{peak(turns, case) / 1e6:,.0f} MB"]
             for name, case in (("train.py", article), ("plain fp32 NCHW eager loop", "plain"))
         ],
     )
@@ -141,7 +141,7 @@ def main() -> None:
     terminal.table(
         "Peak memory of the process",
         ["", "images/s", "peak memory"],
-        [[name, f"{m['images_per_s']:,.0f}", f"{m['peak_memory_bytes'] / 2**20:,.0f} MB"] for name, m in rows],
+        [[name, f"{m['images_per_s']:,.0f}", f"{m['peak_memory_bytes'] / 1e6:,.0f} MB"] for name, m in rows],
     )
 
 

@@ -90,7 +90,7 @@ def out_of_memory(error: BaseException, device: torch.device, batch_size: int) -
     held = ""
     if device.type == "cuda":
         allocated, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
-        held = f" ({allocated / 2**20:,.0f} MB allocated, {reserved / 2**20:,.0f} MB reserved)"
+        held = f" ({allocated / 1e6:,.0f} MB allocated, {reserved / 1e6:,.0f} MB reserved)"
     return OutOfMemoryError(
         f"{device} ran out of memory at batch_size={batch_size}{held}; try --set batch_size={max(batch_size // 2, 1)}"
     )

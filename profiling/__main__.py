@@ -112,7 +112,9 @@ def report(
     run: Annotated[Path, typer.Argument(help="Folder of a run that train.py --profile wrote.")],
     strict: Annotated[
         bool,
-        typer.Option("--strict", help="Exit with 9 if the account leaves more than 2 % unexplained, or lacks a part."),
+        typer.Option(
+            "--strict", help="Exit with 9 if more than 2 % is unexplained, a part is missing, or it cannot be right."
+        ),
     ] = False,
 ) -> None:
     """Write report.html, report.md and report.json into a profiled run's folder, from its records."""

@@ -25,6 +25,8 @@ from typing import Any
 
 from profiling import floors
 from profiling.attribution import CAUSES
+from profiling.categories import categorise
+from profiling.trace import Kernel
 from profiling.work import Work
 
 RESIDUAL_LIMIT = 0.02
@@ -34,8 +36,6 @@ UNKNOWN_LIMIT = 0.05
 
 ARTICLE_S = 256.0
 """The article's run at batch 512 on a V100, its validation included (quoted)."""
-ARTICLE_IDEAL_S = 40.0
-"""What the article says that 100 % efficiency would take (quoted; from 2.8 GFLOP an image)."""
 ARTICLE_VALIDATION_S = 15.3
 """Of the 256 s, 35 passes of 0.437 s over the test images (quoted, from the author's own log)."""
 ARTICLE_IMAGES = 35 * 50_000
@@ -46,7 +46,7 @@ NAMES = {
     "conv_bytes": "convolutions bound by bytes",
     "conv_inefficiency": "convolutions below their roof",
     "convolution": "convolutions",
-    "batch norm": "batch norm and fused epilogues",
+    "batch norm": "batch norm",
     "memory-bound": "pool, add, ReLU",
     "layout and cast": "layout and casts",
     "optimiser and loss": "optimiser and loss",
@@ -58,11 +58,18 @@ NAMES = {
     "validation": "validation",
     "residual": "residual",
 }
+NECESSARY = ("ideal", "ceiling_gap", "conv_bytes", "validation")
+"""Terms that are floors themselves: nothing of them can be won back on this device."""
+UNEXPLAINED = ("unattributed", "residual")
 
 
 @dataclass(frozen=True)
 class Term:
-    """A share of the training phase; `source` says how it is known. The parts, if any, sum to `ns`."""
+    """A share of the training phase; `source` says how it is known. The parts, if any, sum to `ns`.
+
+    `floor_ns` is what the work of the term needs at the least on this device, by bytes and FLOPs; 0 where it needs not
+    be done at all, or where nothing is known of it.
+    """
 
     key: str
     ns: int
@@ -71,21 +78,26 @@ class Term:
     note: str | None = None
     parts: tuple[tuple[str, int], ...] = ()
     name: str = ""
+    floor_ns: int = 0
 
-    def to_json(self, total_ns: int, recoverable: bool) -> dict[str, Any]:
-        """With what removing it would give."""
-        recoverable_ns = max(self.ns, 0) if recoverable else 0
-        what_if = ""
-        if recoverable_ns > 0.005 * total_ns and total_ns > recoverable_ns:
-            faster = total_ns / (total_ns - recoverable_ns)
-            what_if = f"without it {(total_ns - recoverable_ns) / 1e9:.3g} s, {faster:.3g} times as fast"
+    @property
+    def recoverable_ns(self) -> int:
+        """What is above its floor."""
+        return 0 if self.key in (*NECESSARY, *UNEXPLAINED) else max(self.ns - max(self.floor_ns, 0), 0)
+
+    def to_json(self, total_ns: int) -> dict[str, Any]:
+        """With how long training would take if the term were at its floor."""
+        left, what_if = total_ns - self.recoverable_ns, ""
+        if self.recoverable_ns > 0.005 * total_ns and left > 0:
+            what_if = f"training takes {left / 1e9:.3g} s, {total_ns / left:.3g} times as fast"
         return {
             "key": self.key,
             "name": self.name or NAMES[self.key],
             "ns": self.ns,
             "status": self.status,
             "source": self.source,
-            "recoverable_ns": recoverable_ns,
+            "floor_ns": self.floor_ns,
+            "recoverable_ns": self.recoverable_ns,
             "what_if": what_if,
             "note": self.note,
             "parts": [{"name": name, "ns": ns} for name, ns in self.parts],
@@ -115,7 +127,7 @@ class Evidence:
 
     training_ns   the phase
     steps_ns      of it, from the start of each epoch's first step to the end of its last, unprofiled
-    flops         of the training, by the reference network
+    flops         of the training, by the reference network; 0 is not known
     rows, steps   the ops of one step, and how many steps of that size the run's images make
     peak, ceiling FLOP/s of the data sheet, and sustained; bandwidth in bytes/s, sustained
     """
@@ -130,6 +142,9 @@ class Evidence:
     bandwidth: float | None
     busy: Busy | None
     peak_source: str = "data sheet"
+    fused: bool = False
+    """Whether the kernels of batch norm do more than batch norm."""
+    on_gpu: bool = True
 
 
 def terms(e: Evidence) -> list[Term]:
@@ -154,14 +169,14 @@ def terms(e: Evidence) -> list[Term]:
 def _needed(e: Evidence) -> list[Term]:
     """What the arithmetic and the convolutions' bytes need at the least."""
     found = []
-    if e.peak is not None:
+    if e.flops and e.peak is not None:
         ideal = round(1e9 * e.flops / e.peak)
         found.append(Term("ideal", ideal, "modelled", f"model FLOPs over {e.peak / 1e12:.4g} TFLOP/s, {e.peak_source}"))
         if e.ceiling is not None:
             gap = round(1e9 * e.flops / e.ceiling) - ideal
             text = f"the same FLOPs over {e.ceiling / 1e12:.4g} TFLOP/s, the best this device sustained, less the ideal"
             found.append(Term("ceiling_gap", gap, "modelled", text))
-    elif e.ceiling is not None:
+    elif e.flops and e.ceiling is not None:
         text = f"model FLOPs over {e.ceiling / 1e12:.4g} TFLOP/s, the best this device sustained; no data sheet's peak"
         name = "ideal at the measured ceiling"
         found.append(Term("ideal", round(1e9 * e.flops / e.ceiling), "modelled", text, name=name))
@@ -182,8 +197,27 @@ def _of_categories(e: Evidence, needed_ns: int) -> list[Term]:
         found = [Term("conv_inefficiency", convolutions - needed_ns, "measured", text, e.busy.note)]
     else:
         found = [Term("convolution", convolutions, "measured", text, e.busy.note)]
-    others = [(key, round(ns)) for key, ns in by_category.items() if round(ns)]
-    return found + [Term(key, ns, "measured", e.busy.source, e.busy.note) for key, ns in others]
+    least = _floors(e)
+    for key, ns in by_category.items():
+        if round(ns):
+            name = "batch norm and fused epilogues" if key == "batch norm" and e.fused else ""
+            floor_ns = least.get(key, 0)
+            found.append(Term(key, round(ns), "measured", e.busy.source, e.busy.note, name=name, floor_ns=floor_ns))
+    return found
+
+
+def _floors(e: Evidence) -> dict[str, int]:
+    """Nanoseconds that the run's own operations need at the least, by category: bytes or FLOPs, each at its roof.
+
+    A change of layout or dtype is not needed at all.
+    """
+    roof, found = e.ceiling or e.peak, {}
+    for row in e.rows or () if roof and e.bandwidth else ():
+        op = "augmentation" if row.family == "augment" else row.op
+        category = categorise(Kernel("", 0, 0, 0, -1, "cpu", 0, (op,)))
+        if category != "layout and cast":
+            found[category] = found.get(category, 0.0) + max(row.bytes / e.bandwidth, row.flops / roof)
+    return {category: round(1e9 * seconds * e.steps) for category, seconds in found.items()}
 
 
 def _idle(e: Evidence) -> Term:

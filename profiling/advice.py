@@ -6,20 +6,16 @@ Every sentence is made of the figures of one report; what was not measured makes
 from typing import Any
 
 NEXT = {
-    "ceiling_gap": "nothing in this program: look at clocks, power cap and temperature in the timeline",
-    "conv_bytes": "a fused preset, whose convolutions read and write each activation less often",
-    "conv_inefficiency": "`python -m profiling bench --tune`, and the slowest layers in the table of layers",
-    "convolution": "`python -m profiling device` for the ceiling that they are to be held against",
-    "batch norm": "`--set ops=triton`, which leaves batch norm's passes to the convolutions' prologues and epilogues",
-    "memory-bound": "a fused preset; a shortcut costs no pass of its own there",
+    "conv_inefficiency": "python -m profiling bench --tune, and the slowest layers in the table of layers",
+    "convolution": "python -m profiling device, for the ceiling that they are to be held against",
+    "batch norm": "--set ops=triton, which leaves batch norm's passes to the convolutions' prologues and epilogues",
+    "memory-bound": "the preset fused, in which a shortcut costs no pass of its own",
     "layout and cast": "find the operation that changes layout or dtype in the table of kernels: none should",
     "optimiser and loss": "a larger batch, which updates less often",
-    "augmentation and data": "`--set preprocess=on_device --set workers=0`",
+    "augmentation and data": "--set preprocess=on_device --set workers=0",
     "communication": "a larger batch for each process",
-    "unknown": "name those kernels in `profiling/categories.py`",
-    "idle": "a larger batch, or a captured step: the device waits for the host",
-    "unattributed": "profile again; the account says what it lacks",
-    "residual": "work between epochs: drawing choices, reading results",
+    "unknown": "name those kernels in profiling/categories.py",
+    "idle": "a larger batch, or --set step=captured: the device waits for the host",
 }
 """What to try against a term."""
 
@@ -33,13 +29,23 @@ NEXT_IDLE = {
 }
 """By the largest part of the idle time."""
 
-_NEXT_ON_CPU = {
-    "batch norm": "fewer channels at the largest maps: its passes go through memory, and the fused kernels need a GPU",
-    "memory-bound": "fewer channels at the largest maps: these operations only move them",
-    "conv_bytes": "a narrower dtype, if this CPU multiplies it in hardware",
-    "conv_inefficiency": "more cores for the process, or a batch that fits the cache",
-    "idle": "a larger batch: the same Python for more images",
-}
+
+def _next(term: dict[str, Any], report: dict[str, Any]) -> str:
+    """What to try against a term of this run; on a CPU what its threads, its caches and its dtype leave to try."""
+    key, run, place = term["key"], report["run"], report["environment"]
+    largest = max(term.get("parts", ()), key=lambda part: part["ns"], default=None)
+    if key == "idle" and largest and largest["name"] in NEXT_IDLE:
+        return f"for the largest part, {largest['name']} ({_s(largest['ns'])}), {NEXT_IDLE[largest['name']]}"
+    batch, cores, threads = run["batch_size"] or 0, place.get("cores"), place.get("threads")
+    if run["on_gpu"] or key not in ("batch norm", "memory-bound", "conv_inefficiency", "idle"):
+        return NEXT[key]
+    if key == "idle":
+        return f"--set batch_size={2 * batch}: the same Python for twice the images"
+    if isinstance(cores, int) and isinstance(threads, int) and threads < cores:
+        return f"OMP_NUM_THREADS={cores}: the run had {threads} of {cores} cores"
+    if run["dtype"] == "float32":
+        return "--set dtype=bfloat16, which halves the bytes, where this CPU multiplies it in hardware"
+    return f"--set batch_size={max(batch // 2, 1)}, so that more of a layer stays in the cache"
 
 
 def _share(ns: float, total_ns: float) -> str:
@@ -54,8 +60,8 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _losses(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Terms that could be won back, the largest first."""
+def _costs(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Terms of which something could be won back, the largest first."""
     return sorted((t for t in report["terms"] if t["recoverable_ns"] > 0), key=lambda t: -t["recoverable_ns"])
 
 
@@ -68,10 +74,16 @@ def headline(report: dict[str, Any]) -> str:
     ideal = next((t for t in report["terms"] if t["key"] == "ideal"), None)
     if ideal:
         text += f", of which the arithmetic needs {_s(ideal['ns'])} {_at(ideal)}"
-    losses = _losses(report)
-    if losses:
-        text += f"; the largest loss is {losses[0]['name']}, {_s(losses[0]['ns'])}"
+    costs = _costs(report)
+    if costs:
+        text += f"; the largest cost is {costs[0]['name']}, {_s(costs[0]['ns'])}{_above(costs[0])}"
     return text + "."
+
+
+def _above(term: dict[str, Any]) -> str:
+    """How much of it is above its floor, where it has one."""
+    rest = term["recoverable_ns"]
+    return f", {_s(rest)} of it more than its bytes need" if rest < term["ns"] else ""
 
 
 def _at(ideal: dict[str, Any]) -> str:
@@ -83,19 +95,23 @@ def sentences(report: dict[str, Any]) -> list[str]:
     total = sum(t["ns"] for t in report["terms"])
     if not total:
         return ["No training was recorded, so there is nothing to account for."]
-    said = []
-    advice = NEXT if report["run"].get("on_gpu") else NEXT | _NEXT_ON_CPU
-    for term in [t for t in _losses(report) if t["key"] != "residual"][:3]:
+    said: list[str] = []
+    for term in _costs(report)[:3]:
+        share = f"{_share(term['ns'], total)} of training{_above(term)}"
+        what_if = f"; without that {term['what_if']}" if term["what_if"] else ""
+        advice = f" Next: {_next(term, report)}."
         said.append(
-            f"{_capital(term['name'])} took {_s(term['ns'])}, {_share(term['ns'], total)} of training; "
-            f"{term['what_if'] or 'nothing else did'}. Next: {_next(term, advice)}."
+            f"{_capital(term['name'])}: {_s(term['ns'])}, {share}{what_if}."
+            + (advice if not any(line.endswith(advice) for line in said) else "")
         )
     for term in report["terms"]:
-        if term["ns"] < -0.02 * total:
+        if term["ns"] < -0.005 * total:
             said.append(
-                f"{_capital(term['name'])} is negative ({_s(term['ns'])}): the profiled pass and the timed run "
-                "disagree by that much, and no other term is known better."
+                f"{_capital(term['name'])} is {_s(term['ns'])}: the profiled pass and the timed run, or a model and "
+                "what was measured, differ by so much. Other terms may be wrong by as much."
             )
+    if (step := report["figures"]["step_s"])["value"] is not None:
+        said.append(f"A step took {1e3 * step['value']:.4g} ms in the median; {step['spread']}.")
     outside = [p for p in report["phases"] if p["name"] != "training"]
     wall = sum(p["ns"] for p in report["phases"])
     if outside and wall:
@@ -119,14 +135,6 @@ def sentences(report: dict[str, Any]) -> list[str]:
     if residual and residual["ns"] >= 0:
         said.append(f"{_s(residual['ns'])} ({_share(residual['ns'], total)}) of training remain unexplained.")
     return said
-
-
-def _next(term: dict[str, Any], advice: dict[str, str]) -> str:
-    largest = max(term.get("parts", []), key=lambda part: part["ns"], default=None)
-    if term["key"] != "idle" or largest is None:
-        return advice[term["key"]]
-    action = NEXT_IDLE.get(largest["name"], advice["idle"])
-    return f"for the largest part, {largest['name']} ({_s(largest['ns'])}), {action}"
 
 
 def assumption(report: dict[str, Any]) -> str:

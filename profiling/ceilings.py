@@ -8,7 +8,7 @@ a training can reach and hardly pass.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from kernels.conv_shape import RESNET_LAYERS, ConvShape
 from profiling.bench_records import fingerprint, machine
 from profiling.conv_cases import conv_backward
 from profiling.environment import device_name, environment
+from profiling.forms import COUNT, RATE, SECONDS, SHARE, fit
 from profiling.records import read_json
 from profiling.sustained import CpuWatch, CudaWatch, captured, sustain
 
@@ -34,6 +35,32 @@ GEMMS = {
     "cpu": ((1024, False), (2048, False), (2048, True)),
 }
 """(m = n = k, whether the second matrix is transposed in memory)."""
+
+_CEILING = {
+    "name": str,
+    "shape": str,
+    "value": RATE,
+    "median": RATE,
+    "unit": ("FLOP/s", "B/s", "s"),
+    "samples": COUNT,
+    "seconds": SECONDS,
+    "arithmetic": str,
+    "power_capped_share?": SHARE,
+}
+FORM = {
+    "version": VERSION,
+    "device": str,
+    "dtype": str,
+    "gemm": [_CEILING],
+    "convolutions": [_CEILING],
+    "copy": _CEILING,
+    "launch": _CEILING,
+    "sm_clock_mhz?": [(COUNT, None)],
+    "reasons?": [str],
+    "lacks": [str],
+    "fingerprint": str,
+}
+"""Of records/ceilings.json; see `profiling.forms`."""
 
 
 @dataclass(frozen=True)
@@ -106,23 +133,18 @@ class Ceilings:
     @classmethod
     def from_json(cls, record: Any) -> "Ceilings":
         """Raises ValueError for anything that `to_json` did not return."""
-        if not isinstance(record, dict) or record.get("version") != VERSION:
-            raise ValueError(f"ceilings: expected an object with version {VERSION}, as `profiling device --out` writes")
         try:
-            known = {field.name: record[field.name] for field in fields(cls)}
+            known = fit(record, FORM, "ceilings")
+            del known["version"]
             known |= {name: [Ceiling(**c) for c in known[name]] for name in ("gemm", "convolutions")}
             known |= {name: Ceiling(**known[name]) for name in ("copy", "launch")}
             for name in ("sm_clock_mhz", "reasons", "lacks"):
                 known[name] = None if known[name] is None else tuple(known[name])
-            found = cls(**known)
-            good = all(
-                isinstance(v, int | float) and v > 0 for v in (found.flops_per_s, found.bytes_per_s, found.launch_s)
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"ceilings: damaged ({type(error).__name__}: {error}); measure them again") from None
-        if not good:
-            raise ValueError("ceilings: a value is not a positive number; measure them again")
-        return found
+            if not known["gemm"]:
+                raise ValueError("ceilings has no matrix product")
+        except ValueError as error:
+            raise ValueError(f"{error}; measure them again") from None
+        return cls(**known)
 
 
 def reread(path: Path, device: torch.device, dtype: torch.dtype) -> Ceilings:

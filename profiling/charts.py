@@ -91,18 +91,19 @@ def waterfall(key: str, title: str, terms: Sequence[Record], order: Mapping[str,
     rows_axis = {
         "range": [len(bars) - 0.4, -0.6],
         "tickvals": positions,
-        "ticktext": [*(clip(name, 24) for name in names), "<b>sum</b>"],
+        "ticktext": [*(escape(name, 19, 38) for name in names), "<b>sum</b>"],
         "automargin": True,
         "ticks": "",
         "showgrid": False,
         "zeroline": False,
         "fixedrange": True,
-        "tickfont": {"color": colour("ink"), "size": 12},
+        "tickfont": {"color": colour("ink"), "size": 10},
     }
     low, high = min(0.0, *starts, *ends), max(*ends, 1e-9)
     seconds_axis = axis("seconds", range=[low, high + 0.16 * (high - low)], fixedrange=True, nticks=6)
     roomy = axis("seconds", range=[low, high + 0.34 * (high - low)], fixedrange=True, nticks=4)
     longer = {"ticktext": [*(clip(name, 40) for name in names), "<b>sum</b>"], "showticklabels": not beside}
+    longer["tickfont"] = {"color": colour("ink"), "size": 12}
     whole = layout(
         xaxis=seconds_axis, yaxis=rows_axis | longer, hovermode="y", bargap=0, margin=margin(left=10, right=4)
     )
@@ -111,13 +112,14 @@ def waterfall(key: str, title: str, terms: Sequence[Record], order: Mapping[str,
 
 def difference(compared: Record) -> Chart:
     """From run A's training to run B's by what each term gained or lost; see `profiling.compare.compare`."""
-    start = {"key": "a", "name": "A", "ns": number(compared, "a_ns"), "status": "measured", "source": "run A"}
+    first, last = compared["names"]
+    start = {"key": "a", "name": first, "ns": number(compared, "a_ns"), "status": "measured", "source": "run A"}
     gained = [
         {"key": text(row, "key"), "name": text(row, "name"), "ns": number(row, "difference_ns"), "source": "B less A"}
         for row in rows(compared, "terms")
     ]
     order = {term["key"]: term["name"] for term in [start, *gained]}
-    return waterfall("difference", "B", [start, *gained], order)
+    return waterfall("difference", last, [start, *gained], order)
 
 
 def learning_curve(report: Record, key: str, names: dict[str, str]) -> Chart:
@@ -144,7 +146,7 @@ def learning_curve(report: Record, key: str, names: dict[str, str]) -> Chart:
         shapes = [{"type": "line", **ends, "line": line("faint", 1, "dot")}]
     whole = layout(
         xaxis=axis("epoch", tick0=0, dtick=max(1, 5 * round(len(log) / 35)), tickformat="d"),
-        yaxis=axis(key, tickformat=".0%" if key == "accuracy" else "", nticks=6),
+        yaxis=axis("", tickformat=".3~p" if key == "accuracy" else ".4~g", nticks=6, automargin=True),
         hovermode="x",
         shapes=shapes,
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},

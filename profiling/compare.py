@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from profiling.errors import CommandError, RefusedError, ReportError
+from profiling.forms import COUNT, FACT, NUMBER, Number, clean
+from profiling.quantities import show
 from profiling.records import read_json, write_text
 
 if TYPE_CHECKING:
@@ -27,6 +29,24 @@ NAMED = {
 }
 """What two runs may differ in, and the entries of `run` that say so."""
 
+FIGURES = {"test_accuracy": 4, "images_per_s": 3, "step_s": 3, "peak_memory_bytes": 3}
+"""Figures that stand below the terms, and their digits."""
+
+_NS = Number(-(2.0**62), 2.0**62, whole=True)
+REPORT = {
+    "version": 1,
+    "title": str,
+    "status": ("complete", "incomplete"),
+    "doubts?": [str],
+    "lacks": [str],
+    "run": {"status": str, "images": (COUNT, None), "on_gpu": bool, str: FACT},
+    "environment": {str: FACT},
+    "phases": [{"name": str, "ns": COUNT}],
+    "terms": [{"key": str, "name": str, "ns": _NS}],
+    "figures": {str: {"label?": str, "value": (NUMBER, None), "unit": str}},
+}
+"""What is asked of a report.json; see `profiling.forms`."""
+
 SOFTWARE = ("python", "torch", "triton", "numpy", "gpu driver", "cpu", "cores", "threads")
 """Entries of a report's environment that are named where they differ, by how they end."""
 
@@ -36,21 +56,18 @@ def load(run: Path) -> dict[str, Any]:
     path = run if run.suffix == ".json" else run / "report.json"
     if path.exists():
         try:
-            report = read_json(path)
-            if report["version"] == 1 and report["terms"] is not None and report["run"] is not None:
-                return report
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return read_json(path, REPORT)
+        except (OSError, ValueError) as error:
             raise ReportError(f"{path} is no report: {error}; make it anew with python -m profiling report") from None
-        raise ReportError(f"{path} is a report of version {report['version']!r}, expected 1")
     from profiling.report import build
 
     return build(run)
 
 
-def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """The difference of two reports as a record, B less A in nanoseconds. Raises RefusedError."""
+def compare(a: dict[str, Any], b: dict[str, Any], names: tuple[str, str] = ("A", "B")) -> dict[str, Any]:
+    """The difference of two reports as a record, B less A in nanoseconds; `names` are theirs. Raises RefusedError."""
     _require_comparable(a, b)
-    of_a, of_b = ({t["key"]: t for t in report["terms"]} for report in (a, b))
+    of_a, of_b = (_terms(report, other) for report, other in ((a, b), (b, a)))
     keys = list(dict.fromkeys([*of_a, *of_b]))
     rows = []
     for key in keys:
@@ -60,17 +77,46 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     total_a, total_b = (sum(t["ns"] for t in report["terms"]) for report in (a, b))
     result = {
         "version": 1,
-        "a": a["title"],
-        "b": b["title"],
+        "names": list(names),
+        "titles": [a["title"], b["title"]],
+        "doubts": [f"{name}: {line}" for name, r in zip(names, (a, b), strict=True) for line in _doubts(r)],
         "differs": differences(a, b),
         "a_ns": total_a,
         "b_ns": total_b,
         "difference_ns": total_b - total_a,
         "terms": sorted(rows, key=lambda row: -abs(row["difference_ns"])),
         "phases": _phases(a, b),
-        "accuracy": [r["figures"]["test_accuracy"]["value"] for r in (a, b)],
+        "figures": _figures(a, b),
     }
-    return result | {"sentence": _sentence(result)}
+    return result | {"sentence": _sentence(result), "uncertainty": _uncertainty(result)}
+
+
+def _terms(report: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Terms by key. Where only one of the two has a data sheet, both are held against the measured ceiling."""
+    terms = {t["key"]: t for t in report["terms"]}
+    theirs = {t["key"]: t["name"] for t in other["terms"]}
+    if "ideal" in terms and "ideal" in theirs and terms["ideal"]["name"] != theirs["ideal"]:
+        gap = terms.pop("ceiling_gap", None)
+        ideal = terms.pop("ideal")
+        if gap is not None:  # the two together are at the ceiling
+            ideal = {"key": "ideal", "name": "ideal at the measured ceiling", "ns": ideal["ns"] + gap["ns"]}
+        terms = {ideal["name"]: ideal} | terms
+    return terms
+
+
+def _doubts(report: dict[str, Any]) -> list[str]:
+    return [*(report.get("doubts") or []), *report["lacks"]]
+
+
+def _figures(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, str]]:
+    """What both runs know of FIGURES, in words."""
+    rows = []
+    for key, digits in FIGURES.items():
+        one, other = (report["figures"].get(key) or {"value": None} for report in (a, b))
+        if one["value"] is not None and other["value"] is not None:
+            words = [show(figure["value"], figure["unit"], digits) for figure in (one, other)]
+            rows.append({"name": one["label"] or key.replace("_", " "), "a": words[0], "b": words[1]})
+    return rows
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
@@ -120,47 +166,75 @@ def _phases(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _sentence(c: dict[str, Any]) -> str:
     difference = c["difference_ns"]
-    if not difference or not c["terms"] or not c["a_ns"]:
+    (name_a, name_b), total_a, total_b = c["names"], c["a_ns"], c["b_ns"]
+    if not difference or not c["terms"] or not total_a or not total_b:
         return "The two runs took the same time."
-    word = "faster" if difference < 0 else "slower"
+    word, times = ("faster", total_a / total_b) if difference < 0 else ("slower", total_b / total_a)
     text = (
-        f"B is {abs(difference) / 1e9:.4g} s {word} than A ({c['a_ns'] / 1e9:.4g} to {c['b_ns'] / 1e9:.4g} s, "
-        f"{c['a_ns'] / c['b_ns']:.3g} times as fast)"
+        f"{name_b} is {seconds(abs(difference))} s {word} than {name_a}: {seconds(total_a)} to {seconds(total_b)} s, "
+        f"{times:.3g} times {word}"
     )
-    same = [t for t in c["terms"] if t["difference_ns"] * difference > 0]
-    against = [t for t in c["terms"] if t["difference_ns"] * difference < 0]
-    text += f"; most of it in {same[0]['name']} ({same[0]['difference_ns'] / 1e9:+.4g} s)"
+    known = [t for t in c["terms"] if t["key"] != "residual"]
+    same = [t for t in known if t["difference_ns"] * difference > 0]
+    against = [t for t in known if t["difference_ns"] * difference < 0]
+    if same:
+        share = same[0]["difference_ns"] / difference
+        text += f"; the largest part is {same[0]['name']} ({signed(same[0]['difference_ns'])} s, {share:.0%})"
     if against and abs(against[0]["difference_ns"]) > 0.1 * abs(difference):
-        text += f", against {against[0]['name']} ({against[0]['difference_ns'] / 1e9:+.4g} s)"
-    return text + "."
+        text += f", against {against[0]['name']} ({signed(against[0]['difference_ns'])} s)"
+    return f"{text}."
+
+
+def _uncertainty(c: dict[str, Any]) -> str:
+    """Both residuals, which no term of the difference is surer than."""
+    residual = next(t for t in c["terms"] if t["key"] == "residual")
+    (name_a, name_b), a, b = c["names"], residual["a_ns"], residual["b_ns"]
+    return (
+        f"Unexplained are {signed(a)} s of {name_a} ({a / c['a_ns']:.1%}) and {signed(b)} s of {name_b} "
+        f"({b / c['b_ns']:.1%}): a term may be wrong by {seconds(abs(a) + abs(b))} s."
+    )
+
+
+def seconds(ns: float) -> str:
+    """To the millisecond; below 10 s three digits suffice."""
+    return f"{ns / 1e9:.4g}"
+
+
+def signed(ns: float) -> str:
+    """A difference in seconds with its sign; none where it rounds to nothing."""
+    text = f"{ns / 1e9:+.3f}"
+    return "0.000" if not text.strip("+-0.") else text
 
 
 BAR = 24
 
 
 def lines(c: dict[str, Any]) -> list[str]:
-    """The comparison as text: what differs, the waterfall from A to B, the phases, the sentence."""
+    """The comparison as text: what differs, the waterfall from A to B, the phases, the figures, the sentence."""
     largest = max([abs(t["difference_ns"]) for t in c["terms"]] + [1])
-    text = [f"A  {c['a']}", f"B  {c['b']}", ""]
+    text = [f"{letter}  {name}: {title}" for letter, name, title in zip("AB", c["names"], c["titles"], strict=True)]
+    text += ["", *(f"IN DOUBT: {line}" for line in c["doubts"])]
     text += [f"differs in {line}" for line in c["differs"]] or ["they differ in nothing but time"]
     text += ["", f"{'':<44}{'A, s':>10}{'B, s':>10}{'B - A':>10}"]
-    text.append(f"{'training':<44}{c['a_ns'] / 1e9:>10.3f}{c['b_ns'] / 1e9:>10.3f}{c['difference_ns'] / 1e9:>+10.3f}")
+
+    def line(name: str, row: dict[str, Any]) -> str:
+        return f"{name:<44}{row['a_ns'] / 1e9:>10.3f}{row['b_ns'] / 1e9:>10.3f}{signed(row['b_ns'] - row['a_ns']):>10}"
+
+    text.append(line("training", c))
     for t in c["terms"]:
         bar = ("-" if t["difference_ns"] < 0 else "+") * round(BAR * abs(t["difference_ns"]) / largest)
-        figures = f"{t['a_ns'] / 1e9:>10.3f}{t['b_ns'] / 1e9:>10.3f}{t['difference_ns'] / 1e9:>+10.3f}"
-        text.append(f"  {t['name'][:41]:<42}{figures}  {bar}".rstrip())
-    text.append("")
-    for p in c["phases"]:
-        figures = f"{p['a_ns'] / 1e9:>10.3f}{p['b_ns'] / 1e9:>10.3f}{(p['b_ns'] - p['a_ns']) / 1e9:>+10.3f}"
-        text.append(f"{'phase ' + p['name']:<44}{figures}")
-    if None not in c["accuracy"]:
-        text.append(f"{'test accuracy':<44}{c['accuracy'][0]:>10.2%}{c['accuracy'][1]:>10.2%}")
-    return [*text, "", c["sentence"]]
+        text.append(f"{line('  ' + t['name'][:41], t)}  {bar}".rstrip())
+    text += ["", *(line(f"phase {p['name']}", p) for p in c["phases"])]
+    text += [f"{f['name']:<44}{f['a']:>14}{f['b']:>14}" for f in c["figures"]]
+    return [*text, "", c["sentence"], c["uncertainty"]]
 
 
 def run(run_a: Path, run_b: Path, out: Path | None, as_json: bool, terminal: "Terminal") -> int:
     """Say how two runs differ, and draw it to `out`; the exit code. Raises ReportError, RefusedError, CommandError."""
-    compared = compare(load(run_a), load(run_b))
+    names = [path.parent.name if path.suffix == ".json" else path.resolve().name for path in (run_a, run_b)]
+    if names[0] == names[1]:
+        names = [str(run_a), str(run_b)]
+    compared = compare(load(run_a), load(run_b), clean(names))
     if out is not None:
         from profiling.page import render_comparison
 

@@ -16,7 +16,10 @@ MOST = 300
 
 @dataclass(frozen=True)
 class Tile:
-    """A key figure. `number` is MISSING where there is none, and then `source` is the reason."""
+    """A key figure. `number` is MISSING where there is none, and then `source` is the reason.
+
+    `spread` says between which values it lies, where that is known.
+    """
 
     label: str
     number: str
@@ -24,15 +27,17 @@ class Tile:
     status: str
     source: str
     exact: str
+    spread: str = ""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """`text`, with `under` in small print below it; `bar` is a length in 0..1 to draw beside it."""
+    """`text`, with `under` in small print below it; `bar` is a length in 0..1 to draw beside it, 1 if it is `over`."""
 
     text: str
     under: str = ""
     bar: float | None = None
+    over: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,9 @@ def tiles(report: Record) -> list[Tile]:
         exact = "" if value is None else f"{value!r} {unit}".strip()
         status = "unavailable" if value is None else text(figure, "status")
         source = text(figure, "source") or ("no reason was given" if value is None else "")
-        found.append(Tile(text(figure, "label") or key, shown, shown_unit, status, source, exact))
+        found.append(
+            Tile(text(figure, "label") or key, shown, shown_unit, status, source, exact, text(figure, "spread"))
+        )
     return found
 
 
@@ -165,7 +172,7 @@ def kernels(report: Record, key: str = "kernels") -> Table:
             Cell(flops[i]),
             Cell(moved[i]),
             Cell(text(record, "bound") or MISSING),
-            Cell(roofs[i], bar=_length(number(record, "roof_fraction"), 1.0)),
+            _of_roof(roofs[i], number(record, "roof_fraction")),
             Cell(text(record, "category")),
         )
         for i, record in enumerate(records)
@@ -182,6 +189,10 @@ def kernels(report: Record, key: str = "kernels") -> Table:
         "category",
     )
     return Table(columns, lines, frozenset({0, 6, 8}), omitted=len(rows(report, key)) - len(records))
+
+
+def _of_roof(shown: str, fraction: float | None) -> Cell:
+    return Cell(shown, bar=_length(fraction, 1.0), over=fraction is not None and fraction > 1.005)
 
 
 def roofs(report: Record) -> Table:
@@ -266,14 +277,15 @@ def unplaced(report: Record) -> str:
 def environment(report: Record) -> list[tuple[str, str]]:
     """The run and where it took place, name by name."""
     run, place = part(report, "run"), part(report, "environment")
-    pairs = [*run.items(), *((k, v) for k, v in place.items() if k != "version" and run.get(k, not v) != v)]
-    return [(key.replace("_", " "), plain(value)) for key, value in pairs]
+    said = {"version", "device", "git_sha", "git_dirty", "date"}  # of the run
+    pairs = [*run.items(), *((k, v) for k, v in place.items() if k not in said)]
+    return [(key.replace("_", " ").removeprefix("packages "), plain(value)) for key, value in pairs]
 
 
 def lacks(report: Record) -> list[str]:
     """What the account lacks, and each figure that is unavailable with its reason."""
     missing = [f"{tile.label}: {tile.source}" for tile in tiles(report) if tile.status == "unavailable"]
-    return texts(report, "lacks") + missing
+    return texts(report, "doubts") + texts(report, "lacks") + missing
 
 
 def _row(record: Record, key: str, *cells: Cell, child: bool = False) -> Row:

@@ -19,6 +19,9 @@ def render_markdown(report: Record) -> str:
     """The report as GitHub's Markdown, whatever of it is null, empty or hostile; the same text for the same report."""
     report = clean(report)
     lines = [f"# {escape(text(report, 'title') or 'A training run, accounted for')}", ""]
+    if texts(report, "doubts"):
+        lines += ["> **IN DOUBT.** These figures cannot all be right.", ""]
+        lines += [*(f"> - {escape(doubt, 1000)}" for doubt in texts(report, "doubts")), ""]
     lines += [f"**{escape(text(report, 'headline') or 'No account of this run could be given.', 1000)}**", ""]
     lines += ["; ".join(f"{name} {escape(value)}" for name, value in head(report)), ""]
     warning = data_warning(report)
@@ -47,7 +50,8 @@ def render_markdown(report: Record) -> str:
     layers = content.kernels(report, "layers")
     lines += section("Convolution layers, pass by pass", layers, "No layer could be told apart.", KERNELS)
     lines += section("The least time, by passes over memory", content.floors(report), "No bandwidth is known.")
-    lines += section("From the article's 256 s to this run", content.levers(report), "The run cannot be compared.")
+    no_levers = escape(text(report, "no_levers") or "the run cannot be compared", 1000)
+    lines += section("From the article's 256 s to this run", content.levers(report), f"Unavailable: {no_levers}.")
     lines += section("Learning curve", content.epochs(report), "No epoch was logged.")
     lines += ["## What this account lacks", ""]
     lines += [f"- {escape(lack, 1000)}" for lack in content.lacks(report)] or ["Nothing that it knows of."]

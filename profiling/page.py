@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from profiling import content
 from profiling.charts import charts, difference
+from profiling.compare import signed
 from profiling.errors import ReportError
 from profiling.plot import Chart
 from profiling.telemetry_table import telemetry_table
@@ -31,7 +32,7 @@ SECTIONS = (
     ("next", "What next"),
     ("phases", "Phases"),
     ("roofline", "Roofline"),
-    ("timeline", "Timeline"),
+    ("timeline", "Clocks, power, activity"),
     ("kernels", "Kernels"),
     ("floors", "Floors and levers"),
     ("learning", "Learning curve"),
@@ -58,6 +59,7 @@ def render_html(report: Record) -> str:
         run=head(report),
         data_warning=data_warning(report),
         incomplete=report.get("status") != "complete",
+        doubts=texts(report, "doubts"),
         lacks=texts(report, "lacks"),
         all_lacks=content.lacks(report),
         tiles=content.tiles(report),
@@ -73,6 +75,7 @@ def render_html(report: Record) -> str:
         telemetry=telemetry_table(report),
         floors=content.floors(report),
         levers=content.levers(report),
+        no_levers=text(report, "no_levers") or "the run cannot be compared",
         epochs=content.epochs(report),
         environment=content.environment(report),
     )
@@ -94,16 +97,19 @@ def render_comparison(compared: Record) -> str:
     return _template("compare.html.jinja").render(
         **assets([chart]),
         chart=chart,
-        a=compared["a"],
-        b=compared["b"],
+        names=compared["names"],
+        titles=compared["titles"],
+        doubts=compared["doubts"],
+        figures=compared["figures"],
         sentence=compared["sentence"],
+        uncertainty=compared["uncertainty"],
         differs=compared["differs"],
         rows=[
             {
                 "name": row["name"],
                 "a": f"{row['a_ns'] / 1e9:.3f}",
                 "b": f"{row['b_ns'] / 1e9:.3f}",
-                "difference": f"{(row['b_ns'] - row['a_ns']) / 1e9:+.3f}",
+                "difference": signed(row["b_ns"] - row["a_ns"]),
             }
             for row in [training, *compared["terms"], *phases]
         ],

@@ -74,7 +74,7 @@ def column(
     """Numbers to be read below each other: one unit and prefix and as many decimals for all, and that unit.
 
     The largest gets `digits` digits, a share's as if it were 100 %; or `like` does, where the largest is not typical.
-    What would round to zero is "<" the smallest that would not. None is MISSING.
+    What would round to zero is "<" the smallest that would not, behind a minus where it is negative. None is MISSING.
     """
     typical = like or max((abs(value) for value in values if value is not None), default=0.0)
     factor, shown = scale(typical, unit)
@@ -88,7 +88,7 @@ def column(
             return MISSING
         number = value * factor
         if value and abs(number) < 0.5 * 10**-places:
-            return f"<{10**-places:.{places}f}" if value > 0 else f">\N{MINUS SIGN}{10**-places:.{places}f}"
+            return f"<{10**-places:.{places}f}" if value > 0 else f"\N{MINUS SIGN}<{10**-places:.{places}f}"
         return f"{number:,.{places}f}".replace("-", "\N{MINUS SIGN}") if abs(number) < 1e12 else significant(number)
 
     return [written(value) for value in values], shown

@@ -10,8 +10,14 @@ import json
 import math
 import os
 import secrets
+import stat
 from pathlib import Path
 from typing import Any
+
+from profiling.forms import fit
+
+LARGEST_BYTES = 1 << 28
+"""Of a record: a day's telemetry is smaller. What is larger is not read."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -44,9 +50,31 @@ def _write(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
-def read_json(path: Path) -> Any:
-    """The document at `path`. Raises ValueError naming the file where it is not JSON, and OSError."""
-    return _decode(Path(path).read_bytes(), str(path))
+def read_bytes(path: Path, limit: int = LARGEST_BYTES) -> bytes:
+    """The file at `path`. Raises ValueError naming it where it is no regular file, or larger than `limit`, and OSError.
+
+    A pipe, a device or a folder is never waited for or read.
+    """
+    require_regular(path, limit)
+    return Path(path).read_bytes()
+
+
+def require_regular(path: Path, limit: int = LARGEST_BYTES) -> None:
+    """Raises as `read_bytes` does, for what it would."""
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"{path} is not a regular file; expected a record written by this program")
+    if about.st_size > limit:
+        raise ValueError(f"{path} has {about.st_size:,} bytes, expected at most {limit:,}")
+
+
+def read_json(path: Path, form: Any = None) -> Any:
+    """The document at `path`, of that `profiling.forms` form if one is given.
+
+    Raises ValueError naming the file where it is not JSON or not of the form, and as `read_bytes` does.
+    """
+    value = _decode(read_bytes(path), str(path))
+    return value if form is None else fit(value, form, Path(path).name)
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
@@ -74,10 +102,14 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
             raise
 
 
-def read_jsonl(path: Path) -> list[Any]:
-    """Every row of `path` but a torn last one. Raises ValueError naming file and line of a damaged row, and OSError."""
-    *lines, _torn = Path(path).read_bytes().split(b"\n")
-    return [_decode(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+def read_jsonl(path: Path, form: Any = None) -> list[Any]:
+    """Every row of `path` but a torn last one, each of `form` if one is given.
+
+    Raises ValueError naming file and line of a damaged row, and as `read_bytes` does.
+    """
+    *lines, _torn = read_bytes(path).split(b"\n")
+    rows = [_decode(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    return rows if form is None else [fit(row, form, f"{Path(path).name}[{i}]") for i, row in enumerate(rows)]
 
 
 def _encode(value: Any, indent: int | None) -> str:
@@ -87,9 +119,17 @@ def _encode(value: Any, indent: int | None) -> str:
 
 def _decode(data: bytes, where: str) -> Any:
     try:
-        return json.loads(data)
+        return json.loads(data, parse_constant=_not_json, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error}); expected a record written by this program") from None
+
+
+def _not_json(word: str) -> None:
+    raise ValueError(f"{word} is no number")
+
+
+def _finite(digits: str) -> float:
+    return number if math.isfinite(number := float(digits)) else _not_json(digits[:40])
 
 
 def _require_finite(value: Any, key: str) -> None:

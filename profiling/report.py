@@ -5,6 +5,7 @@
 
 import math
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from profiling import account
@@ -14,14 +15,19 @@ from profiling.evidence import Analysis, Run, analyse, read
 from profiling.figures import Figure, measured, modelled, quoted, unavailable
 from profiling.floors import CUTS, FUSED_PASSES, FUSED_SAYS, floor_ns, fused_kernels, kernels
 from profiling.flops import V100_FLOPS_PER_S
+from profiling.forms import clean
 from profiling.markdown import render_markdown
 from profiling.page import render_html
 from profiling.records import write_json, write_text
-from profiling.roofline import Roofs, Row, kernel_rows, layer_rows
+from profiling.roofline import Roofs, Row, layer_rows
 from profiling.specifications import boost_mhz, specification
 from profiling.timeline import timeline
 
 VERSION = 1
+OF_GPUS = ("mfu", "mfu_at_clock", "sm_clock_hz", "throttled_share", "energy_j")
+"""Figures that a CPU cannot have: no driver says so much of it, and no data sheet's peak is known."""
+TARGET_ACCURACY = 0.94
+"""That the article's 256 s are the time to (quoted)."""
 V100 = specification("Tesla V100-SXM2-16GB")
 """The article's GPU."""
 
@@ -33,22 +39,23 @@ def build(folder: Path) -> dict[str, Any]:
     s, total_ns = run.summary, a.evidence.training_ns
     roofs = Roofs(a.evidence.ceiling or a.evidence.peak, a.evidence.bandwidth)
     work = a.rows.get("ops", [])
-    terms = [t.to_json(total_ns, recoverable=t.key != "ideal") for t in a.terms]
+    terms = [t.to_json(total_ns) for t in a.terms]
     report = {
         "version": VERSION,
-        "title": f"{s.get('preset')} on {s.get('device')}",
-        "status": "incomplete" if a.lacks else "complete",
+        "title": f"{s['preset']} on {s['device']}",
+        "status": "incomplete" if a.lacks or a.doubts else "complete",
+        "doubts": a.doubts,
         "lacks": a.lacks,
         "run": _run_facts(run),
         "environment": _flat(run.environment),
-        "figures": {key: f.to_json(label) for key, (label, f) in _figures(run, a).items()},
+        "figures": _figures(run, a),
         "phases": _phases(run),
         "terms": terms,
         "article": _article(a, run),
-        "levers": _levers(a, run),
+        **_levers(a, run),
         "profiled": _profiled(a),
         "floors": _floors(a),
-        "kernels": _kernels(a, run, roofs),
+        "kernels": _kernels(a, run),
         "layers": [_sourced(r, a) for r in layer_rows(a.timed, work, a.active_steps, roofs)] if a.timed else [],
         "roofs": _roofs(a, run),
         "timeline": timeline(run.phases, run.telemetry),
@@ -57,7 +64,7 @@ def build(folder: Path) -> dict[str, Any]:
     report["headline"] = headline(report)
     report["sentences"] = sentences(report)
     report["assumption"] = assumption(report)
-    return report
+    return clean(report)
 
 
 def write(folder: Path) -> tuple[dict[str, Any], str | None]:
@@ -89,14 +96,14 @@ def _run_facts(run: Run) -> dict[str, Any]:
         ("preset", "data_identity", "data_source", "device", "dtype", "ops", "step", "epochs", "steps", "seed"),
     )
     return {
-        **{key: s.get(key) for key in keys},
+        **{key: s[key] for key in keys},
         "batch_size": run.config.get("batch_size"),
         "images": run.work["images"] if run.work else None,
-        "git_sha": s.get("git_sha"),
+        "git_sha": s["git_sha"],
         "dirty": run.environment.get("git_dirty"),
         "date": run.environment.get("date"),
-        "status": s.get("status"),
-        "on_gpu": run.environment.get("gpu") is not None,
+        "status": s["status"],
+        "on_gpu": run.environment["gpu"] is not None,
     }
 
 
@@ -111,7 +118,21 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _figures(run: Run, a: Analysis) -> dict[str, tuple[str, Figure]]:
+def _step(a: Analysis) -> dict[str, Any]:
+    """The median of the timed run's steps, and in `spread` where nine in ten of them lie."""
+    label, steps = "a step, median", a.step_ns
+    if not steps:
+        return unavailable("s", "the timed run's steps are not known").to_json(label) | {"spread": ""}
+    low, high = (steps[round(share * (len(steps) - 1))] / 1e6 for share in (0.05, 0.95))
+    spread = f"nine in ten took {low:.4g} to {high:.4g} ms"
+    step_s = median(steps) / 1e9
+    return measured(step_s, "s", f"of {len(steps):,} steps of the timed run; {spread}").to_json(label) | {
+        "spread": spread
+    }
+
+
+def _figures(run: Run, a: Analysis) -> dict[str, dict[str, Any]]:
+    """The key figures; those that only a GPU has are left out on a CPU."""
     s, e = run.summary, a.evidence
     seconds = e.training_ns / 1e9
     rate = e.flops / seconds if seconds and e.flops else None
@@ -123,23 +144,20 @@ def _figures(run: Run, a: Analysis) -> dict[str, tuple[str, Figure]]:
         return measured(rate / peak, "share", source)
 
     def of_summary(key: str, unit: str, source: str) -> Figure:
-        return (
-            unavailable(unit, "the run did not get that far") if s.get(key) is None else measured(s[key], unit, source)
-        )
+        return unavailable(unit, "the run did not get that far") if s[key] is None else measured(s[key], unit, source)
 
     clock = "monotonic clock of the run"
-    on_cpu = "a CPU has no data sheet's peak here; see the share of the measured ceiling"
-    no_peak = on_cpu if not run.environment.get("gpu") else "this GPU's data sheet is not in the table"
+    no_peak = "this GPU's data sheet is not in the table"
     figures = {
         "training_s": ("training", measured(seconds, "s", clock)),
-        "train_plus_eval_s": ("with preprocessing and evaluation", of_summary("train_plus_eval_s", "s", clock)),
+        "train_plus_eval_s": ("training, evaluation", of_summary("train_plus_eval_s", "s", clock)),
         "wall_s": ("process", of_summary("wall_s", "s", clock)),
         "test_accuracy": (
             "test accuracy",
-            of_summary("test_accuracy", "share", f"test images, {s.get('data_identity')} data, n = 1"),
+            of_summary("test_accuracy", "share", f"test images, {s['data_identity']} data, n = 1"),
         ),
         "images_per_s": (
-            "images a second",
+            "throughput",
             of_summary("images_per_s", "1/s", "training images over preprocessing and training"),
         ),
         "flops": (
@@ -185,7 +203,9 @@ def _figures(run: Run, a: Analysis) -> dict[str, tuple[str, Figure]]:
         "throttled_share": ("throttled", run.telemetry.throttled_share()),
         "energy_j": ("energy", run.telemetry.energy()),
     }
-    return figures
+    left_out = () if e.on_gpu else OF_GPUS
+    records = {key: figure.to_json(label) for key, (label, figure) in figures.items() if key not in left_out}
+    return {"training_s": records.pop("training_s"), "step_s": _step(a), **records}
 
 
 def _windows(run: Run) -> list[tuple[int, int]]:
@@ -228,16 +248,15 @@ def _article(a: Analysis, run: Run) -> dict[str, Any]:
         V100.bytes_per_s,
         run.work["article_flops_per_image"],
     )
-    return {"title": title, "total_ns": total_ns, "terms": [t.to_json(total_ns, t.key != "ideal") for t in terms]}
+    return {"title": title, "total_ns": total_ns, "terms": [t.to_json(total_ns) for t in terms]}
 
 
-def _kernels(a: Analysis, run: Run, roofs: Roofs) -> list[dict[str, Any]]:
+def _kernels(a: Analysis, run: Run) -> list[dict[str, Any]]:
     """With what Nsight Compute counted, where it did: bytes of DRAM, and the tensor cores' activity, per launch."""
-    rows = kernel_rows(a.timed, a.rows.get("ops", []), a.active_steps, roofs) if a.timed else []
-    counted = [run.counters.get(row.name) for row in rows]
+    counted = [run.counters.get(row.name) for row in a.kernels]
     return [
         _sourced(row, a) | {"dram_bytes": c.dram_bytes if c else None, "tensor_active": c.tensor_active if c else None}
-        for row, c in zip(rows, counted, strict=True)
+        for row, c in zip(a.kernels, counted, strict=True)
     ]
 
 
@@ -260,18 +279,29 @@ def _profiled(a: Analysis) -> dict[str, Any]:
     }
 
 
-def _levers(a: Analysis, run: Run) -> list[dict[str, Any]]:
-    peak, seconds = a.evidence.peak or a.evidence.ceiling, run.summary.get("train_plus_eval_s")
-    if not peak or not seconds or not a.evidence.flops or not run.work:
-        return []
+def _levers(a: Analysis, run: Run) -> dict[str, Any]:
+    """The factors between the article's 256 s and this run, or the `reason` why the two say nothing of each other."""
+    peak, seconds = a.evidence.peak or a.evidence.ceiling, run.summary["train_plus_eval_s"]
+    accuracy = run.summary["test_accuracy"]
+    reason = ""
+    if run.summary["data_identity"] == "synthetic":
+        reason = "the images are synthetic, and the article's are not"
+    elif accuracy is None or accuracy < TARGET_ACCURACY:
+        reached = "no accuracy is known" if accuracy is None else f"it reached {accuracy:.2%}"
+        reason = f"{reached}, and the article's 256 s are the time to {TARGET_ACCURACY:.0%}"
+    elif not peak or not seconds or not a.evidence.flops:
+        reason = "its work, its time or this device's peak is not known"
+    if reason:
+        return {"levers": [], "no_levers": reason}
     article_flops = account.ARTICLE_IMAGES * run.work["article_flops_per_image"]
     factors = account.levers(a.evidence.flops, seconds, peak, article_flops, V100_FLOPS_PER_S)
     whose = "data sheet's peak" if a.evidence.peak else "measured ceiling"
     source = f"256 s (quoted) over this run's training with evaluation, at the {whose}"
-    return [
+    rows = [
         {"name": name, "factor": factor, "log": math.log(factor), "status": "modelled", "source": source}
         for name, factor in factors
     ]
+    return {"levers": rows, "no_levers": ""}
 
 
 def _floors(a: Analysis) -> list[dict[str, Any]]:
@@ -296,7 +326,7 @@ def _floors(a: Analysis) -> list[dict[str, Any]]:
 def _roofs(a: Analysis, run: Run) -> dict[str, list[dict[str, Any]]]:
     compute, bandwidth = [], []
     if run.ceilings:
-        source = f"`ceilings.json`, {run.ceilings.dtype}"
+        source = f"ceilings.json, {run.ceilings.dtype}"
         compute.append(measured(run.ceilings.flops_per_s, "FLOP/s", source).to_json("measured ceiling"))
         bandwidth.append(measured(run.ceilings.bytes_per_s, "B/s", source).to_json("measured copy"))
     if a.specification:

@@ -31,6 +31,8 @@ def run(folder: Path, strict: bool, terminal: "Terminal") -> int:
 
 def say(report: dict[str, Any], file: Path, terminal: "Terminal") -> None:
     """The report in sentences, and the file that it is in."""
+    for line in report["doubts"]:
+        terminal.warn(line)
     terminal.say(report["headline"], "bold")
     for line in (*report["sentences"], report["assumption"]):
         terminal.say(line)
@@ -42,7 +44,7 @@ def say(report: dict[str, Any], file: Path, terminal: "Terminal") -> None:
 def _require_consistent(report: dict[str, Any]) -> None:
     share = residual_share(report)
     if report["status"] != "complete":
-        raise InconsistentError("the account is incomplete; the lines above say what it lacks")
+        raise InconsistentError("the account is incomplete or in doubt; the lines above say why")
     if share is None or share > RESIDUAL_LIMIT:
         seen = "no residual" if share is None else f"{share:.1%}"
         raise InconsistentError(

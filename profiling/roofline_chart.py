@@ -70,7 +70,9 @@ def roofline(report: Record) -> Chart:
         margin=margin(left=56),
     )
     shown = tuple(group for group, members in groups.items() if members)
-    return Chart("roofline", "Roofline", 480, data, whole, groups=shown)
+    # on a phone the slope has no room for its label, which the tables and the tips have too
+    narrow = {"annotations": whole["annotations"][:1]}
+    return Chart("roofline", "Roofline", 480, data, whole, narrow, groups=shown)
 
 
 def _of_kernel(row: Record) -> str:

@@ -37,9 +37,9 @@ def closing_lines(summary: dict[str, Any]) -> list[str]:
     """The end of a complete run in three lines."""
     s = summary
     what = "synthetic images, not CIFAR-10" if s["data_identity"] == "synthetic" else f"{s['data_identity']} data"
-    memory = "unknown" if s["peak_memory_bytes"] is None else f"{s['peak_memory_bytes'] / 2**20:,.0f} MB"
+    memory = "unknown" if s["peak_memory_bytes"] is None else f"{s['peak_memory_bytes'] / 1e6:,.0f} MB"
     if s["peak_reserved_bytes"] is not None:
-        memory += f" in tensors, {s['peak_reserved_bytes'] / 2**20:,.0f} MB reserved"
+        memory += f" in tensors, {s['peak_reserved_bytes'] / 1e6:,.0f} MB reserved"
     return [
         f"test accuracy {s['test_accuracy']:.2%} after {s['epochs']} epochs ({what}, n = 1)",
         f"training {s['train_s']:.2f} s (with preprocessing, as DAWNBench counts) + evaluation {s['eval_s']:.2f} s "

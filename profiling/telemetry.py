@@ -19,7 +19,7 @@ from typing import Any
 from profiling import figures, nvml, sampler
 from profiling.figures import Figure
 from profiling.nvml import GpuSample
-from profiling.records import append_jsonl
+from profiling.records import append_jsonl, read_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_S = 2.0
@@ -150,11 +150,13 @@ class Telemetry:
 def read(path: Path) -> Telemetry:
     """What a recorder left at `path`. Never raises: a file that is absent, empty or damaged is named in `lacks`."""
     try:
-        *lines, torn = Path(path).read_bytes().split(b"\n")
+        *lines, torn = read_bytes(path).split(b"\n")
     except FileNotFoundError:
         return _nothing("the sampler left no file")
     except OSError as error:
         return _nothing(f"its file cannot be read: {error.strerror or error}")
+    except ValueError as error:
+        return _nothing(str(error))
     rows = [_row(line) for line in lines]
     if not rows or not isinstance(first := rows[0], dict) or "unavailable" not in first:
         return _nothing("the sampler ended before its first row" if not lines else "its file is not a recording")
@@ -211,8 +213,10 @@ def _number(value: Any) -> float | int | None:
 
 
 def _sample(row: Any) -> GpuSample | None:
-    """The row as a sample; None for one without a time, and for what is no row at all."""
-    if not isinstance(row, dict) or not isinstance(_number(row.get("t_ns")), int):
+    """The row as a sample; None for one without a time or with another field, and for what is no row at all."""
+    if not isinstance(row, dict) or not row.keys() <= set(GpuSample._fields):
+        return None
+    if not isinstance(_number(row.get("t_ns")), int):
         return None
     values = {field: _number(row.get(field)) for field in GpuSample._fields if field != "reasons"}
     reasons = row.get("reasons")

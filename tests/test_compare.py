@@ -26,10 +26,60 @@ def test_differences_of_terms_sum_to_that_of_the_stopwatch(pair):
     c = compare(*pair)
     assert c["difference_ns"] == -500_000_000 == sum(t["difference_ns"] for t in c["terms"])
     assert [t["key"] for t in c["terms"][:2]] == ["batch norm", "idle"]
-    assert "0.5 s faster" in c["sentence"]
-    assert "-1 s" in c["sentence"]
-    assert "against" in c["sentence"]
-    assert c["differs"] == []
+    assert c["sentence"] == (
+        "B is 0.5 s faster than A: 9.732 to 9.232 s, 1.05 times faster; the largest part is batch norm and fused "
+        "epilogues (-1.000 s, 200%), against idle (+0.500 s)."
+    )
+    assert c["uncertainty"] == (
+        "Unexplained are +0.037 s of A (0.4%) and +0.037 s of B (0.4%): a term may be wrong by 0.074 s."
+    )
+    assert (c["differs"], c["doubts"]) == ([], [])
+
+
+def test_what_is_slower_is_said_to_be_slower():
+    a, b = report_sample.gpu(), report_sample.gpu()
+    b["terms"][0]["ns"] *= 4
+    assert "times slower" in compare(a, b)["sentence"]
+    assert "as fast" not in compare(a, b)["sentence"]
+
+
+def test_a_data_sheets_ideal_is_not_compared_with_a_measured_one(pair):
+    """Ideal and gap of the one are together what the other calls ideal; without a gap the two are rows of their own."""
+    a, b = pair
+    b["terms"] = [t for t in b["terms"] if t["key"] != "ceiling_gap"]
+    b["terms"][0]["name"] = "ideal at the measured ceiling"
+    rows = {row["name"]: row for row in compare(a, b)["terms"]}
+    assert rows["ideal at the measured ceiling"]["a_ns"] == 4_870_000_000 + 1_231_000_000
+    assert "ideal at the data sheet's peak" not in rows
+    a["terms"] = [t for t in a["terms"] if t["key"] != "ceiling_gap"]
+    found = compare(a, b)
+    rows = {row["name"]: (row["a_ns"], row["b_ns"]) for row in found["terms"]}
+    assert rows["ideal at the data sheet's peak"] == (4_870_000_000, 0)
+    assert rows["ideal at the measured ceiling"] == (0, 4_870_000_000)
+    assert sum(t["difference_ns"] for t in found["terms"]) == found["difference_ns"]
+
+
+def test_doubts_of_either_account_are_said_first(pair):
+    pair[1]["doubts"] = ["Idle is -1 s."]
+    c = compare(*pair, ("one", "two"))
+    assert c["doubts"] == ["two: Idle is -1 s."]
+    assert "IN DOUBT: two: Idle is -1 s." in lines(c)
+    page = render_comparison(c)
+    assert page.index("two: Idle is -1 s.") < page.index("<h1>")
+
+
+def test_what_the_runs_reached_stands_below(pair):
+    pair[1]["figures"]["test_accuracy"]["value"] = 0.9
+    page, text = render_comparison(compare(*pair)), "\n".join(lines(compare(*pair)))
+    for words in ("94.07", "90.00", "2.84"):
+        assert words in page
+        assert words in text
+
+
+def test_nothing_is_no_difference(pair):
+    text = "\n".join(lines(compare(*pair)))
+    assert "-0.000" not in text
+    assert "+0.000" not in text
 
 
 def test_a_term_that_only_one_has_is_compared_with_nothing(pair):
@@ -78,7 +128,9 @@ def test_the_text_shows_every_term_and_the_sentence(pair):
     assert all(any(t["name"][:41] in line for line in text) for t in pair[0]["terms"])
     longest = max(text, key=lambda line: line.count("-") if line.startswith("  ") else 0)
     assert "batch norm" in longest
-    assert "faster" in text[-1]
+    assert "faster" in text[-2]
+    assert "Unexplained" in text[-1]
+    assert "B - A" in render_comparison(compare(*pair)).split("<th ")[2], "in sight on a phone"
 
 
 def test_it_can_be_drawn(pair, tmp_path):
@@ -96,13 +148,21 @@ def test_it_can_be_drawn(pair, tmp_path):
 def test_a_report_file_or_its_folder_is_taken(pair, tmp_path):
     path = tmp_path / "report.json"
     path.write_text(json.dumps(pair[0]))
-    assert load(path) == load(tmp_path) == pair[0]
+    assert compare(load(path), load(tmp_path)) == compare(pair[0], pair[0])
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 99, "terms": [], "run": {}}', "\x00"])
 def test_what_is_no_report_is_said(tmp_path, text):
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(ReportError, match=r"report"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["run", "environment", "phases", "terms", "figures", "lacks", "title", "status"])
+@pytest.mark.parametrize("wrong", [None, 3, [3], {"value": {"a": {"b": {"c": 1}}}}], ids=str)
+def test_a_damaged_report_is_said_and_no_traceback(pair, tmp_path, key, wrong):
+    (tmp_path / "report.json").write_text(json.dumps(pair[0] | {key: wrong}))
+    with pytest.raises(ReportError, match=f"report.json.{key}"):
         load(tmp_path)
 
 

@@ -109,8 +109,16 @@ def test_levers_multiply_and_their_logarithms_add_up():
 
 
 def test_the_environment_says_each_thing_once():
-    report = {"run": {"git_sha": "a", "device": "GPU"}, "environment": {"version": 1, "git_sha": "a", "device": "cuda"}}
-    assert content.environment(report) == [("git sha", "a"), ("device", "GPU"), ("device", "cuda")]
+    report = {"run": {"git_sha": "a", "device": "GPU", "dirty": True}}
+    report["environment"] = {"version": 1, "git_sha": "a", "device": "cuda", "git_dirty": True, "packages torch": "2"}
+    assert content.environment(report) == [("git sha", "a"), ("device", "GPU"), ("dirty", "yes"), ("torch", "2")]
+
+
+def test_a_bar_above_its_roof_looks_different():
+    report = gpu()
+    report["kernels"][0]["roof_fraction"], report["kernels"][1]["roof_fraction"] = 6.0, 0.9
+    first, second = (row.cells[7] for row in content.kernels(report).rows[:2])
+    assert ((first.text, first.bar, first.over), (second.bar, second.over)) == (("600.0", 1.0, True), (0.9, False))
 
 
 def test_an_op_that_is_its_kernels_name_is_not_said_twice():

@@ -31,7 +31,7 @@ def test_there_is_no_markup_but_our_own(make):
     found = kinds(render_markdown(make()))
     assert set(found) <= OURS
     assert found["heading_open"] == 15
-    assert found["strong_open"] <= 3
+    assert found["strong_open"] <= 4
 
 
 def test_foreign_markup_would_be_found():

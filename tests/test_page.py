@@ -195,6 +195,29 @@ def test_what_is_unavailable_is_greyed_with_its_reason(pages):
     assert 'id="chart-timeline"' not in pages["cpu"]
 
 
+def test_a_doubt_stands_above_the_headline(pages):
+    above = pages["cpu"].split("<h1>")[0]
+    assert "7.1% of training is unexplained" in above.split("<header>")[1]
+    markdown = render_markdown(cpu())
+    assert markdown.index("7.1% of training") < markdown.index("Trained in 93.5 s")
+    assert "IN DOUBT" not in pages["gpu"]
+    assert "IN DOUBT" not in render_markdown(gpu())
+
+
+def test_without_scripts_it_says_where_the_numbers_are(pages):
+    assert "so the charts are not drawn" in re.search(r"<noscript>(.*?)</noscript>", pages["gpu"])[1]
+
+
+def test_the_spread_of_the_steps_stands_by_their_median(pages):
+    assert "measured: nine in ten took 2.81 to 2.93 ms" in Reader(pages["gpu"]).text()
+
+
+def test_why_the_article_is_not_compared_with_is_said():
+    report = gpu() | {"levers": [], "no_levers": "the images are synthetic"}
+    assert "unavailable: the images are synthetic" in render_html(report)
+    assert "Unavailable: the images are synthetic." in render_markdown(report)
+
+
 def test_an_incomplete_account_says_so_at_its_head(pages):
     head = pages["cpu"].split('class="tiles"')[0]
     assert "INCOMPLETE" in head

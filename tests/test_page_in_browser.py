@@ -143,7 +143,7 @@ def test_hostile_words_do_nothing(opened):
     words = page.evaluate(
         "Array.from(document.querySelectorAll('#chart-waterfall .ytick text')).map(t => t.textContent)"
     )
-    assert HOSTILE[0][:23] + "…" in words
+    assert any(word.startswith(HOSTILE[0][:30]) and word.endswith("…") for word in words)
 
 
 def test_a_violation_of_the_policy_would_be_seen(browser, folder):

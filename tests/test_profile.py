@@ -70,11 +70,9 @@ def test_every_step_of_the_timed_run_is_in_its_phase(profiled):
         assert phase["start_ns"] <= epoch[0] < epoch[-1] <= phase["end_ns"]
 
 
-def test_gpu_figures_are_unavailable_with_their_reason_and_never_zero(profiled):
+def test_what_only_a_gpu_has_is_left_out_or_unavailable_with_its_reason(profiled):
     made = read_json(profiled / "report.json")
-    for key in ("mfu", "energy_j"):
-        assert made["figures"][key]["value"] is None
-        assert made["figures"][key]["status"] == "unavailable"
+    assert not {"mfu", "energy_j", "throttled_share", "sm_clock_hz"} & set(made["figures"])
     assert made["timeline"]["reason"] == "no NVIDIA driver"
     assert made["timeline"]["samples"] == {}
 
@@ -160,7 +158,7 @@ def test_ceilings_of_this_machine_are_taken_instead_of_measured(copy, monkeypatc
         ({"device": "NVIDIA H200"}, "it is of NVIDIA H200 in float32, and this run on"),
         ({"dtype": "bfloat16"}, "in bfloat16, and this run on"),
         ({"fingerprint": "0" * 16}, "another machine, or with another driver"),
-        ({"version": 7}, "expected an object with version 1"),
+        ({"version": 7}, "version is 7, expected 1"),
     ):
         write_json(file, found.to_json() | changes)
         with pytest.raises(UsageError, match=says):

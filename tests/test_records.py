@@ -1,6 +1,7 @@
 """Records are written whole or not at all, and a killed writer costs at most the row it was writing."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from profiling import records
+from profiling import records, telemetry
 from profiling.records import append_jsonl, read_json, read_jsonl, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,11 +63,16 @@ def test_an_object_that_json_lacks_is_refused_before_the_file_is_touched(tmp_pat
     assert names(tmp_path) == []
 
 
+def write_a_text(path, value):
+    records.write_text(path, json.dumps(value))
+
+
+@pytest.mark.parametrize("write", [write_json, write_a_text])
 @pytest.mark.parametrize(("owner", "function"), [(records, "open"), (os, "fsync"), (os, "replace")])
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "disk full"), KeyboardInterrupt()], ids=["full", "interrupted"]
 )
-def test_a_failed_write_leaves_the_old_document_and_no_temporary(tmp_path, monkeypatch, owner, function, error):
+def test_a_failed_write_leaves_the_old_document_and_no_temporary(tmp_path, monkeypatch, owner, function, error, write):
     def fails(*arguments, **keywords):
         raise error
 
@@ -74,7 +80,7 @@ def test_a_failed_write_leaves_the_old_document_and_no_temporary(tmp_path, monke
     write_json(path, {"old": True})
     monkeypatch.setattr(owner, function, fails, raising=False)
     with pytest.raises(type(error)):
-        write_json(path, {"new": True})
+        write(path, {"new": True})
     monkeypatch.undo()
     assert read_json(path) == {"old": True}
     assert names(tmp_path) == ["report.json"]
@@ -101,12 +107,13 @@ def test_a_killed_writer_leaves_the_old_document(tmp_path, function):
     assert [name[:5] for name in names(tmp_path)] == [".tmp-", "repor"]
 
 
-def test_the_data_is_durable_before_the_rename_and_the_rename_before_the_return(tmp_path, monkeypatch):
+@pytest.mark.parametrize("write", [write_json, write_a_text])
+def test_the_data_is_durable_before_the_rename_and_the_rename_before_the_return(tmp_path, monkeypatch, write):
     order = []
     for function in ("fsync", "replace"):
         real = getattr(os, function)
         monkeypatch.setattr(os, function, lambda *a, name=function, real=real: (order.append(name), real(*a)))
-    write_json(tmp_path / "a.json", 1)
+    write(tmp_path / "a.json", 1)
     assert order == ["fsync", "replace", "fsync"]
 
 
@@ -180,7 +187,11 @@ def test_a_failed_append_takes_back_what_it_wrote(tmp_path, monkeypatch, written
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", [b"{", b"[" * 200_000, b"\xff", b""], ids=["torn", "nested", "not_text", "empty"])
+@pytest.mark.parametrize(
+    "damage",
+    [b"{", b"[" * 200_000, b"\xff", b"", b"NaN", b"-Infinity", b"1e999", b"9" * 5000],
+    ids=["torn", "nested", "not_text", "empty", "nan", "infinite", "too_large", "too_long"],
+)
 def test_damage_is_named_with_its_file_and_line(tmp_path, damage):
     document, rows = tmp_path / "a.json", tmp_path / "a.jsonl"
     document.write_bytes(damage)
@@ -189,6 +200,29 @@ def test_damage_is_named_with_its_file_and_line(tmp_path, damage):
         read_json(document)
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not JSON"):
         read_jsonl(rows)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes and devices")
+@pytest.mark.parametrize("read", [read_json, read_jsonl, telemetry.read])
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "sparse"])
+def test_only_regular_files_of_a_size_are_read(tmp_path, read, kind):
+    """A pipe would be waited for, and a device read until memory ends."""
+    path = tmp_path / "a.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with open(path, "wb") as file:
+            file.truncate(records.LARGEST_BYTES + 1)
+    said = "268,435,457 bytes, expected at most" if kind == "sparse" else "not a regular file"
+    if read is telemetry.read:
+        assert said in read(path).reason
+    else:
+        with pytest.raises(ValueError, match=said):
+            read(path)
 
 
 @pytest.mark.parametrize("read", [read_json, read_jsonl])

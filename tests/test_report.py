@@ -8,101 +8,26 @@ from pathlib import Path
 
 import pytest
 import traces
+from made_run import (
+    ACTIVE,
+    BATCH,
+    BN_NS,
+    CAST_NS,
+    CONV_NS,
+    IDLE_NS,
+    MS,
+    STEP_NS,
+    STEPS,
+    TRAINING_NS,
+    US,
+    S,
+    make_run,
+    make_trace,
+    sampled,
+)
 
-from profiling import console, errors, report, report_command, sampler
-from profiling.ceilings import Ceiling, Ceilings
-from profiling.records import append_jsonl, write_json
-
-S, MS, US = 10**9, 10**6, 10**3
-STEPS, ACTIVE, BATCH = 100, 20, 512
-STEP_NS = 20 * MS  # of the timed run
-CONV_NS, BN_NS, CAST_NS, OVERLAP_NS = 8 * MS, 5 * MS, 1 * MS, 500 * US
-IDLE_NS = STEP_NS - CONV_NS - BN_NS - CAST_NS
-X, W = [BATCH, 64, 32, 32], [64, 64, 3, 3]
-
-
-def make_trace(path, queued_ns=0) -> None:
-    """Steps that launch at once; a copy on another stream lies half under a convolution."""
-    trace = traces.HandMadeTrace()
-
-    def launched(name, op, dims, launch, start, duration, stream=7):
-        trace.op(op, launch - 2 * US, 20 * US, dims)
-        trace.kernel(name, launch, start, duration, stream)
-
-    for number in range(ACTIVE):
-        begin = number * STEP_NS
-        trace.step(number + 6, begin, STEP_NS)
-        start = begin + 100 * US
-        launched(
-            "sm90_xmma_fprop_implicit_gemm_f16f16", "aten::cudnn_convolution", [X, W], begin + 10 * US, start, CONV_NS
-        )
-        start += CONV_NS + queued_ns
-        launched("cudnn::bn_fw_tr_1C11", "aten::cudnn_batch_norm", [X, [64]], begin + 40 * US, start, BN_NS)
-        start += BN_NS - OVERLAP_NS
-        launched("nchwToNhwcKernel", "aten::copy_", [X, X], begin + 80 * US, start, CAST_NS + OVERLAP_NS, stream=8)
-    trace.write(path)
-
-
-def make_run(folder, steps_ns=STEP_NS):
-    """A run of 100 steps on an H200, 2.5 s, with a profiled pass of 20 of them."""
-    records = folder / "records"
-    records.mkdir(parents=True)
-    summary = {"preset": "made-up", "device": "NVIDIA H200", "dtype": "float16", "status": "complete", "train_s": 2.5}
-    write_json(
-        folder / "summary.json", summary | {"train_plus_eval_s": 3.0, "data_identity": "synthetic", "ops": "reference"}
-    )
-    write_json(folder / "config.json", {"batch_size": BATCH})
-    write_json(folder / "environment.json", {"gpu": {"name": "NVIDIA H200"}})
-    append_jsonl(folder / "log.jsonl", {"epoch": 1})
-    phases = [("set-up", 0, S), ("training", S, S + 5 * S // 2), ("evaluation", S + 5 * S // 2, 4 * S)]
-    of_phases = [{"name": n, "start_ns": a, "end_ns": b} for n, a, b in phases]
-    write_json(records / "phases.json", {"version": 1, "start_ns": 0, "end_ns": 4 * S, "phases": of_phases})
-    starts = [S + i * steps_ns for i in range(STEPS + 1)]
-    write_json(records / "steps.json", {"version": 1, "epochs": [starts], "source": "made by hand"})
-    profile = {
-        "version": 1,
-        "eager_step": None,
-        "step_images": [BATCH] * ACTIVE,
-        "step_ns": [21 * MS] * ACTIVE,
-        "error": None,
-    }
-    write_json(records / "profile.json", profile)
-    flops = 2 * BATCH * 64 * 64 * 9 * 32 * 32
-    row = {
-        "op": "aten::convolution",
-        "family": "fprop",
-        "layer": "64x32x32-64x3x3-s1",
-        "dims": [X, W],
-        "backward": False,
-    }
-    work = {
-        "version": 1,
-        "batch": BATCH,
-        "images": STEPS * BATCH,
-        "flops_per_image": flops // BATCH,
-        "dtype": "float16",
-    }
-    work |= {"flops_per_image": flops // BATCH, "article_batch": BATCH, "article_flops_per_image": 2_756_474_880}
-    write_json(records / "work.json", work | {"ops": [row | {"flops": flops, "bytes": 2 * 10**8}]})
-
-    def ceiling(value, unit):
-        return Ceiling("made up", "none", value, value, unit, 1, 1.0, "float16" if unit == "FLOP/s" else "")
-
-    made = Ceilings(
-        "NVIDIA H200",
-        "float16",
-        [ceiling(7e14, "FLOP/s")],
-        [],
-        ceiling(4e12, "B/s"),
-        ceiling(1e-6, "s"),
-        None,
-        None,
-        (),
-        "x",
-    )
-    write_json(records / "ceilings.json", made.to_json())
-    make_trace(records / "trace.json.gz")
-    return folder
+from profiling import console, errors, report, report_command
+from profiling.records import write_json
 
 
 @pytest.fixture(scope="module")
@@ -152,8 +77,8 @@ def test_what_was_planted_is_recovered(made):
     assert found["batch norm"] == pytest.approx(STEPS * BN_NS, rel=0.01)
     assert found["layout and cast"] == pytest.approx(STEPS * CAST_NS, rel=0.01)  # its overlap is batch norm's time
     assert found["idle"] == pytest.approx(STEPS * IDLE_NS, rel=0.01)
-    assert found["residual"] == 5 * S // 2 - STEPS * STEP_NS
-    assert sum(found.values()) == 5 * S // 2
+    assert found["residual"] == TRAINING_NS - STEPS * STEP_NS
+    assert sum(found.values()) == TRAINING_NS
 
 
 def test_idle_is_of_the_unprofiled_run_and_not_of_the_trace(tmp_path):
@@ -178,22 +103,13 @@ def test_a_launched_kernel_that_leaves_the_device_empty_for_long_is_doubted(tmp_
 
 def test_against_three_peaks(made):
     figures = made["figures"]
-    rate = STEPS * 2 * BATCH * 64 * 64 * 9 * 32 * 32 / 2.5
+    rate = STEPS * 2 * BATCH * 64 * 64 * 9 * 32 * 32 / (TRAINING_NS / S)
     assert figures["achieved_flops_per_s"]["value"] == pytest.approx(rate)
     assert figures["v100_normalised"]["value"] == pytest.approx(rate / 125e12)
     assert figures["of_ceiling"]["value"] == pytest.approx(rate / 7e14)
     assert figures["mfu"]["value"] == pytest.approx(rate / 989.5e12, rel=1e-3)
     assert "not MFU" in figures["v100_normalised"]["source"]
     assert figures["perturbation"]["value"] == pytest.approx(1.05)
-
-
-def sampled(folder, mhz: int, count: int = 60):
-    """The run with a clock that was sampled, in training for most of `count` samples."""
-    rows = [sampler.header("GPU-0", "NVIDIA H200", 50.0, {}, None)]
-    rows += [{"t_ns": S + i * 50 * MS, "sm_clock_mhz": mhz} for i in range(count)]
-    for row in [*rows, {"end": sampler.STOPPED}]:
-        append_jsonl(folder / "records" / "telemetry.jsonl", row)
-    return folder
 
 
 def test_the_share_of_the_peak_is_given_at_the_clock_that_was_sampled_too(tmp_path):
@@ -232,11 +148,55 @@ def test_an_unknown_gpu_has_no_peak_but_its_ceiling_stands(tmp_path):
     assert "ceiling_gap" not in ns(made)
 
 
+@pytest.mark.parametrize(
+    ("identity", "accuracy", "why"),
+    [
+        ("synthetic", 0.99, "the images are synthetic"),
+        ("official", 0.9399, "it reached 93.99%"),
+        ("copy", None, "no accuracy is known"),
+        ("official", 0.94, ""),
+    ],
+)
+def test_only_a_run_to_the_target_is_compared_with_the_article(tmp_path, identity, accuracy, why):
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    write_json(folder / "summary.json", summary | {"data_identity": identity, "test_accuracy": accuracy})
+    made = report.build(folder)
+    assert made["no_levers"].startswith(why)
+    assert bool(made["levers"]) == (not why) == (not made["no_levers"])
+
+
+def test_the_median_step_comes_with_its_spread(made):
+    assert made["figures"]["step_s"]["value"] == STEP_NS / S
+    assert made["figures"]["step_s"]["spread"] == "nine in ten took 20 to 20 ms"
+
+
+def test_a_run_that_was_not_profiled_is_one_line(tmp_path, capsys):
+    folder = make_run(tmp_path / "run")
+    (folder / "records").rename(tmp_path / "elsewhere")
+    with pytest.raises(errors.ReportError, match=r"was not profiled, .* use train.py --profile$"):
+        report_command.run(folder, False, console.Terminal())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_no_control_character_of_a_record_reaches_the_terminal(tmp_path, capsys):
+    folder = make_run(tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text())
+    write_json(folder / "summary.json", summary | {"device": "\x1b[31mred\x07"})
+    profile = json.loads((folder / "records" / "profile.json").read_text())
+    write_json(folder / "records" / "profile.json", profile | {"error": "\x1b]0;title\x07"})
+    report_command.run(folder, False, console.Terminal())
+    said = "".join(capsys.readouterr())
+    assert "title" in said
+    assert not {"\x1b", "\x07"} & set(said)
+
+
 def test_kernels_of_no_category_make_the_account_incomplete(tmp_path):
     folder = make_run(tmp_path / "run")
     trace = traces.HandMadeTrace()
-    trace.step(6, 0, STEP_NS)
-    trace.kernel("zzz", 10 * US, 20 * US, 10 * MS)
+    for number in range(ACTIVE):
+        trace.step(number, number * STEP_NS, STEP_NS)
+        trace.kernel("zzz", number * STEP_NS + 10 * US, number * STEP_NS + 20 * US, 10 * MS)
     trace.write(folder / "records" / "trace.json.gz")
     made = report.build(folder)
     assert made["status"] == "incomplete"
@@ -309,7 +269,7 @@ def test_where_no_replay_stands_the_account_is_of_the_eager_step_and_marked(tmp_
     folder = replayed(tmp_path / "run", lie=overlapping(set(range(21)) - {traces.EAGER}))
     made = written(folder)
     assert ns(made) == ns(report.build(replayed(tmp_path / "honest")))  # in whole nanoseconds
-    assert sum(ns(made).values()) == 5 * S // 2
+    assert sum(ns(made).values()) == TRAINING_NS
     mark = "the kernel times are those of the one step that was run eagerly"
     assert [mark in lack for lack in made["lacks"]].count(True) == 1
     of_kernels = [t for t in made["terms"] if t["key"] in ("conv_inefficiency", "batch norm", "layout and cast")]
@@ -325,7 +285,7 @@ def test_where_no_replay_stands_the_account_is_of_the_eager_step_and_marked(tmp_
 def test_where_nothing_stands_the_part_is_missing_and_says_so(tmp_path):
     made = report.build(replayed(tmp_path / "run", lie=overlapping(set(range(21)))))
     assert set(ns(made)) == {"ideal", "ceiling_gap", "conv_bytes", "unattributed"}
-    assert sum(ns(made).values()) == 5 * S // 2
+    assert sum(ns(made).values()) == TRAINING_NS
     assert (made["kernels"], made["layers"], made["status"]) == ([], [], "incomplete")
     (lack,) = (lack for lack in made["lacks"] if "refused" in lack)
     assert lack == (
@@ -343,4 +303,4 @@ def test_a_recorded_trace_makes_a_report(tmp_path, name):
     made_by_hand = make_run(tmp_path / "run")
     (made_by_hand / "records" / "trace.json.gz").write_bytes(Path(folder, f"{name}.json.gz").read_bytes())
     found, _ = report.write(made_by_hand)
-    assert sum(t["ns"] for t in found["terms"]) == 5 * S // 2
+    assert sum(t["ns"] for t in found["terms"]) == TRAINING_NS

@@ -38,7 +38,7 @@ def test_the_comparison_takes_turns_and_prints_its_ratio(monkeypatch, capsys):
     assert asked[:4] == ["article-256", "plain", "plain", "article-256"]
     out = capsys.readouterr().out
     assert "3.00 times" in out
-    assert "1,024 MB" in out
+    assert "1,074 MB" in out
 
 
 def test_ours_is_timed_through_train(monkeypatch):
