@@ -17,12 +17,14 @@ taken from the run that was not profiled. A term may be negative and is then sho
 prove nothing.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from profiling import floors
+from profiling.attribution import CAUSES
 from profiling.categories import categorise
 from profiling.trace import Kernel
 from profiling.work import Work
@@ -106,14 +108,14 @@ class Term:
 class Busy:
     """What a profiled pass saw, for all images of the run: nanoseconds by category, and of the device's gaps.
 
-    `gaps` is (waiting for the host to launch, waiting in a synchronisation, between queued kernels), None where the
-    trace cannot tell, so that busy times are not certain either, and zeros where only the gaps are not the run's.
+    `gaps` are in the order of `attribution.CAUSES`, None where the trace cannot tell, so that busy times are not
+    certain either, and zeros where only the gaps are not the run's.
     `on_gpu` is whether the categories are of a device beside the host. `note` stands under each term that is made of
     kernel times.
     """
 
     by_category: dict[str, float]
-    gaps: tuple[float, float, float] | None
+    gaps: tuple[float, ...] | None
     on_gpu: bool
     source: str = "torch.profiler, a pass of its own"
     note: str | None = None
@@ -224,11 +226,13 @@ def _idle(e: Evidence) -> Term:
         name = "between operations: Python and dispatch"
         return Term("idle", round(sum(gaps)), "measured", f"{e.busy.source}: time inside no operation", name=name)
     idle = e.steps_ns - round(sum(e.busy.by_category.values()))
-    names, total = ("waiting for the host", "waiting in a synchronisation", "between queued kernels"), sum(gaps)
+    total = sum(gaps)
     parts: tuple[tuple[str, int], ...] = ()
     if total > 0:
-        first, second = (round(idle * gap / total) for gap in gaps[:2])
-        parts = tuple(zip(names, (first, second, idle - first - second), strict=True))
+        seen = [(name, gap) for name, gap in zip(CAUSES, gaps, strict=False) if gap]
+        sums = [round(idle * so_far / total) for so_far in itertools.accumulate(gap for _, gap in seen)]
+        shares = (end - start for start, end in zip([0, *sums], [*sums[:-1], idle], strict=False))
+        parts = tuple(zip((name for name, _ in seen), shares, strict=True))
     text = f"unprofiled steps less the kernels' busy time ({e.busy.source})"
     if parts:
         text += "; its parts in proportion to the profiled pass's gaps"

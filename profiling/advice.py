@@ -19,14 +19,26 @@ NEXT = {
 }
 """What to try against a term."""
 
+NEXT_IDLE = {
+    "waiting for data": "more workers, or `--set preprocess=on_device --set workers=0`",
+    "waiting in a synchronisation": "fewer `.item()` and synchronisations: keep results on the device for an epoch",
+    "in the optimiser's step": "a captured step (`--set step=captured`), whose optimiser is launched with the rest",
+    "launching kernels": "a larger batch, or a captured step (`--set step=captured`), which is one launch",
+    "in Python": "a captured step (`--set step=captured`), or less Python between the operations of a step",
+    "between queued kernels": "nothing in this program: kernels were queued, and waited for another stream or the GPU",
+}
+"""By the largest part of the idle time."""
 
 WORTH = 0.005
 """Share of training below which a term is not worth a sentence."""
 
 
-def _next(key: str, report: dict[str, Any]) -> str:
+def _next(term: dict[str, Any], report: dict[str, Any]) -> str:
     """What to try against a term of this run; on a CPU what its threads, its caches and its dtype leave to try."""
-    run, place = report["run"], report["environment"]
+    key, run, place = term["key"], report["run"], report["environment"]
+    largest = max(term.get("parts", ()), key=lambda part: part["ns"], default=None)
+    if key == "idle" and largest and largest["name"] in NEXT_IDLE:
+        return f"for the largest part, {largest['name']} ({_s(largest['ns'])}), {NEXT_IDLE[largest['name']]}"
     batch, cores, threads = run["batch_size"] or 0, place.get("cores"), place.get("threads")
     if run["on_gpu"] or key not in ("batch norm", "memory-bound", "conv_inefficiency", "idle"):
         return NEXT[key]
@@ -90,7 +102,7 @@ def sentences(report: dict[str, Any]) -> list[str]:
     for term in [t for t in _costs(report) if t["recoverable_ns"] > WORTH * total][:3]:
         share = f"{_share(term['ns'], total)} of training{_above(term)}"
         what_if = f"; without that {term['what_if']}" if term["what_if"] else ""
-        advice = f" Next: {_next(term['key'], report)}."
+        advice = f" Next: {_next(term, report)}."
         said.append(
             f"{_capital(term['name'])}: {_s(term['ns'])}, {share}{what_if}."
             + (advice if not any(line.endswith(advice) for line in said) else "")

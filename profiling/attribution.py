@@ -1,17 +1,19 @@
 """Where a device's time went: every nanosecond in which anything ran, and every gap between.
 
-Concurrent kernels are not counted twice: each nanosecond of the union over all streams goes to one category, by the
-order of `CATEGORIES`, and within it to the kernel that has been running longest.
+Concurrent kernels are not counted twice: each nanosecond of the union over all streams of a device goes to one
+category, by the order of `CATEGORIES`, and within it to the kernel that has been running longest. A gap goes to what
+the host did in it, until it launched the next kernel.
 """
 
 import itertools
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from profiling.categories import CATEGORIES, categorise
+from profiling.categories import CATEGORIES, categorise, host_work
+from profiling.host_calls import union
 from profiling.trace import Kernel, Trace
 
 
@@ -43,16 +45,39 @@ class Attribution:
 
 
 class Idle(NamedTuple):
-    """Time within the active steps in which nothing ran on the device.
+    """Time within the active steps in which nothing ran on the device, by what kept it waiting; CAUSES in words.
 
-    host_ns        the next kernel had not been launched when the gap began
-    sync_ns        nor could it be: the host was waiting for the device then
-    launch_gap_ns  it had been launched, and had yet to start
+    Where the next kernel had not been launched when the device ran dry, by what the host did until it was:
+
+    data_ns       made a batch, or waited for one
+    sync_ns       waited for the device: `.item()`, a synchronisation, a copy that blocks; or it was waiting when the
+                  device ran dry, so that it could not have launched anything, and made no batch since
+    optimiser_ns  was in the optimiser's step
+    launch_ns     was in another operation, or had launched the kernel, which had yet to start
+    python_ns     was in no operation
+
+    queued_ns     the next kernel had been launched before the device ran dry, and had yet to start
     """
 
-    host_ns: int
-    sync_ns: int
-    launch_gap_ns: int
+    data_ns: int = 0
+    sync_ns: int = 0
+    optimiser_ns: int = 0
+    launch_ns: int = 0
+    python_ns: int = 0
+    queued_ns: int = 0
+
+
+CAUSES = (
+    "waiting for data",
+    "waiting in a synchronisation",
+    "in the optimiser's step",
+    "launching kernels",
+    "in Python",
+    "between queued kernels",
+)
+"""Of `Idle`, in the order of its fields."""
+LONGEST_QUEUED_NS = 1_000_000
+"""A launched kernel on an empty device starts within microseconds (41 in the median of a published V100 trace)."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +95,8 @@ class PerStep:
     @property
     def by_category(self) -> dict[str, int]:
         """Whole nanoseconds of a step that sum to `busy_ns`."""
-        ends = [round(ns / self.steps) for ns in itertools.accumulate(self.total.by_category.values())]
-        starts = [0, *ends[:-1]]
-        return {c: end - start for c, start, end in zip(self.total.by_category, starts, ends, strict=True)}
+        shares = _divided(self.total.by_category.values(), self.steps)
+        return dict(zip(self.total.by_category, shares, strict=True))
 
     @property
     def by_kernel(self) -> dict[KernelKey, KernelTime]:
@@ -80,8 +104,39 @@ class PerStep:
         return {key: KernelTime(*(n / self.steps for n in time)) for key, time in self.total.by_kernel.items()}
 
 
+def _divided(numbers: Iterable[int], by: int) -> list[int]:
+    """Integers that sum to the rounded sum of `numbers` / `by`."""
+    return _differences([round(total / by) for total in itertools.accumulate(numbers)])
+
+
+def _differences(sums: list[int]) -> list[int]:
+    return [end - start for start, end in zip([0, *sums], sums, strict=False)]
+
+
 def sweep(kernels: Iterable[Kernel], category_of: Callable[[Kernel], str] = categorise) -> Attribution:
-    """Attribute the union of `kernels`, in n log n. Raises ValueError for a category that is not in CATEGORIES."""
+    """Attribute the union of `kernels`, in n log n; of several devices, which run side by side, the mean of each.
+
+    Raises ValueError for a category that is not in CATEGORIES.
+    """
+    each = [_sweep(of, category_of) for of in _by_device(kernels)]
+    if len(each) < 2:
+        return each[0] if each else _sweep([], category_of)
+    by_kernel: dict[KernelKey, KernelTime] = defaultdict(lambda: KernelTime(0, 0, 0))
+    for key, time in itertools.chain.from_iterable(one.by_kernel.items() for one in each):
+        by_kernel[key] = KernelTime(*(a + b / len(each) for a, b in zip(by_kernel[key], time, strict=True)))
+    shares = _divided([sum(one.by_category[c] for one in each) for c in CATEGORIES], len(each))
+    span_ns = round(sum(one.span_ns for one in each) / len(each))
+    return Attribution(sum(shares), span_ns, dict(zip(CATEGORIES, shares, strict=True)), dict(by_kernel))
+
+
+def _by_device(kernels: Iterable[Kernel]) -> Iterable[list[Kernel]]:
+    devices: dict[int, list[Kernel]] = defaultdict(list)
+    for kernel in kernels:
+        devices[kernel.device].append(kernel)
+    return devices.values()
+
+
+def _sweep(kernels: list[Kernel], category_of: Callable[[Kernel], str]) -> Attribution:
     order = sorted(kernels, key=lambda kernel: kernel.start_ns)
     categories = [category_of(kernel) for kernel in order]
     ranks = [CATEGORIES.index(category) for category in categories]
@@ -133,31 +188,72 @@ def idle(trace: Trace) -> Idle | None:
     """The gaps between the kernels of the active steps, by what they waited for; None for an incomplete trace.
 
     Only what lies between two kernels that were launched in steps is a gap: nothing is known of the time before the
-    first and after the last, nor of steps that are missing in between. In a gap that begins while the host waits for
-    the device, the host had nothing queued because it was waiting; a wait that begins later, on a device that is idle
-    already, is not what kept it.
+    first and after the last, nor of steps that are missing in between. Of several devices, the mean of each.
     """
     if trace.lacks or not trace.steps:
         return None
     waits = sorted((start, end) for start, end, _ in trace.syncs)
     wait_starts = [start for start, _ in waits]
     latest_ends = list(itertools.accumulate((end for _, end in waits), max))
-    host = sync = launch_gap = 0
-    busy_until, number = None, None
-    for kernel in sorted(trace.kernels, key=lambda k: (k.start_ns, k.launch_ns is None, k.launch_ns)):
-        index = trace.step_of(kernel)
-        of = None if index is None else trace.steps[index].number
-        adjacent = number is not None and of is not None and abs(of - number) <= 1
-        if busy_until is not None and kernel.start_ns > busy_until and adjacent:
-            gap = kernel.start_ns - busy_until
-            # Of the waits that began before the gap, the one that lasted longest.
-            before = bisect_left(wait_starts, busy_until)
-            if kernel.launch_ns <= busy_until:
-                launch_gap += gap
-            elif before and latest_ends[before - 1] >= busy_until:
-                sync += gap
-            else:
-                host += gap
-        if busy_until is None or kernel.end_ns > busy_until:
-            busy_until, number = kernel.end_ns, of
-    return Idle(host, sync, launch_gap)
+    data, sync, optimiser = (
+        trace.calls.within(lambda op, _, work=work: host_work(op) == work) for work in ("data", "sync", "optimiser")
+    )
+    other = trace.calls.within(lambda op, annotation: not annotation)
+    # Each with all before it, so that a time in several is the first one's.
+    doing = list(itertools.accumulate([data, sync + waits, optimiser, other], lambda a, b: union(a + b)))
+    until = [_covered_until(intervals) for intervals in doing]
+    found = dict.fromkeys(Idle._fields, 0)
+    for start, kernel in _gaps(trace):
+        if kernel.launch_ns <= start:
+            found["queued_ns"] += kernel.start_ns - start
+            continue
+        launched = min(kernel.launch_ns, kernel.start_ns)
+        shares = _differences([covered(launched) - covered(start) for covered in until] + [launched - start])
+        before = bisect_left(wait_starts, start)
+        if before and latest_ends[before - 1] >= start:  # of the waits that began before, the one that lasted longest
+            shares = [shares[0], kernel.start_ns - start - shares[0]]
+        else:
+            found["launch_ns"] += kernel.start_ns - launched
+        for cause, ns in zip(Idle._fields, shares, strict=False):
+            found[cause] += ns
+    devices = {kernel.device for kernel in trace.kernels if trace.step_of(kernel) is not None}
+    return Idle(*_divided(found.values(), max(len(devices), 1)))
+
+
+def doubt(trace: Trace) -> str | None:
+    """A sentence if kernels that had been launched left their device empty for longer than a launch explains."""
+    waited = [kernel.start_ns - start for start, kernel in _gaps(trace) if kernel.launch_ns <= start]
+    long = [ns for ns in waited if ns > LONGEST_QUEUED_NS]
+    if not long:
+        return None
+    return (
+        f"{len(long)} kernels that had been launched took more than {LONGEST_QUEUED_NS / 1e6:g} ms to begin on an "
+        f"empty device, up to {max(long) / 1e6:.3g} ms: kernels may be missing from the trace, or an event held these "
+        "back."
+    )
+
+
+def _gaps(trace: Trace) -> Iterator[tuple[int, Kernel]]:
+    """Of each device, (when nothing ran any more, the kernel that was next) where both are of steps side by side."""
+    for kernels in _by_device(trace.kernels):
+        busy_until, number = None, None
+        for kernel in sorted(kernels, key=lambda k: (k.start_ns, k.launch_ns is None, k.launch_ns)):
+            index = trace.step_of(kernel)
+            of = None if index is None else trace.steps[index].number
+            adjacent = number is not None and of is not None and abs(of - number) <= 1
+            if busy_until is not None and kernel.start_ns > busy_until and adjacent:
+                yield busy_until, kernel
+            if busy_until is None or kernel.end_ns > busy_until:
+                busy_until, number = kernel.end_ns, of
+
+
+def _covered_until(intervals: list[tuple[int, int]]) -> Callable[[int], int]:
+    """How much of the time until then they cover; they are disjoint, by their start."""
+    starts = [start for start, _ in intervals]
+    before = list(itertools.accumulate((end - start for start, end in intervals), initial=0))
+
+    def until(time: int) -> int:
+        begun = bisect_right(starts, time)
+        return before[begun] - max(0, intervals[begun - 1][1] - time) if begun else 0
+
+    return until

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from profiling import account, consistency, ncu, telemetry
 from profiling.account import Busy, Evidence, Term
-from profiling.attribution import Idle, idle, per_step
+from profiling.attribution import Idle, doubt, idle, per_step
 from profiling.ceilings import Ceilings
 from profiling.collection import RECORDS
 from profiling.cross_check import Judged, judge
@@ -235,7 +235,9 @@ def analyse(run: Run) -> Analysis:
         if seen is None:
             lacks.append("The trace has no training steps.")
         elif judged.fell_back and gaps is not None:
-            gaps = Idle(0, 0, 0)  # those of a step run eagerly are not the run's
+            gaps = Idle()  # those of a step run eagerly are not the run's
+        elif doubted := doubt(judged.trace):
+            lacks.append(doubted)
     busy, timed, active, unknown, witness = None, [], 0.0, None, None
     if seen is not None and judged.images and images:
         active, scale, total = judged.images / batch, images / judged.images, seen.total

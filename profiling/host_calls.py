@@ -1,9 +1,14 @@
 """What the host was doing: the operations and annotations of each thread, which lie inside of one another."""
 
+import functools
+import itertools
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
+
+DEEPEST = 64
+"""So many are kept of the outermost and of the innermost of nested operations; PyTorch nests some thirty."""
 
 
 class Scope(NamedTuple):
@@ -31,14 +36,20 @@ class HostCalls:
         self._texts, self._numbers = [""], {"": 0}
         self._scopes: dict[Scope, Scope] = {}
 
-    def add(self, thread: int, start_ns: int, end_ns: int, name: str, dims: str, external: int) -> None:
-        """An operation; `dims` is "" if its inputs have no extents, `external` its External id, -1 if it has none."""
+    def add(
+        self, thread: int, start_ns: int, end_ns: int, name: str, dims: str, external: int, annotation: bool = False
+    ) -> None:
+        """An operation, or an annotation of the program's.
+
+        `dims` is "" if its inputs have no extents, `external` its External id, -1 if it has none.
+        """
         while thread >= len(self._threads):
             self._threads.append(_Thread())
         calls = self._threads[thread]
         calls.start.append(start_ns)
         calls.end.append(end_ns)
         calls.external.append(external)
+        calls.annotation.append(annotation)
         calls.name.append(self._number(name))
         calls.dims.append(self._number(dims))
 
@@ -49,6 +60,7 @@ class HostCalls:
         return number
 
     def _scope(self, calls: "_Thread", stack: Sequence[int]) -> Scope:
+        stack = stack if len(stack) <= 2 * DEEPEST else [*stack[:DEEPEST], *stack[-DEEPEST:]]
         dims = next((calls.dims[i] for i in reversed(stack) if calls.dims[i]), 0)
         scope = Scope(tuple(self._texts[calls.name[i]] for i in stack), self._texts[dims])
         return self._scopes.setdefault(scope, scope)
@@ -56,6 +68,15 @@ class HostCalls:
     def externals_among(self, ids: set[int]) -> set[int]:
         """Those of `ids` that are an operation's External id."""
         return {i for calls in self._threads for i in calls.external if i in ids}
+
+    def within(self, wanted: Callable[[str, bool], bool]) -> list[tuple[int, int]]:
+        """When any thread was inside of what is `wanted`, by its name and whether it is an annotation: disjoint."""
+        keep = functools.cache(lambda name, annotation: wanted(self._texts[name], bool(annotation)))
+        found: list[tuple[int, int]] = []
+        for calls in self._threads:
+            rows = zip(calls.start, calls.end, calls.name, calls.annotation, strict=True)
+            found += union((start, end) for start, end, name, annotation in rows if keep(name, annotation))
+        return union(found)
 
     def scopes(self, thread: int, times: Sequence[int]) -> Iterator[Scope]:
         """What `thread` was inside of at each of `times`, which rise."""
@@ -67,7 +88,7 @@ class HostCalls:
                 stack.append(order[following])
                 following += 1
             calls.drop_ended(stack, time)
-            yield self._scope(calls, [i for i in stack if calls.end[i] > time])
+            yield self._scope(calls, calls.running(stack, time))
 
     def pieces(self) -> Iterator[Piece]:
         """Each thread's time in operations, cut where the innermost one changes. Of two that overlap, the later."""
@@ -91,13 +112,32 @@ class HostCalls:
             before += len(calls.start)
 
 
+def union(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Disjoint intervals, by their start, that cover what `intervals` cover."""
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(intervals):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((start, end))
+    return found
+
+
 class _Thread:
     def __init__(self) -> None:
         self.start, self.end, self.external = array("q"), array("q"), array("q")
-        self.name, self.dims = array("q"), array("q")
+        self.name, self.dims, self.annotation = array("q"), array("q"), array("b")
 
     def outermost_first(self) -> list[int]:
         return sorted(range(len(self.start)), key=lambda i: (self.start[i], -self.end[i]))
+
+    def running(self, stack: list[int], time: int) -> list[int]:
+        """Those of `stack` that have not ended; of many the first and the last."""
+        if len(stack) <= 2 * DEEPEST:
+            return [i for i in stack if self.end[i] > time]
+        ends = range(len(stack)), range(len(stack) - 1, -1, -1)
+        kept = {n for end in ends for n in itertools.islice((n for n in end if self.end[stack[n]] > time), DEEPEST)}
+        return [stack[n] for n in sorted(kept)]
 
     def drop_ended(self, stack: list[int], time: int) -> None:
         while stack and self.end[stack[-1]] <= time:

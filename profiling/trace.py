@@ -22,12 +22,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from profiling.host_calls import HostCalls, Scope
+from profiling.launches import DeviceWork, Launch, Launches
 from profiling.trace_events import TraceEvents
 
 LONGEST_NAME = 4096
 """Characters of a name that are kept."""
 LONGEST_DIMS = 1 << 16
 """Characters of dims; longer ones are left out."""
+LONGEST_KERNEL_NS = 60 * 10**9
+"""A kernel that lasts longer than this and than all the rest of its trace was not timed: profilers are known to write
+durations that overflow (AMD-AGI/TraceLens#669)."""
 
 _LATEST_NS = 1 << 61
 _DEVICE_WORK = {"kernel": "kernel", "gpu_memcpy": "memcpy", "gpu_memset": "memset"}
@@ -75,11 +79,13 @@ class Trace:
     """A profiled pass.
 
     kernels      by their start
+    steps        as the profiler marked them; where it marked none, all that was launched is one
     syncs        (start_ns, end_ns, name) of the host's calls that wait for the device
     device_name  of the device that ran the kernels, None if the trace does not say
     on_gpu       whether a device beside the host was at work, even if none of its kernels were recorded
     lacks        a sentence for everything that is missing: busy times may be too small then, and gaps too large
     lost         starts of the launches within the steps whose kernels are missing; `missing` is their sentence
+    calls        what the host did
     """
 
     kernels: list[Kernel]
@@ -89,6 +95,7 @@ class Trace:
     on_gpu: bool
     lacks: list[str]
     lost: list[int] = field(default_factory=list)
+    calls: HostCalls = field(default_factory=HostCalls)
 
     def step_of(self, kernel: Kernel) -> int | None:
         """Index of the step in which `kernel` was launched, None if in none."""
@@ -113,15 +120,18 @@ def read(path: Path) -> Trace:
     events, kept = TraceEvents(path), _Kept()
     for event in events:
         kept.add(event)
-    on_gpu = bool(kept.device_work or kept.launches)
+    kept.link()
+    on_gpu = bool(kept.device_work or any(kept.launches))
     kernels = list(kept.linked_kernels() if on_gpu else kept.cpu_pieces())
     kernels.sort(key=lambda kernel: (kernel.start_ns, kernel.end_ns))
-    times = [launch.start_ns for launch in kept.launches.values()] if on_gpu else [k.start_ns for k in kernels]
+    times = [launch.start_ns for _, launch in kept.launches] if on_gpu else [k.start_ns for k in kernels]
     steps = _without_stub(sorted(kept.steps, key=lambda step: step.start_ns), times)
+    if not steps and times:  # of a program that has none: one step is all that it launched
+        steps = [Step(0, min(times), max(times) + 1)]
     lost = kept.launches_without_kernels(steps) if kernels else []
     lacks = events.lacks + kept.lacks(kernels, steps) + ([missing(len(lost))] if lost else [])
     name = _device_name(events.properties.get("deviceProperties"), kernels)
-    return Trace(kernels, steps, sorted(kept.syncs), name, on_gpu, lacks, lost)
+    return Trace(kernels, steps, sorted(kept.syncs), name, on_gpu, lacks, lost, kept.calls)
 
 
 def _without_stub(steps: list[Step], times: list[int]) -> list[Step]:
@@ -139,37 +149,19 @@ def _device_name(properties: Any, kernels: list[Kernel]) -> str | None:
     return _writable(name) if isinstance(name, str) and name else None
 
 
-class _Launch(NamedTuple):
-    start_ns: int
-    end_ns: int
-    thread: int
-    kind: str
-
-
-class _DeviceWork(NamedTuple):
-    name: str
-    start_ns: int
-    end_ns: int
-    stream: int
-    device: int
-    kind: str
-    correlation: int
-    external: int
-    node: int | None
-
-
 class _Kept:
     """What is kept of the events, and how it hangs together."""
 
     def __init__(self) -> None:
-        self.device_work: list[_DeviceWork] = []
-        self.launches: dict[int, _Launch] = {}
+        self.device_work: list[DeviceWork] = []
+        self.launches = Launches()
         self.captures: list[tuple[int, bool]] = []
         self.syncs: list[tuple[int, int, str]] = []
         self.steps: list[Step] = []
         self.calls = HostCalls()
         self.threads: dict[tuple[Any, Any], int] = {}
-        self.malformed = 0
+        self.malformed = self.endless = 0
+        self.launch_of: list[Launch | None] = []
 
     def add(self, event: dict[str, Any]) -> None:
         """Keep what is needed of `event`, or count it as malformed."""
@@ -185,25 +177,26 @@ class _Kept:
             where = _integer(args.get("stream", event.get("tid"))), _integer(args.get("device", event.get("pid")))
             ids = _integer(args.get("correlation", -1)), _integer(args.get("External id", -1))
             node = args.get("graph node id")  # as libkineto names it; 0 for what was launched alone
-            node = node if isinstance(node, int) and node > 0 else None
+            node = node if type(node) is int and node > 0 else None
             kind = _DEVICE_WORK[category]
-            self.device_work.append(_DeviceWork(_name(event), *_interval(event), *where, kind, *ids, node))
+            self.device_work.append(DeviceWork(_name(event), *_interval(event), *where, kind, *ids, node))
         elif category in ("cpu_op", "user_annotation"):
             name = _name(event)
             if step := _STEP.fullmatch(name):
                 self.steps.append(Step(int(step[1]), *_interval(event)))
             elif not _WRAPPER.match(name):
-                self._add_call(event, name)
+                self._add_call(event, name, category == "user_annotation")
         elif category is not None and category.endswith(("_runtime", "_driver")):
             self._add_runtime(event, _name(event))
 
-    def _add_call(self, event: dict[str, Any], name: str) -> None:
+    def _add_call(self, event: dict[str, Any], name: str, annotation: bool) -> None:
         args = event.get("args", {})
         extents = args.get("Input Dims")
         dims = json.dumps(extents, separators=(",", ":")) if isinstance(extents, list) and any(extents) else ""
         if len(dims) > LONGEST_DIMS:
             dims = ""
-        self.calls.add(self._thread(event), *_interval(event), name, dims, _integer(args.get("External id", -1)))
+        external = _integer(args.get("External id", -1))
+        self.calls.add(self._thread(event), *_interval(event), name, dims, external, annotation)
 
     def _add_runtime(self, event: dict[str, Any], name: str) -> None:
         kind, waits = _runtime_call(name)
@@ -213,26 +206,35 @@ class _Kept:
         if kind in ("begin capture", "end capture"):
             self.captures.append((start, kind == "begin capture"))
         elif kind:
-            launch = _Launch(start, end, self._thread(event), kind)
-            self.launches.setdefault(_integer(event["args"]["correlation"]), launch)
+            launch = Launch(start, end, self._thread(event), event.get("pid"), kind)
+            self.launches.add(_integer(event["args"]["correlation"]), launch)
 
     def _thread(self, event: dict[str, Any]) -> int:
         return self.threads.setdefault((event.get("pid"), event.get("tid")), len(self.threads))
+
+    def link(self) -> None:
+        """Find the launch of all that the device did, once each; leave out what lasted longer than it can."""
+        times = [work.start_ns for work in self.device_work]
+        times += [time for _, launch in self.launches for time in (launch.start_ns, launch.end_ns)]
+        longest = max(LONGEST_KERNEL_NS, max(times, default=0) - min(times, default=0))
+        work = list(dict.fromkeys(self.device_work))
+        self.device_work = [one for one in work if one.end_ns - one.start_ns <= longest]
+        self.endless = len(work) - len(self.device_work)
+        self.launch_of = self.launches.pair(self.device_work)
 
     def linked_kernels(self) -> Iterator[Kernel]:
         """The device's work, each with what led to its launch."""
         sharing = Counter(work.correlation for work in self.device_work)
         by_thread = defaultdict(list)
-        for correlation, launch in self.launches.items():
-            if correlation in sharing:
-                by_thread[launch.thread].append((launch.start_ns, correlation))
-        scopes: dict[int, Scope] = {}
-        for thread, starts in by_thread.items():
-            starts.sort()
-            found = self.calls.scopes(thread, [start for start, _ in starts])
-            scopes.update(zip((correlation for _, correlation in starts), found, strict=True))
-        for *work, correlation, _, node in self.device_work:
-            launch = self.launches.get(correlation)
+        for launch in {launch for launch in self.launch_of if launch}:
+            by_thread[launch.thread].append(launch)
+        scopes: dict[Launch, Scope] = {}
+        for thread, launches in by_thread.items():
+            launches.sort()
+            scopes.update(zip(launches, self.calls.scopes(thread, [at.start_ns for at in launches]), strict=True))
+        graphs: dict[int, Launch] = {}
+        others: dict[Launch, int] = {}  # graph launches of an id that another has: no id is negative
+        for (*work, correlation, _, node), launch in zip(self.device_work, self.launch_of, strict=True):
             if launch is None:
                 # Only a graph has several kernels to one launch, so it is known as one even if its launch is lost.
                 graph = correlation if correlation > 0 and sharing[correlation] > 1 else None
@@ -240,8 +242,11 @@ class _Kept:
                 continue
             if "DtoH" in work[0] and "Pageable" in work[0]:  # the call returns when the copy is done
                 self.syncs.append((launch.start_ns, launch.end_ns, work[0]))
-            graph = correlation if launch.kind == "graph" else None
-            yield Kernel(*work, correlation, *scopes[correlation], launch.start_ns, graph, node)
+            graph = None
+            if launch.kind == "graph":
+                first = graphs.setdefault(correlation, launch)
+                graph = correlation if first == launch else others.setdefault(launch, -2 - len(others))
+            yield Kernel(*work, correlation, *scopes[launch], launch.start_ns, graph, node)
 
     def cpu_pieces(self) -> Iterator[Kernel]:
         """What ran where there is no device."""
@@ -253,10 +258,11 @@ class _Kept:
         lacks = []
         if self.malformed:
             lacks.append(f"trace incomplete: {self.malformed} events were malformed and left out")
-        if not steps:
-            lacks.append("the trace has no ProfilerStep annotations, so what one step took is not known")
+        if self.endless:
+            many = f"{self.endless} kernels last longer than the rest of the trace and {LONGEST_KERNEL_NS / 1e9:g} s"
+            lacks.append(f"trace incomplete: {many}; they are left out")
         if not kernels:
-            many = len(self.launches)
+            many = sum(1 for _ in self.launches)
             lacks.append(f"trace incomplete: {many} launches, but no kernels" if many else "the trace holds no work")
         if lost := self._kernels_without_launches():
             lacks.append(f"trace incomplete: the launches of {lost} kernels are missing")
@@ -264,13 +270,13 @@ class _Kept:
 
     def launches_without_kernels(self, steps: list[Step]) -> list[int]:
         """When they began, within the steps. What is launched during a capture does not run, and is no loss."""
-        ran = {work.correlation for work in self.device_work}
+        ran = {(work.correlation, at) for work, at in zip(self.device_work, self.launch_of, strict=True)}
         first, last = (steps[0].start_ns, steps[-1].end_ns) if steps else (-_LATEST_NS, _LATEST_NS)
         captures = sorted(self.captures)
         times = [time for time, _ in captures]
         lost = []
-        for correlation, launch in self.launches.items():
-            if launch.kind != "copy" and correlation not in ran and first <= launch.start_ns < last:
+        for correlation, launch in self.launches:
+            if launch.kind != "copy" and (correlation, launch) not in ran and first <= launch.start_ns < last:
                 before = bisect_left(times, launch.start_ns)
                 if not (before and captures[before - 1][1]):
                     lost.append(launch.start_ns)
@@ -316,7 +322,7 @@ def _writable(text: str) -> str:
 
 
 def _integer(value: Any) -> int:
-    if not isinstance(value, int) or abs(value) >= _LATEST_NS:
+    if type(value) is not int or abs(value) >= _LATEST_NS:
         raise ValueError
     return value
 
@@ -331,7 +337,7 @@ def _interval(event: dict[str, Any]) -> tuple[int, int]:
 def _ns(microseconds: int | str) -> int:
     """Exactly, but for digits behind the third. Raises ValueError or ArithmeticError for what is not a time."""
     if isinstance(microseconds, int):
-        return _integer(microseconds * 1000)
+        return _integer(_integer(microseconds) * 1000)
     whole, _, fraction = microseconds.partition(".")
     if whole.isdigit() and fraction.isdigit() and len(fraction) <= 3:
         return _integer(int(whole) * 1000 + int(fraction.ljust(3, "0")))

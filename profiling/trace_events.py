@@ -15,17 +15,20 @@ from typing import IO, Any
 
 CHUNK_BYTES = 1 << 18
 LARGEST_VALUE = 1 << 23
-"""Characters. Nothing that a profiler writes about one event comes near; what is larger ends the reading."""
+"""Characters. Nothing that a profiler writes about one event comes near."""
 
 _DECODER = json.JSONDecoder(parse_float=str, parse_constant=str, strict=False)
 _SEPARATORS = re.compile(r"[\s,]*")
+_NEXT_EVENT = re.compile(r'\}\s{0,64},\s{0,64}(?=\{\s{0,64}")')
+_LONGEST_BORDER = 200
+"""Characters of what it finds, and more."""
 
 
 class TraceEvents:
     """Iterate over the events of the trace at `path`, each a dict.
 
     properties  afterwards, what the trace says of itself: the values of the top-level keys in `wanted`
-    lacks       afterwards, a sentence for everything that could not be read; what came before it was handed over
+    lacks       afterwards, a sentence for everything that could not be read; what stands around it was handed over
 
     Raises OSError where the file cannot be opened or read, and nothing else whatever is in it.
     """
@@ -52,7 +55,7 @@ class TraceEvents:
         is_gzip = file.read(2) == b"\x1f\x8b"
         file.seek(0)
         stream = gzip.GzipFile(fileobj=file) if is_gzip else file
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
         while True:
             try:
                 block = stream.read1(CHUNK_BYTES)
@@ -66,7 +69,7 @@ class TraceEvents:
 
     def _document(self, text: "_Text") -> Iterator[dict[str, Any]]:
         if text.next_character() == "[":
-            yield from _array(text)
+            yield from self._array(text)
             return
         text.expect("{")
         found = False
@@ -75,7 +78,7 @@ class TraceEvents:
             text.expect(":")
             if key == "traceEvents" and text.next_character() == "[":
                 found = True
-                yield from _array(text)
+                yield from self._array(text)
                 continue
             value = text.value()
             if key in self.wanted:
@@ -83,14 +86,27 @@ class TraceEvents:
         if not found:
             self.lacks.append("trace incomplete: the file has no traceEvents")
 
-
-def _array(text: "_Text") -> Iterator[dict[str, Any]]:
-    text.expect("[")
-    while text.next_character() != "]":
-        event = text.value()
-        if isinstance(event, dict):
-            yield event
-    text.expect("]")
+    def _array(self, text: "_Text") -> Iterator[dict[str, Any]]:
+        text.expect("[")
+        damaged, first = 0, ""
+        try:
+            while text.next_character() != "]":
+                start = text.read
+                try:
+                    event = text.value()
+                except (ValueError, RecursionError, EOFError) as error:
+                    if not text.skip_to_next_event():
+                        raise
+                    damaged += 1
+                    first = first or f"trace incomplete: not JSON from character {start:,} to {text.read:,} ({error})"
+                    continue
+                if isinstance(event, dict):
+                    yield event
+        finally:
+            if damaged:
+                more = f"; and in {damaged - 1} more places" if damaged > 1 else ""
+                self.lacks.append(first[: 200 - len(more)] + more)
+        text.expect("]")
 
 
 class _Text:
@@ -108,9 +124,11 @@ class _Text:
 
     def _more(self) -> bool:
         piece = next(self.pieces, "")
+        if not piece:
+            return False
         self.dropped += self.position
         self.buffer, self.position = self.buffer[self.position :] + piece, 0
-        return bool(piece)
+        return True
 
     def next_character(self) -> str:
         """The next one that is neither space nor comma; it stays. Raises EOFError at the end."""
@@ -134,7 +152,7 @@ class _Text:
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.buffer, self.position)
-            except ValueError:
+            except json.JSONDecodeError:
                 # A value that is cut off here looks like one that is wrong: only more text can tell.
                 if len(self.buffer) - self.position > LARGEST_VALUE:
                     raise
@@ -144,3 +162,14 @@ class _Text:
                     return value
             if not self._more():
                 raise EOFError
+
+    def skip_to_next_event(self) -> bool:
+        """Go to where an event may begin behind the one that is next; False, and stay, where there is no such place."""
+        start = self.read
+        while not (border := _NEXT_EVENT.search(self.buffer, self.position)):
+            self.position = max(self.position, len(self.buffer) - _LONGEST_BORDER)
+            if not self._more():
+                self.dropped, self.buffer, self.position = start, "", 0
+                return False
+        self.position = border.end()
+        return True

@@ -16,8 +16,11 @@ IDLE_NS = STEP_NS - CONV_NS - BN_NS - CAST_NS
 X, W = [BATCH, 64, 32, 32], [64, 64, 3, 3]
 
 
-def make_trace(path, factor=1.0, active=ACTIVE) -> None:
-    """Steps that launch at once; a copy on another stream lies half under a convolution. `factor` times as long."""
+def make_trace(path, factor=1.0, active=ACTIVE, queued_ns=0) -> None:
+    """Steps that launch at once; a copy on another stream lies half under a convolution. `factor` times as long.
+
+    After each convolution the device is empty for `queued_ns`.
+    """
     trace = traces.HandMadeTrace()
     step_ns, conv_ns, bn_ns, cast_ns = (round(factor * ns) for ns in (PASS_NS, CONV_NS, BN_NS, CAST_NS))
 
@@ -32,7 +35,7 @@ def make_trace(path, factor=1.0, active=ACTIVE) -> None:
         launched(
             "sm90_xmma_fprop_implicit_gemm_f16f16", "aten::cudnn_convolution", [X, W], begin + 10 * US, start, conv_ns
         )
-        start += conv_ns
+        start += conv_ns + queued_ns
         launched("cudnn::bn_fw_tr_1C11", "aten::cudnn_batch_norm", [X, [64]], begin + 40 * US, start, bn_ns)
         start += bn_ns - OVERLAP_NS
         launched("nchwToNhwcKernel", "aten::copy_", [X, X], begin + 80 * US, start, cast_ns + OVERLAP_NS, stream=8)

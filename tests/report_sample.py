@@ -220,7 +220,7 @@ def _common() -> dict[str, Any]:
                 "what_if": f"training takes {left / S:.4g} s, {total / left:.3g} times as fast",
             }
         if key == "idle":
-            parts = {"waiting for the host": 91, "waiting in a synchronisation": 22, "between queued kernels": 42}
+            parts = {"launching kernels": 91, "waiting in a synchronisation": 22, "between queued kernels": 42}
             term["parts"] = [{"name": n, "ns": ms * 1_000_000} for n, ms in parts.items()]
         if here < 0:
             term["note"] = "negative: the model says more than was measured"

@@ -2,7 +2,8 @@ import pytest
 import report_sample
 
 from profiling.account import NAMES, NECESSARY, UNEXPLAINED
-from profiling.advice import NEXT, assumption, headline, sentences
+from profiling.advice import NEXT, NEXT_IDLE, assumption, headline, sentences
+from profiling.attribution import CAUSES
 
 S = 10**9
 FIXED = (*NECESSARY, *UNEXPLAINED)
@@ -40,6 +41,15 @@ def test_the_largest_costs_come_first_each_with_what_to_do():
     assert NEXT["batch norm"] in said[0]
     assert said[1].startswith("Idle")
     assert any("remain unexplained" in line for line in said)
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_the_advice_for_idle_time_is_of_its_largest_part(cause):
+    made = report()
+    idle = next(term for term in made["terms"] if term["key"] == "idle")
+    idle["parts"] = [{"name": name, "ns": 1 + (name == cause)} for name in CAUSES]
+    (said,) = (line for line in sentences(made) if line.startswith("Idle"))
+    assert f"for the largest part, {cause} (2e-09 s), {NEXT_IDLE[cause]}." in said
 
 
 def test_a_negative_term_is_spoken_of():

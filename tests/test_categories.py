@@ -54,6 +54,14 @@ NAMES = {
         "Cijk_Alik_Bljk_BBS_BH_Bias_HA_S_SAV_UserArgs_MT256x192x64",
         "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4>>",
         "triton_tem_fused_addmm_3",
+        "volta_fp16_s884cudnn_fp16_256x128_ldg8_relu_f2f_exp_small_nhwc2nchw_tn_v1",
+        "turing_fp16_s1688cudnn_fp16_128x128_ldg8_relu_f2f_exp_small_nhwc2nchw_tn_v1",
+        "bmm_MxE4m3_MxE2m1MxE4m3_Fp32_t128x16x256u2_s3_et128x16_m128x16x32_cga1x1x1_16dp256b_rM_TN_transOut",
+        "bmm_Bfloat16_MxE2m1MxE4m3_Fp32_t128x16x256u2_s3_et128x16_m128x16x32_cga1x1x1_16dp256b_rM_TN_transOut",
+        "_ZN7ck_tile6kentryILi2ENS_38FmhaBatchPrefillWithPagedKVCacheKernelINS_40BlockFmhaBatchPrefillPipeline",
+        "_ZN2ck16tensor_operation6device12_GLOBAL__N_139kernel_grouped_conv_fwd_xdl_cshuffle_v3INS_34GridwiseGemm",
+        "_matmul_ogs_NNT_bf16xbf16xmxfp4_128x128x128x1_swiglu",
+        "sage_fwd",
     ],
     "batch norm": [
         "void cudnn::bn_fw_tr_1C11_kernel_NCHW<float, float, 512, true, 1>",
@@ -68,6 +76,8 @@ NAMES = {
         "triton_red_fused__native_batch_norm_legit_functional_relu_12",
         "triton_per_fused_native_batch_norm_backward_threshold_backward_7",
         "triton_red_fused__to_copy_var_mean_4",
+        "void cudnn::compute_grad_bias_scales<float>",
+        "triton_poi_fused_convolution_backward_native_batch_norm_backward_threshold_backward_7",
     ],
     "memory-bound": [
         "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::Half>>",
@@ -79,6 +89,32 @@ NAMES = {
         "Memset (Device)",
         "triton_poi_fused_relu_threshold_backward_3",
         "triton_poi_fused_0",
+        "void moe::dev::finalize::finalizeKernelVecLoad<KernelParams<cutlass::bfloat16_t, cutlass::bfloat16_t, true>>",
+        "void tensorrt_llm::kernels::quantize_with_block_size<(QuantizationSFLayout)0, cutlass::bfloat16_t, 32>",
+        "void moe::dev::routing::routingIndicesOffsetsKernel<moe::dev::routing::KernelParams<__nv_bfloat16, 128>>",
+        "void vllm::reshape_and_cache_flash_kernel<__hip_bfloat16, unsigned short, (vllm::Fp8KVCacheDataType)0>",
+        "_finalize_matmul_scatter_bf16",
+        "void split_embedding_backward_codegen_rowwise_adagrad_unweighted_kernel_cta_per_row_1<fbgemm_gpu::X, float>",
+        "void fbgemm_gpu::permute_2D_data_kernel<false, long, long>(int, int, int, int const*)",
+        "void bounds_check_indices_kernel<long>(fbgemm_gpu::PackedTensorAccessor<long, 1ul>)",
+        "void fbgemm_gpu::_float_to_FP8rowwise_quantize_cuda_kernel<float>",
+        "void linearize_index_kernel<long>(at::GenericPackedTensorAccessor<long, 1ul>)",
+        "void at::native::_scatter_gather_elementwise_kernel<128, 4, at::native::_cuda_scatter_gather_internal_kernel>",
+        "void vllm::rotary_embedding_kernel<c10::BFloat16, true>(long const*, c10::BFloat16*)",
+        "void (anonymous namespace)::store_kvcache<2048l, 4, false, long>((anonymous namespace)::StoreKVCacheParams)",
+        "_combined_routing_compute",
+        "_topk_forward",
+        "void cub::DeviceRadixSortOnesweepKernel<cub::DeviceRadixSortPolicy<long, int, int>::Policy800, false>",
+        "void cub::DeviceScanKernel<cub::AgentScanPolicy<128, 15, int, (cub::BlockLoadAlgorithm)3>>",
+        "_ZN7sgl_hip10activation18act_and_mul_kernelI14__hip_bfloat16TnPFT_RKS3_EXadL_Z4siluIS2_ES3_S5_EEEEvPS3_PS4_i",
+        "_ZN5aiter24add_rmsnorm_quant_kernelIDF16bDF16bLi64ELi8ELb0ELb0ELb1ELi1EEEvPT0_PT_PfS4_S4_S4_diiiiiiib",
+        "_ZN7ck_tile6kentryILi1ENS_12Rmsnorm2dFwdINS_27Rmsnorm2dFwdPipelineOnePassINS_27Rmsnorm2dFwdPipeline",
+        "std::enable_if<(((8)>(0)))&&(a->b), void>::type vllm::fused_add_rms_norm_kernel<c10::BFloat16, 8>(long)",
+        "void cutlass::Kernel<cutlass_fused_rmsnorm>",
+        "void cudnn::detail::pooling_fw_4d_kernel<float, float, cudnn::detail::maxpooling_func<float>, 0, false>",
+        "sm50_xmma_pooling_fw_4d_FP32FP32NHWC_Average_FastDiv_CAlign",
+        "triton_poi_fused_addmm_gelu_view_15",
+        "triton_red_fused__unsafe_view_add_addmm_mul_native_layer_norm_split_unsqueeze_19",
     ],
     "layout and cast": [
         "void cudnn::ops::nchwToNhwcKernel<__half, __half, float, false, true, (cudnnKernelDataType_t)0>",
@@ -92,6 +128,9 @@ NAMES = {
         "batched_transpose_32x32_half",
         "triton_poi_fused__to_copy_1",
         "triton_poi_fused_clone_view_5",
+        "transpose_CNHW2NCHW_V2_2D_WG_off64",
+        "triton_poi_fused_convolution_0",
+        "triton_poi_fused__to_copy_convolution_3",
     ],
     "optimiser and loss": [
         "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedSgdMathFunctor<float, 3>>",
@@ -100,6 +139,7 @@ NAMES = {
         "void at::native::(anonymous namespace)::nll_loss_forward_reduce_cuda_kernel_2d<float, float, long>",
         "triton_per_fused__log_softmax_nll_loss_forward_9",
         "triton_for_fused_foreach_add_2",
+        "triton_for_fused_0",
     ],
     "augmentation and data": [
         "augment_kernel",
@@ -111,8 +151,14 @@ NAMES = {
     "communication": [
         "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
         "Memcpy PtoP (Device -> Device)",
+        "void (anonymous namespace)::multimem_all_reduce_kernel<c10::BFloat16, 16>(c10::BFloat16*, unsigned long)",
+        "void c10d::symmetric_memory::two_shot_all_reduce_kernel<c10::BFloat16, 16, 8>",
+        "void vllm::cross_device_reduce_2stage<__nv_bfloat16, 8>(vllm::RankData*, vllm::RankSignals)",
+        "void deep_ep::intranode::dispatch<8, 768, 8192>(int4*, float*, int*)",
+        "nvshmemi_transfer_rma_signal",
+        "void c10d::symmetric_memory::barrier_kernel(unsigned int**, int, int, int, unsigned long)",
     ],
-    "unknown": ["mystery_kernel", "", "<script>alert(1)</script>", "void vllm::rotary_embedding_kernel<c10::BFloat16>"],
+    "unknown": ["mystery_kernel", "", "<script>alert(1)</script>", "void f<gemm(", "_ZN99x", "triton__0d1d2d3d"],
 }
 
 
@@ -149,6 +195,10 @@ def test_this_projects_kernels_are_known_whatever_launches_them():
 
 
 ELEMENTWISE = "void at::native::vectorized_elementwise_kernel<4>"
+S884 = "volta_fp16_s884cudnn_fp16_256x128_ldg8_relu_f2f_exp_small_nhwc2nchw_tn_v1"
+SOFTMAX = "void at::native::(anonymous namespace)::cunn_SoftMaxForward<8, c10::BFloat16, float>"
+GATHER = "void at::native::vectorized_gather_kernel<16, long>(char*, char*, long*, int)"
+COPY = "void at::native::elementwise_kernel<128, 2, at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)>"
 TRANSPOSE = "void cudnn::ops::nchwToNhwcKernel<__half>"
 
 
@@ -186,6 +236,21 @@ TRANSPOSE = "void cudnn::ops::nchwToNhwcKernel<__half>"
         (ELEMENTWISE, ["enumerate(DataLoader)#_MultiProcessingDataLoaderIter.__next__"], "augmentation and data"),
         (ELEMENTWISE, ["c10d::allreduce_", "aten::copy_"], "communication"),
         ("ncclDevKernel_AllReduce", ["nccl:all_reduce"], "communication"),
+        ("ncclKernel_SendRecv_RING_SIMPLE_Sum_int8_t", ["Optimizer.step#Shampoo.step"], "communication"),
+        ("void multimem_all_reduce_kernel<16>", ["symm_mem::multimem_all_reduce_"], "communication"),
+        (S884, ["aten::conv2d", "aten::cudnn_convolution"], "convolution"),
+        (SOFTMAX, ["aten::_scaled_dot_product_attention_math", "aten::_softmax"], "memory-bound"),
+        (SOFTMAX, ["aten::cross_entropy_loss", "aten::_softmax"], "optimiser and loss"),
+        (ELEMENTWISE, ["aten::mse_loss"], "optimiser and loss"),
+        (GATHER, ["aten::gather"], "memory-bound"),
+        (
+            "linearize_index_kernel",
+            ["torch::autograd::CppNode<SplitLookupFunction_rowwise_adagrad_Op>"],
+            "memory-bound",
+        ),
+        ("mystery", ["aten::_fused_rms_norm_backward"], "memory-bound"),
+        ("triton_poi_fused_flash_attention_cat_10", ["triton_poi_fused_flash_attention_cat_10"], "memory-bound"),
+        (COPY, ["aten::addmm"], "layout and cast"),
         ("sm90_xmma_fprop", ["DistributedDataParallel.forward"], "convolution"),
         ("triton_poi_fused_add_relu_1", ["CompiledFunction", "triton_poi_fused_add_relu_1"], "memory-bound"),
         ("mystery", ["a convolution of mine"], "unknown"),

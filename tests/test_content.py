@@ -47,7 +47,7 @@ def test_terms_are_sorted_by_what_can_be_recovered_and_parts_stay_with_their_ter
     table = content.terms(gpu())
     names = [row.cells[0].text for row in table.rows]
     assert names[:2] == ["convolutions below their roof", "batch norm and fused epilogues"]
-    assert names.index("waiting for the host") == names.index("idle") + 1
+    assert names.index("launching kernels") == names.index("idle") + 1
     assert [row.child for row in table.rows][names.index("idle") :][:5] == [False, True, True, True, False]
     gains = [float(row.cells[3].text) for row in table.rows if row.cells[3].text]
     assert gains == sorted(gains, reverse=True)

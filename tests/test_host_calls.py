@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiling.host_calls import HostCalls, Scope
+from profiling.host_calls import DEEPEST, HostCalls, Scope
 
 
 def calls_of(*rows: tuple) -> HostCalls:
@@ -32,6 +32,20 @@ def test_scope_is_what_encloses_a_time():
 def test_scope_does_not_hold_what_overlaps_without_enclosing():
     calls = calls_of((0, 10, "a", ""), (5, 20, "b", ""))
     assert [scope.ops for scope in calls.scopes(0, [7, 15])] == [("a", "b"), ("b",)]
+
+
+def test_of_very_many_nested_operations_a_scope_has_the_outermost_and_the_innermost():
+    """What kept all of them in the scope of each would go with the square of their number."""
+    many = 5_000
+    calls = calls_of(*((i, 3 * many - i, f"op {i}", "[[1]]" if i == 0 else "") for i in range(many)))
+    (deepest,) = calls.scopes(0, [many])
+    wanted = [*range(DEEPEST), *range(many - DEEPEST, many)]
+    assert deepest == Scope(tuple(f"op {i}" for i in wanted), "[[1]]")
+    (half,) = calls.scopes(0, [3 * many - many // 2])  # the inner half has ended
+    assert half.ops[-1] == f"op {many // 2 - 1}"
+    pieces = list(calls.pieces())
+    assert len(pieces) == 2 * many - 1
+    assert max(len(piece.scope.ops) for piece in pieces) == 2 * DEEPEST
 
 
 def test_thread_without_operations_has_no_scopes():

@@ -51,8 +51,8 @@ def test_gaps_inside_of_a_replay_are_not_the_hosts(path):
     trace, learned = replays(path)
     kernels = attribute_replays(trace.kernels, learned)
     gaps = idle(replace(trace, kernels=kernels))
-    assert gaps.launch_gap_ns == 3 * 70 * US
-    assert gaps.host_ns == 2 * (STEP_NS - 470 * US)
+    assert gaps.queued_ns == 3 * 70 * US
+    assert gaps.data_ns + gaps.python_ns + gaps.launch_ns == 2 * (STEP_NS - 470 * US)
 
 
 def test_trace_without_replays_is_as_it_was(path):

@@ -22,6 +22,7 @@ from made_run import (
     US,
     S,
     make_run,
+    make_trace,
     sampled,
 )
 
@@ -87,7 +88,17 @@ def test_idle_is_of_the_unprofiled_run_and_not_of_the_trace(tmp_path):
 
 def test_all_gaps_are_the_hosts_when_the_next_kernel_was_not_launched(made):
     parts = {p["name"]: p["ns"] for t in made["terms"] if t["key"] == "idle" for p in t["parts"]}
-    assert parts["waiting for the host"] > 0.98 * sum(parts.values())
+    assert parts["launching kernels"] + parts["in Python"] > 0.98 * sum(parts.values())
+
+
+def test_a_launched_kernel_that_leaves_the_device_empty_for_long_is_doubted(tmp_path, made):
+    folder = make_run(tmp_path / "run")
+    make_trace(folder / "records" / "trace.json.gz", queued_ns=2 * MS)
+    doubts = [
+        lack for lack in report.build(folder)["lacks"] if "took more than 1 ms to begin on an empty device" in lack
+    ]
+    assert [doubt.partition(" ")[0] for doubt in doubts] == [str(ACTIVE)]
+    assert not any("empty device" in lack for lack in made["lacks"])
 
 
 def test_against_three_peaks(made):

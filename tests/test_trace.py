@@ -398,6 +398,8 @@ HOSTILE = {
     "no_start": {"ts": None},
     "start_is_text": {"ts": "noon"},
     "start_is_a_list": {"ts": [1]},
+    "start_is_true": {"ts": True},
+    "device_is_true": {"args": {"stream": 7, "device": True, "correlation": 1}},
     "endless": {"dur": "1e999999999"},
     "not_a_number": {"dur": "NaN"},
     "ends_before_it_begins": {"dur": -5},

@@ -30,6 +30,7 @@ def path(tmp_path):
     "content",
     [
         pytest.param(TEXT.encode(), id="as_written"),
+        pytest.param(b"\xef\xbb\xbf" + TEXT.encode(), id="with_a_byte_order_mark"),
         pytest.param(gzip.compress(TEXT.encode()), id="gzip_whatever_its_name"),
         pytest.param(gzip.compress(TEXT[:300].encode()) + gzip.compress(TEXT[300:].encode()), id="gzip_of_two_members"),
         pytest.param(TEXT.encode().replace(b"\n", b"\r\n\t"), id="other_white_space"),
@@ -74,6 +75,32 @@ def test_event_right_before_a_cut_is_read(path):
     events, said = read(path, TEXT[: TEXT.index("}}") + 2].encode())
     assert events == EVENTS[:1]
     assert "cut off" in said.lacks[0]
+
+
+DAMAGED = {
+    "huge_string": (lambda event: event.replace("kernel", "x" * 5_000), "Unterminated string"),
+    "number_of_6000_digits": (lambda event: event.replace('"stream": ', '"stream": ' + "9" * 6_000), "4300 digits"),
+    "wrong_value": (lambda event: event.replace('"stream": ', '"stream": :'), "Expecting value"),
+    "half_an_event": (lambda event: event[:20], "Expecting"),
+    "nested_too_deep": (lambda event: event.replace('"stream": ', '"stream": ' + "[" * 100_000), "recursion"),
+}
+
+
+@pytest.mark.parametrize("places", [[7], [7, 8, 30]], ids=["one", "several"])
+@pytest.mark.parametrize(("damage", "why"), DAMAGED.values(), ids=DAMAGED)
+def test_what_stands_behind_a_damaged_event_is_read(path, monkeypatch, damage, why, places):
+    monkeypatch.setattr(trace_events, "CHUNK_BYTES", 1_000)
+    monkeypatch.setattr(trace_events, "LARGEST_VALUE", 4_000)
+    texts = BODY.split(",\n") * 12
+    written = [damage(text) if i in places else text for i, text in enumerate(texts)]
+    events, said = read(path, (HEAD + ",\n".join(written) + TAIL).encode())
+    lost = {*places} if damage(texts[0]).endswith("}") else {*places, *(place + 1 for place in places)}  # the next, too
+    assert events == [EVENTS[i % 5] for i in range(60) if i not in lost]
+    assert said.properties == {"deviceProperties": [{"id": 0}]}
+    (lack,) = said.lacks
+    assert lack.startswith(f"trace incomplete: not JSON from character {len(HEAD + ',n'.join(texts[:7])) + 2:,} to ")
+    assert why in lack
+    assert lack.endswith(" more places") == (len(places) > 1)
 
 
 def test_names_with_control_characters_are_read_though_json_forbids_them(path):
