@@ -1,8 +1,10 @@
 import dataclasses
 import errno
+import functools
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -20,7 +22,8 @@ from typer.testing import CliRunner
 import train
 from model import checkpoint
 from model.distributed import Ranks
-from model.errors import CheckpointError, DeviceError, NonFiniteError, OutOfMemoryError, TargetMissedError
+from model.errors import CheckpointError, DeviceError, NonFiniteError, OutOfMemoryError, RunError, TargetMissedError
+from model.evaluation import Evaluator
 from model.interrupts import Interrupted
 from model.step import TrainingStep
 from model.trainer import Trainer
@@ -89,19 +92,27 @@ def test_two_runs_of_a_seed_are_bit_equal_and_of_two_seeds_are_not(whole, tmp_pa
 # Stopping and going on
 
 
-def stop_at(session, step):
+def in_a_hurry(session, monkeypatch):
+    """SIGTERM, after which nothing may wait: whoever sends it soon sends SIGKILL."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+    session.interrupts.handle(signal.SIGTERM)
+
+
+def stop_at(session, step, stop=lambda session: session.interrupts.handle(signal.SIGTERM)):
     def on_step(number):
         if number == step:
-            session.interrupts.handle(signal.SIGTERM)
+            stop(session)
 
     return on_step
 
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
-def test_resuming_at_any_step_is_as_if_it_had_never_stopped(whole, tmp_path, step):
+def test_resuming_at_any_step_is_as_if_it_had_never_stopped(whole, tmp_path, step, monkeypatch):
     session = tiny_session()
-    with pytest.raises(Interrupted) as stopped:
-        train.run(session, tiny_config(), tmp_path, on_step=stop_at(session, step))
+    with monkeypatch.context() as patch:
+        on_step = stop_at(session, step, functools.partial(in_a_hurry, monkeypatch=patch))
+        with pytest.raises(Interrupted) as stopped:
+            train.run(session, tiny_config(), tmp_path, on_step=on_step)
     assert stopped.value.exit_code == 143
     left = read_json(tmp_path / "summary.json")
     assert (left["status"], left["exit_code"], left["steps"]) == ("interrupted", 143, step)
@@ -153,6 +164,21 @@ def test_a_step_that_cannot_be_captured_is_in_the_summary(whole, tmp_path, capsy
     assert (summary["status"], summary["step"], summary["step_requested"]) == ("complete", "eager", "captured")
     assert re.search("warning: the training step runs eagerly, not captured: .* CUDA GPU", capsys.readouterr().err)
     assert_same_run(whole, tmp_path)
+
+
+def test_a_signal_while_testing_ends_the_run_after_that_batch(tmp_path, monkeypatch):
+    session, original, batches = tiny_session(tiny_dataset(20, 1100)), Evaluator._batch, []
+
+    def batch(self, size):
+        original(self, size)
+        batches.append(size)
+        if len(batches) == 2:
+            in_a_hurry(session, monkeypatch)
+
+    monkeypatch.setattr(Evaluator, "_batch", batch)
+    with pytest.raises(Interrupted):
+        train.run(session, tiny_config(), tmp_path)
+    assert batches == [500, 500]
 
 
 @pytest.mark.parametrize("how", ["signal", "crash"])
@@ -222,6 +248,71 @@ def test_a_value_that_is_not_finite_ends_the_run_and_spares_the_checkpoints(tmp_
     assert len(kept) == 4
     assert checkpoint.load(tmp_path).step == 8
     assert read_json(tmp_path / "summary.json")["status"] == "non-finite"
+
+
+def poison_statistics(monkeypatch, step):
+    """From `step` on a running mean is NaN, as nothing is that gradients pass through."""
+    original = TrainingStep.__call__
+
+    def poisoned(self, *batch):
+        original(self, *batch)
+        if self.number == step:
+            next(b for name, b in self.network.named_buffers() if name.endswith("running_mean")).fill_(float("nan"))
+
+    monkeypatch.setattr(TrainingStep, "__call__", poisoned)
+
+
+@pytest.mark.parametrize(("step", "epochs"), [(2, 0), (6, 1)])
+def test_a_test_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, step, epochs):
+    poison_statistics(monkeypatch, step)
+    with pytest.raises(NonFiniteError, match=rf"test loss after step {4 * epochs + 4} \(epoch {epochs + 1}\) is nan"):
+        train.run(tiny_session(), tiny_config(), tmp_path)
+    summary = read_json(tmp_path / "summary.json")
+    assert (summary["status"], summary["exit_code"], summary["epochs"]) == ("non-finite", 5, epochs)
+    assert (summary["test_loss"] is None) == (epochs == 0)
+    assert len(digest(tmp_path)) == 2 * epochs
+    assert len(losses(tmp_path)) == epochs if epochs else not (tmp_path / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("what", ["gradient", "statistics"])
+def test_a_signal_saves_nothing_that_is_not_finite(tmp_path, monkeypatch, what):
+    """Within an epoch on a GPU nobody reads whether the gradients were finite; here it shows after the step's look."""
+    session, kept, steps = tiny_session(), {}, []
+    original = TrainingStep.__call__
+    monkeypatch.setattr(TrainingStep, "__call__", lambda self, *batch: steps.append(self) or original(self, *batch))
+    if what == "statistics":
+        poison_statistics(monkeypatch, 6)
+
+    def on_step(number):
+        if number == 6:
+            kept.update(digest(tmp_path))
+            if what == "gradient":
+                steps[-1].bad_step.fill_(6)
+            session.interrupts.handle(signal.SIGTERM)
+
+    with pytest.raises(NonFiniteError, match="step 6"):
+        train.run(session, tiny_config(), tmp_path, on_step=on_step)
+    assert digest(tmp_path) == kept
+    assert len(kept) == 2
+    assert read_json(tmp_path / "summary.json")["exit_code"] == 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forks on Linux only")
+def test_a_killed_worker_is_a_line_with_advice(tmp_path, monkeypatch):
+    original = TrainingStep.__call__
+
+    def faulty(self, *batch):
+        if self.number == 15:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+        original(self, *batch)
+
+    monkeypatch.setattr(TrainingStep, "__call__", faulty)
+    session, config = tiny_session(tiny_dataset(200)), tiny_config(preprocess="once", workers=1)
+    with pytest.raises(RunError, match=r"makes batches has ended.*--resume auto.*workers=0"):
+        train.run(session, config, tmp_path)
+    assert read_json(tmp_path / "summary.json")["exit_code"] == 1
+    train._require_fit(session, checkpoint.load(tmp_path), dataclasses.replace(config, workers=0))
 
 
 def test_out_of_memory_names_a_batch_to_try(tmp_path, monkeypatch):
