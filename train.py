@@ -587,8 +587,11 @@ def _require_launch() -> None:
     for name, value in given.items():
         if not re.fullmatch("[0-9]{1,6}", value):
             raise UsageError(f"{name}={value!r} in the environment is no whole number; unset it, or start by torchrun")
-    if int(given.get("RANK", 0)) >= int(given.get("WORLD_SIZE", 1 << 20)):
-        raise UsageError("RANK in the environment is not below WORLD_SIZE; unset both, or start by torchrun")
+    rank, world = given.get("RANK", "0"), given.get("WORLD_SIZE", "1000000")
+    if int(rank) >= int(world):
+        raise UsageError(
+            f"RANK={rank} in the environment is not below WORLD_SIZE={world}; unset both, or start by torchrun"
+        )
 
 
 def _find_checkpoint(session: Session, named: "Checkpoint | None", out: Path) -> "Checkpoint | None":
@@ -769,8 +772,9 @@ def _record_refusal(out: Path, error: RunError) -> None:
 
 
 def _list_presets(as_json: bool) -> None:
-    from profiling.console import put
+    from profiling.console import Terminal
 
+    put = Terminal().put
     if as_json:
         put(json.dumps({name: make().to_json() for name, make in PRESETS.items()}, indent=2))
         return
@@ -828,14 +832,14 @@ def main(
 
 def _guarded(read: Callable[[], Request]) -> int:
     """Check the request and perform it; any failure becomes one line on stderr and its exit code."""
-    from profiling.console import Terminal, put
+    from profiling.console import Terminal
 
     speaks = os.environ.get("RANK", "0") == "0"
     try:
         request = read()
     except RunError as error:
         if speaks or not os.environ["RANK"].isdecimal():
-            put(f"error: {error}", sys.stderr)
+            Terminal().error(str(error))
         return error.exit_code
     if request.profile_pass or "TORCHELASTIC_RUN_ID" in os.environ:
         follow(PARENT)
@@ -861,7 +865,7 @@ def _guarded(read: Callable[[], Request]) -> int:
 
             leave()
     if request.json and speaks and summary:
-        put(json.dumps(summary, indent=2, allow_nan=False))
+        terminal.put(json.dumps(summary, indent=2, allow_nan=False))
     return code
 
 

@@ -104,6 +104,7 @@ def lost_worker(error: BaseException) -> RunError | None:
     if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader worker"):
         return None
     return RunError(
-        f"a process that makes batches has ended: {str(error).splitlines()[0].strip()} Unless somebody ended it, this machine "
-        "is short of memory: go on from the last checkpoint with --resume auto and fewer workers (--set workers=0)"
+        f"a process that makes batches has ended: {str(error).splitlines()[0].strip()} Unless somebody ended it, this "
+        "machine is short of memory: go on from the last checkpoint with --resume auto and fewer workers, such as "
+        "--set workers=0"
     )

@@ -52,13 +52,6 @@ class _Stream:
                 self.stream.flush()
 
 
-def put(text: str, stream: TextIO | None = None) -> None:
-    """A line for a script, on stdout if nothing else is said; lost where nobody takes it."""
-    stream = stream or sys.stdout
-    if stream is not None:  # as it is where it was closed from the start
-        print(text, file=_Stream(stream), flush=True)
-
-
 def _console(stderr: bool, quiet: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     return Console(file=stream and _Stream(stream), stderr=stderr, highlight=False, quiet=quiet)
@@ -75,6 +68,11 @@ class Terminal:
         self.out = _console(stderr=json, quiet=not speaks)
         self.err = _console(stderr=True)
         self._widths: list[int] = []
+
+    def put(self, text: str) -> None:
+        """A line on stdout, as it is: for a script."""
+        if sys.stdout is not None:  # as it is where it was closed from the start
+            print(text, file=_Stream(sys.stdout), flush=True)
 
     def say(self, text: str, style: str = "") -> None:
         """A line for people."""

@@ -1,4 +1,5 @@
 import dataclasses
+import datetime
 import errno
 import functools
 import hashlib
@@ -20,7 +21,7 @@ from runs import final_tensors, tiny_config, tiny_dataset, tiny_session
 from typer.testing import CliRunner
 
 import train
-from model import checkpoint
+from model import checkpoint, folder
 from model.distributed import Ranks
 from model.errors import CheckpointError, DeviceError, NonFiniteError, OutOfMemoryError, RunError, TargetMissedError
 from model.evaluation import Evaluator
@@ -491,6 +492,25 @@ def test_usage_errors_exit_2_in_one_line(arguments, words, monkeypatch):
     assert sum(line.lower().startswith("error:") for line in result.output.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "x"}, "RANK='x' in the environment is no whole number; unset it"),
+        ({"RANK": "0", "WORLD_SIZE": "x"}, "WORLD_SIZE='x'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 in the environment is not below WORLD_SIZE=0"),
+    ],
+    ids=lambda v: "_".join(v) if isinstance(v, dict) else "",
+)
+def test_an_environment_that_is_not_torchrun_s_exits_2(environment, words, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = invoke("--synthetic")
+    assert result.exit_code == 2
+    assert words in result.output
+    assert result.output.count("\n") == 1
+
+
 def test_arguments_are_checked_before_torch_is_imported():
     code = "import sys, train\ntry:\n    train.app()\nfinally:\n    assert 'torch' not in sys.modules"
     for arguments, expected in [(["--list"], 0), (["--set", "batchsize=4"], 2), (["--out", "tests"], 2)]:
@@ -505,13 +525,23 @@ def test_the_list_names_every_preset():
     assert json.loads(invoke("--list", "--json").output)["article-256"]["batch_size"] == 512
 
 
-def test_a_reader_of_the_list_may_stop_reading():
-    child = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", "--list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    child.stdout.close()
-    assert child.stderr.read() == b""
-    assert child.wait(timeout=60) == 0
+def nowhere(how: str):
+    """What takes nothing: a "pipe" whose reader has gone, or a "disk" that is full."""
+    if how == "disk":
+        if not os.path.exists("/dev/full"):
+            pytest.skip("needs /dev/full")
+        return open("/dev/full", "w")
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w")
+
+
+@pytest.mark.parametrize(("how", "arguments"), [("pipe", ["--list"]), ("disk", ["--list", "--json"])])
+def test_the_list_may_find_no_reader(how, arguments):
+    with nowhere(how) as stdout:
+        command = [sys.executable, ROOT / "train.py", *arguments]
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_wrong_data_exits_3(tmp_path):
@@ -623,9 +653,16 @@ def test_sigterm_anywhere_keeps_what_was_done(finished, tmp_path, place):
     assert_same_run(finished[0], tmp_path / "run")
 
 
+def test_the_end_of_the_terminal_finishes_the_step_and_saves(tmp_path):
+    done = tiny("--out", str(tmp_path / "run"), fault="HUP@step")
+    assert done.returncode == 129
+    assert checkpoint.load(tmp_path / "run").step == 5
+
+
 def test_sigint_once_finishes_the_step_and_saves(finished, tmp_path):
     done = tiny("--out", str(tmp_path / "run"), fault="INT@step")
     assert done.returncode == 130
+    assert done.stderr.strip() == b"SIGINT: finishing this step, then saving; once more stops at once, unsaved"
     assert checkpoint.load(tmp_path / "run").step == 5
     assert b"--resume auto" in done.stdout
     again = tiny("--resume", str(tmp_path / "run" / "checkpoint-00000005.json"))
@@ -665,15 +702,16 @@ def test_odd_terminals(tmp_path, env):
     assert b"test accuracy" in done.stdout.replace(b"\n", b" ")
 
 
-def test_a_closed_stdout_does_not_end_the_training(tmp_path):
+@pytest.mark.parametrize(("how", "arguments"), [("pipe", []), ("disk", ["--json"])])
+def test_output_that_cannot_be_written_does_not_end_the_training(tmp_path, how, arguments):
+    """People's and scripts': with --json the former is on stderr, which shares the disk."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "tests" / "runs.py", "--preset", "laptop", "--out", tmp_path / "run"]
-    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    child.stdout.close()
-    errors = child.stderr.read()
-    assert child.wait(timeout=120) == 0, errors
-    assert b"Traceback" not in errors
-    assert b"Exception ignored" not in errors
+    command = [sys.executable, ROOT / "tests" / "runs.py", "--preset", "laptop", "--out", tmp_path / "run", *arguments]
+    with nowhere(how) as output:
+        stderr = output if arguments else subprocess.PIPE
+        done = subprocess.run(command, env=env, stdout=output, stderr=stderr, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
     assert read_json(tmp_path / "run" / "summary.json")["status"] == "complete"
 
 
@@ -695,6 +733,18 @@ def test_evaluate_a_checkpoint(finished):
     assert summary["test_accuracy"] == pytest.approx(read_json(out / "summary.json")["test_accuracy"])
     assert "test_accuracy_airplane" in summary
     assert b"truck" in done.stderr
+
+
+def test_evaluating_weights_that_are_not_finite_exits_5(finished, tmp_path, tiny_here):
+    found = checkpoint.load(finished[0])
+    found.tensors["network.linear.weight"][0, 0] = float("nan")
+    checkpoint.save(tmp_path, 1, found.tensors, found.state)
+    result = CliRunner().invoke(train.app, ["--evaluate", str(tmp_path), "--json"])
+    assert result.exit_code == 5
+    summary = json.loads(result.stdout)
+    assert (summary["status"], summary["exit_code"]) == ("non-finite", 5)
+    assert summary["test_loss"] is summary["test_accuracy"] is summary["test_accuracy_cat"] is None
+    assert "the test loss of" in result.stderr
 
 
 @pytest.mark.parametrize("option", ["--resume", "--evaluate"])
@@ -725,6 +775,100 @@ def test_branching_off_needs_another_folder(finished, tmp_path, monkeypatch):
     result = invoke("--resume", str(out / "checkpoint-00000008.json"), "--out", str(tmp_path / "branch"))
     assert result.exit_code == 0, result.output
     assert_same_run(out, tmp_path / "branch")
+
+
+# A run's folder
+
+
+@pytest.fixture
+def tiny_here(monkeypatch):
+    """`train.py` in this process, on the tiny data, for an epoch: `tiny_here(*arguments)`."""
+    monkeypatch.setattr("model.data.load", lambda *a, **k: tiny_dataset())
+    monkeypatch.setattr(train.Interrupts, "install", lambda self: None)  # pytest's handlers stay
+    settings = [f"--set={name}={value}" for name, value in {"widths": "8,8,16,16", "batch_size": 20}.items()]
+    return lambda *arguments: invoke("--epochs", "1", *settings, *arguments)
+
+
+def test_two_runs_of_one_second_have_a_folder_each(tiny_here, tmp_path, monkeypatch):
+    class Frozen(datetime.datetime):
+        """Says the same time whenever it is asked."""
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(train.datetime, "datetime", Frozen)
+    monkeypatch.chdir(tmp_path)
+    for seed in "01":
+        assert tiny_here("--preset", "laptop", "--seed", seed).exit_code == 0
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert [run.name for run in runs] == ["20260102-030405-laptop", "20260102-030405-laptop-2"]
+    assert [read_json(run / "config.json")["seed"] for run in runs] == [0, 1]
+
+
+def test_a_second_process_is_refused_and_named_the_first(tmp_path):
+    with folder.hold(tmp_path, pytest.fail):
+        done = tiny("--out", str(tmp_path), "--resume", "auto")
+        assert folder.is_empty(tmp_path)
+    assert done.returncode == 2
+    assert re.search(f"error: .* is in use by process {os.getpid()} on .* since 20", done.stderr.decode())
+
+
+def test_a_folder_that_was_filled_meanwhile_is_refused(tiny_here, tmp_path, monkeypatch):
+    """Between the look at the arguments and the lock another run may have begun and ended."""
+
+    def load(*args, **options):
+        train.run(tiny_session(), tiny_config(), tmp_path)
+        return tiny_dataset()
+
+    monkeypatch.setattr("model.data.load", load)
+    result = tiny_here("--out", str(tmp_path))
+    assert result.exit_code == 2
+    assert "is not empty" in result.output
+    assert read_json(tmp_path / "summary.json")["epochs"] == 3
+
+
+def test_what_a_killed_writer_left_is_cleared_when_the_folder_s_next_run_begins(tiny_here, tmp_path):
+    for path in (tmp_path, tmp_path / "run-000"):
+        path.mkdir(exist_ok=True)
+        (path / ".tmp-12345678.safetensors").touch()
+    assert tiny_here("--out", str(tmp_path), "--resume", "auto", "--runs", "1").exit_code == 0
+    assert not list(tmp_path.glob(".tmp-*"))
+    assert tiny_here("--out", str(tmp_path), "--resume", "auto", "--runs", "2").exit_code == 0
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_nothing_is_made_or_cleared_for_a_checkpoint_that_is_missing(tiny_here, tmp_path):
+    result = tiny_here("--resume", str(tmp_path / "new" / "checkpoint-00000001.json"))
+    assert result.exit_code == 8
+    (tmp_path / ".tmp-12345678.json").touch()
+    assert tiny_here("--resume", str(tmp_path / "checkpoint-00000001.json")).exit_code == 8
+    assert [path.name for path in tmp_path.iterdir()] == [".tmp-12345678.json"]
+
+
+# Signals before a run and after its launcher
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("module", ["typer", "torch"])
+def test_ctrl_c_during_the_imports_leaves_in_silence(tmp_path, module):
+    (tmp_path / f"{module}.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / "train.py", "--synthetic", "--out", tmp_path / "run"]
+    done = subprocess.run(command, env=env, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_profiled_pass_ends_when_its_parent_is_killed(finished):
+    """It would wait for ever."""
+    code = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+    command = [sys.executable, "-c", code, sys.executable, ROOT / "tests" / "runs.py", "--profile-pass", finished[0]]
+    done = subprocess.run(
+        command, env={**os.environ, "FAULT": "ORPHAN@data", "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120
+    )  # until the pass has closed its output
+    assert done.returncode == -signal.SIGKILL
+    assert done.stderr == b""
 
 
 def test_no_data_and_no_network_trains_on_synthetic_images(tmp_path):
