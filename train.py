@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 import typer
 
-from model import folder
+from model import folder as run_folder
 from model.config import PRESETS, Config, preset
 from model.errors import (
     CheckpointError,
@@ -189,8 +189,8 @@ def own(session: Session, out: Path) -> Iterator[None]:
         return
     from model.checkpoint import clean
 
-    folder.make(out)
-    with folder.hold(out, session.terminal.warn):
+    run_folder.make(out)
+    with run_folder.hold(out, session.terminal.warn):
         clean(out)
         yield
 
@@ -440,14 +440,14 @@ def repeat(
     counted = TARGET if target is None and session.dataset.identity == "official" else target
     summaries, summary = [], {}
     for i in range(runs):
-        each, each_out = dataclasses.replace(config, seed=config.seed + i), out / f"run-{i:03d}"
+        each, folder = dataclasses.replace(config, seed=config.seed + i), out / f"run-{i:03d}"
         session.terminal.say(f"run {i + 1} of {runs}, seed {each.seed}", "bold")
-        checkpoint = _find_checkpoint(session, None, each_out) if resume else None
+        checkpoint = _find_checkpoint(session, None, folder) if resume else None
         if checkpoint:
             _require_fit(session, checkpoint, each)
-        done = read_json(each_out / "summary.json") if checkpoint and (each_out / "summary.json").exists() else {}
+        done = read_json(folder / "summary.json") if checkpoint and (folder / "summary.json").exists() else {}
         complete = done.get("status") == "complete"
-        summaries.append(done if complete else run(session, each, each_out, checkpoint, insist=insist))
+        summaries.append(done if complete else run(session, each, folder, checkpoint, insist=insist))
         wall_s = (time.monotonic_ns() - STARTED_NS) / 1e9
         summary = aggregate(summaries, runs, counted, required=target is not None, wall_s=wall_s)
         if session.ranks.is_first:
@@ -577,7 +577,7 @@ class Request:
 
 
 def _require_empty(out: Path) -> None:
-    if not folder.is_empty(out):
+    if not run_folder.is_empty(out):
         raise UsageError(f"--out {out} is not empty; name a new folder, or go on with --resume auto")
 
 
@@ -689,7 +689,7 @@ def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> 
             found = checkpoints.load(Path(request.resume))
         if out is None:
             out = Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
-            out = folder.make_new(out) if first else out
+            out = run_folder.make_new(out) if first else out
         with own(session, out):
             if first and not request.resume:  # somebody may have been here since the arguments were checked
                 _require_empty(out)
@@ -843,6 +843,8 @@ def _guarded(read: Callable[[], Request]) -> int:
         return error.exit_code
     if request.profile_pass or "TORCHELASTIC_RUN_ID" in os.environ:
         follow(PARENT)
+    from model.distributed import leave, report  # torch, while a signal still ends the process whatever it is doing
+
     interrupts = Interrupts(_note if speaks else lambda text: None)
     interrupts.install()
     terminal = Terminal(request.json, speaks)
@@ -853,17 +855,12 @@ def _guarded(read: Callable[[], Request]) -> int:
         summary = getattr(error, "summary", None)
         interrupts.deferred = True  # torchrun ends the other ranks when one has failed: they may still say why
         if not speaks:
-            from model.distributed import report
-
             report(error)
         elif isinstance(error, RunError):
             terminal.error(str(error))
         code = error.exit_code
     finally:
-        if "torch" in sys.modules:
-            from model.distributed import leave
-
-            leave()
+        leave()
     if request.json and speaks and summary:
         terminal.put(json.dumps(summary, indent=2, allow_nan=False))
     return code
