@@ -262,8 +262,8 @@ class Trainer:
 
     def _not_finite(self, what: str) -> NonFiniteError:
         return NonFiniteError(
-            f"{what}. The seed is {self.config.seed}, and the last checkpoint is from before that. Lower lr_values or "
-            "try another seed"
+            f"{what}. The seed is {self.config.seed}, and every checkpoint is from before that. Lower lr_values or try "
+            "another seed"
         )
 
     def evaluate(self, on_batch: Callable[[], Any] = lambda: None) -> Evaluation:
