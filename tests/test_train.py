@@ -738,7 +738,7 @@ def test_evaluate_a_checkpoint(finished):
 def test_evaluating_weights_that_are_not_finite_exits_5(finished, tmp_path, tiny_here):
     found = checkpoint.load(finished[0])
     found.tensors["network.linear.weight"][0, 0] = float("nan")
-    checkpoint.save(tmp_path, 1, found.tensors, found.state)
+    checkpoint.save(tmp_path, found.step, found.tensors, found.state)
     result = CliRunner().invoke(train.app, ["--evaluate", str(tmp_path), "--json"])
     assert result.exit_code == 5
     summary = json.loads(result.stdout)
