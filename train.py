@@ -8,15 +8,23 @@ import dataclasses
 import datetime
 import itertools
 import json
+import math
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from model.interrupts import Interrupted, Interrupts, end_at_once, follow
+
+if __name__ == "__main__":
+    end_at_once()
+
 import typer
 
+from model import folder as run_folder
 from model.config import PRESETS, Config, preset
 from model.errors import (
     CheckpointError,
@@ -28,7 +36,6 @@ from model.errors import (
     TargetMissedError,
     UsageError,
 )
-from model.interrupts import Interrupted, Interrupts
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +50,7 @@ if TYPE_CHECKING:
     from profiling.runlog import RunLog
 
 ROOT = Path(__file__).resolve().parent
-STARTED_NS = time.monotonic_ns()
+STARTED_NS, PARENT = time.monotonic_ns(), os.getppid()
 TARGET = 0.94
 """The accuracy that the article and DAWNBench train to."""
 """The command that profiles the run in the folder that follows it."""
@@ -88,7 +95,7 @@ def run(
     Raises Interrupted with the work saved, NonFiniteError, OutOfMemoryError, CheckpointError if the last checkpoint
     could not be written, TargetMissedError below the accuracy `target`; summary.json then says so too.
     """
-    from model.memory import out_of_memory, peak
+    from model.memory import lost_worker, out_of_memory, peak
     from model.trainer import build_network, choose_dtype, step_mode, triton_conv_share, with_available_ops
     from profiling.clock import Clock
     from profiling.environment import device_name, environment
@@ -136,38 +143,54 @@ def run(
         ranks.is_first,
         session.terminal.warn,
     )
-    if ranks.is_first:
-        _make_folder(out)
-    log.begin(config.to_json(), machine)
-    trainer, collection = None, None
-    if collect:
-        from profiling.collection import Collection
+    with own(session, out):
+        log.begin(config.to_json(), machine)
+        trainer, collection = None, None
+        if collect:
+            from profiling.collection import Collection
 
-        collection = Collection(out, device, session.terminal.warn)
-    try:
-        trainer = _prepare(session, config, dtype, checkpoint, log)
-        _train(session, trainer, out, log, on_step, collection)
-        accuracy = log.history[-1]["test_accuracy"]
-        if target is not None and accuracy < target:
-            raise TargetMissedError(f"test accuracy {accuracy:.2%} is below the target of {target:.2%}")
-        status, error = "complete", None
-    except BaseException as raised:  # whatever it is, the summary says so before it goes on
-        error = out_of_memory(raised, device, config.batch_size) or raised
-        status = _STATUS.get(type(error), "failed")
-    steps, images, recorded = 0, 0, 0
-    if trainer:
-        steps, images, recorded = trainer.step.number, trainer.images_seen(), trainer.recorded_bytes()
-    if error:
-        clock.synchronize = lambda: None  # a device that has failed raises again whoever waits for it
-    clock.stop()
-    if collection:
-        collection.finish(clock)
-    code = getattr(error, "exit_code", 1) if error else 0
-    summary = log.finish(status, code, steps, images, *peak(device, recorded))
-    if error:
-        error.summary = summary
-        raise error
-    return summary
+            collection = Collection(out, device, session.terminal.warn)
+        try:
+            trainer = _prepare(session, config, dtype, checkpoint, log)
+            _train(session, trainer, out, log, on_step, collection)
+            accuracy = log.history[-1]["test_accuracy"]
+            if target is not None and accuracy < target:
+                raise TargetMissedError(f"test accuracy {accuracy:.2%} is below the target of {target:.2%}")
+            status, error = "complete", None
+        except BaseException as raised:  # whatever it is, the summary says so before it goes on
+            error = out_of_memory(raised, device, config.batch_size) or lost_worker(raised) or raised
+            status = _STATUS.get(type(error), "failed")
+        steps, images, recorded = 0, 0, 0
+        if trainer:
+            steps, images, recorded = trainer.step.number, trainer.images_seen(), trainer.recorded_bytes()
+        if error:
+            clock.synchronize = lambda: None  # a device that has failed raises again whoever waits for it
+        clock.stop()
+        if collection:
+            collection.finish(clock)
+        code = getattr(error, "exit_code", 1) if error else 0
+        summary = log.finish(status, code, steps, images, *peak(device, recorded))
+        if error:
+            error.summary = summary
+            raise error
+        return summary
+
+
+@contextlib.contextmanager
+def own(session: Session, out: Path) -> Iterator[None]:
+    """Make `out`, keep other processes from it, and clear it of what a killed one left. The first rank does, for all.
+
+    Raises UsageError where `out` cannot be made, or is another process's.
+    """
+    if not session.ranks.is_first:
+        yield
+        return
+    from model.checkpoint import clean
+
+    run_folder.make(out)
+    with run_folder.hold(out, session.terminal.warn):
+        clean(out)
+        yield
 
 
 def _prepare(
@@ -242,6 +265,8 @@ def _train(
             clock.switch("evaluation")
             # Several ranks agree on stopping between steps; here each has its own number of batches.
             test = trainer.evaluate(stop_if_asked if ranks.world == 1 else lambda: None)
+            trainer.check_loss("training", training[0])
+            trainer.check_loss("test", test.loss)
             number = trainer.step.number
             rate = trainer.step.learning_rate(number)
             row = log.add_epoch(number, rate, trainer.batches.count, training, (test.loss, test.accuracy))
@@ -255,7 +280,10 @@ def _train(
 
 
 def _save(session: Session, trainer: "Trainer", out: Path, log: "RunLog", final: bool) -> None:
-    """Write a checkpoint. A failure is a warning, and for the `final` one a CheckpointError."""
+    """Write a checkpoint. A failure is a warning, and for the `final` one a CheckpointError.
+
+    Raises NonFiniteError for a gradient or a tensor that is not finite: it would take the place of a good one.
+    """
     from model import checkpoint
 
     log.clock.switch("checkpoint")
@@ -385,7 +413,7 @@ def repeat(
     for i in range(runs):
         each, folder = dataclasses.replace(config, seed=config.seed + i), out / f"run-{i:03d}"
         session.terminal.say(f"run {i + 1} of {runs}, seed {each.seed}", "bold")
-        checkpoint = _find_checkpoint(session, "auto", folder) if resume else None
+        checkpoint = _find_checkpoint(session, None, folder) if resume else None
         if checkpoint:
             _require_fit(session, checkpoint, each)
         done = read_json(folder / "summary.json") if checkpoint and (folder / "summary.json").exists() else {}
@@ -404,7 +432,10 @@ def repeat(
 
 
 def evaluate(session: Session, config: Config, checkpoint: "Checkpoint") -> dict[str, Any]:
-    """The accuracy of a checkpoint on the test images, as a whole and by class."""
+    """The accuracy of a checkpoint on the test images, as a whole and by class.
+
+    Raises NonFiniteError, with a summary that knows none, where the loss is not finite: nor is what decides the class.
+    """
     from model.batches import Batches
     from model.trainer import Trainer, choose_dtype, with_available_ops
     from profiling.environment import commit, device_name
@@ -419,10 +450,10 @@ def evaluate(session: Session, config: Config, checkpoint: "Checkpoint") -> dict
     start_ns = time.monotonic_ns()
     result = trainer.evaluate()
     eval_s = (time.monotonic_ns() - start_ns) / 1e9
-    rows = [[name, f"{accuracy:.2%}"] for name, accuracy in result.class_accuracy.items()]
-    title = f"{checkpoint.path.name} on {trainer.test_count:,} test images ({dataset.identity})"
-    session.terminal.table(title, ["class", "accuracy"], [*rows, ["all", f"{result.accuracy:.2%}"]])
-    return {
+    finite = math.isfinite(result.loss)
+    known = {"test_loss": result.loss, "test_accuracy": result.accuracy}
+    known |= {f"test_accuracy_{name}": accuracy for name, accuracy in result.class_accuracy.items()}
+    summary = {
         "status": "complete",
         "exit_code": 0,
         "preset": config.preset,
@@ -433,12 +464,18 @@ def evaluate(session: Session, config: Config, checkpoint: "Checkpoint") -> dict
         "ops": config.ops,
         "steps": checkpoint.step,
         "seed": config.seed,
-        "test_loss": result.loss,
-        "test_accuracy": result.accuracy,
-        **{f"test_accuracy_{name}": accuracy for name, accuracy in result.class_accuracy.items()},
+        **(known if finite else dict.fromkeys(known)),
         "eval_s": eval_s,
         "git_sha": commit(ROOT)[0],
     }
+    if not finite:
+        error = NonFiniteError(f"the test loss of {checkpoint.path} is {result.loss}; evaluate an earlier checkpoint")
+        error.summary = summary | {"status": _STATUS[NonFiniteError], "exit_code": error.exit_code}
+        raise error
+    rows = [[name, f"{accuracy:.2%}"] for name, accuracy in result.class_accuracy.items()]
+    title = f"{checkpoint.path.name} on {trainer.test_count:,} test images ({dataset.identity})"
+    session.terminal.table(title, ["class", "accuracy"], [*rows, ["all", f"{result.accuracy:.2%}"]])
+    return summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -491,8 +528,8 @@ class Request:
         if self.out and not self.resume and self.out.exists():
             if not self.out.is_dir():
                 raise UsageError(f"--out {self.out} is not a folder; name a new one")
-            if any(self.out.iterdir()):
-                raise UsageError(f"--out {self.out} is not empty; name a new folder, or go on with --resume auto")
+            _require_empty(self.out)
+        _require_launch()
 
     def configure(self, base: Config) -> Config:
         """`base` with what the command line says on top."""
@@ -510,23 +547,38 @@ class Request:
         return ["--data-dir", str((self.data_dir or Path("data")).absolute())]
 
 
-def _find_checkpoint(session: Session, resume: str, out: Path) -> "Checkpoint | None":
-    """The checkpoint to go on from; None where `auto` finds none."""
+def _require_empty(out: Path) -> None:
+    if not run_folder.is_empty(out):
+        raise UsageError(f"--out {out} is not empty; name a new folder, or go on with --resume auto")
+
+
+def _require_launch() -> None:
+    """Raise UsageError unless the environment is torchrun's, or has nothing of it."""
+    given = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+    for name, value in given.items():
+        if not re.fullmatch("[0-9]{1,6}", value):
+            raise UsageError(f"{name}={value!r} in the environment is no whole number; unset it, or start by torchrun")
+    rank, world = given.get("RANK", "0"), given.get("WORLD_SIZE", "1000000")
+    if int(rank) >= int(world):
+        raise UsageError(
+            f"RANK={rank} in the environment is not below WORLD_SIZE={world}; unset both, or start by torchrun"
+        )
+
+
+def _find_checkpoint(session: Session, named: "Checkpoint | None", out: Path) -> "Checkpoint | None":
+    """The checkpoint to go on from: the one `named`, else the newest in `out`; None where there is none."""
     from model import checkpoint
 
-    warn = session.terminal.warn if session.ranks.is_first else lambda text: None
-    if resume == "auto":
-        found = checkpoint.newest(out, warn)
-        session.terminal.say(f"resuming from {found.path}" if found else f"no checkpoint in {out}: starting afresh")
-        return found
-    found = checkpoint.load(Path(resume))
-    later = checkpoint.newest(out, warn)
-    if later and later.step > found.step:
+    newest = checkpoint.newest(out, session.terminal.warn if session.ranks.is_first else lambda text: None)
+    if named is None:
+        session.terminal.say(f"resuming from {newest.path}" if newest else f"no checkpoint in {out}: starting afresh")
+        return newest
+    if newest and newest.step > named.step:
         raise CheckpointError(
-            f"{out} holds a later checkpoint than {found.path.name}: step {later.step}. Go on from that with "
+            f"{out} holds a later checkpoint than {named.path.name}: step {newest.step}. Go on from that with "
             "--resume auto, or name a new --out for a run that branches off here"
         )
-    return found
+    return named
 
 
 def _require_fit(session: Session, checkpoint: "Checkpoint", config: Config) -> None:
@@ -586,7 +638,6 @@ def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> 
     """Do what was asked; returns the summary."""
     from model import checkpoint as checkpoints
     from profiling.records import read_json
-    from profiling.runlog import closing_lines
 
     config, found = request.configure(preset(request.preset or "laptop")), None
     if request.profile_pass:
@@ -600,28 +651,42 @@ def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> 
         return evaluate(session, request.configure(Config.from_json(found.state["config"])), found)
     if request.preset is None and session.device.type == "cuda":
         config = request.configure(preset("fused"))
-    insist = any(setting.partition("=")[0].strip() == "ops" for setting in request.settings)
     out = request.out
     if out is None and request.resume:
         out = Path(request.resume) if Path(request.resume).is_dir() else Path(request.resume).parent
-    if out is None:
-        out = Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
-    if session.ranks.is_first:
-        _make_folder(out)
-        checkpoints.clean(out)
-    if request.runs > 1:
-        return repeat(session, config, out, request.runs, request.target_accuracy, bool(request.resume), insist)
+    first = session.ranks.is_first
     try:
-        if request.resume:
-            found = _find_checkpoint(session, request.resume, out)
-        if found:
-            if request.preset is None:
-                config = request.configure(Config.from_json(found.state["config"]))
-            _require_fit(session, found, config)
+        if request.resume not in (None, "auto"):
+            found = checkpoints.load(Path(request.resume))
+        if out is None:
+            out = Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
+            out = run_folder.make_new(out) if first else out
+        with own(session, out):
+            if first and not request.resume:  # somebody may have been here since the arguments were checked
+                _require_empty(out)
+            return _perform_in(out, request, session, config, found)
     except CheckpointError as error:
-        if "RANK" in os.environ and session.ranks.is_first:
+        if "RANK" in os.environ and first:
             _record_refusal(out, error)
         raise
+
+
+def _perform_in(
+    out: Path, request: Request, session: Session, config: Config, named: "Checkpoint | None"
+) -> dict[str, Any]:
+    """Train in `out`, which this process owns, as was asked, from the checkpoint that was `named`."""
+    from profiling.runlog import closing_lines
+
+    terminal, found = session.terminal, None
+    insist = any(setting.partition("=")[0].strip() == "ops" for setting in request.settings)
+    if request.runs > 1:
+        return repeat(session, config, out, request.runs, request.target_accuracy, bool(request.resume), insist)
+    if request.resume:
+        found = _find_checkpoint(session, named, out)
+    if found:
+        if request.preset is None:
+            config = request.configure(Config.from_json(found.state["config"]))
+        _require_fit(session, found, config)
     ceilings = _ceilings(request.ceilings, session, config) if request.ceilings else None
     dataset, ranks = session.dataset, session.ranks
     terminal.say(
@@ -677,30 +742,18 @@ def _record_refusal(out: Path, error: RunError) -> None:
             write_json(path, {**before, "status": "failed", "exit_code": error.exit_code})
 
 
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be made: {error}; name a folder that can be written to") from None
-
-
-def _print(text: str) -> None:
-    """To stdout, for a script; in silence if it has stopped reading."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _list_presets(as_json: bool) -> None:
+    from profiling.console import Terminal
+
+    put = Terminal().put
     if as_json:
-        _print(json.dumps({name: make().to_json() for name, make in PRESETS.items()}, indent=2))
+        put(json.dumps({name: make().to_json() for name, make in PRESETS.items()}, indent=2))
         return
     for name, make in PRESETS.items():
         c = make()
         line = f"{name:<12} {c.network} {'-'.join(map(str, c.widths))}, {c.epochs} epochs at batch {c.batch_size}, "
-        _print(f"{line}peak rate {max(c.lr_values):g}, preprocess={c.preprocess}, workers={c.workers}")
-        _print(f"{'':<12} {make.__doc__.splitlines()[0]}")
+        put(f"{line}peak rate {max(c.lr_values):g}, preprocess={c.preprocess}, workers={c.workers}")
+        put(f"{'':<12} {make.__doc__.splitlines()[0]}")
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -750,16 +803,20 @@ def main(
 
 def _guarded(read: Callable[[], Request]) -> int:
     """Check the request and perform it; any failure becomes one line on stderr and its exit code."""
+    from profiling.console import Terminal
+
     speaks = os.environ.get("RANK", "0") == "0"
     try:
         request = read()
     except RunError as error:
-        if speaks:
-            print(f"error: {error}", file=sys.stderr)
+        if speaks or not os.environ["RANK"].isdecimal():
+            Terminal().error(str(error))
         return error.exit_code
-    from profiling.console import Terminal
+    if request.profile_pass or "TORCHELASTIC_RUN_ID" in os.environ:
+        follow(PARENT)
+    from model.distributed import leave, report  # torch, while a signal still ends the process whatever it is doing
 
-    interrupts = Interrupts()
+    interrupts = Interrupts(_note if speaks else lambda text: None)
     interrupts.install()
     terminal = Terminal(request.json, speaks)
     code = 0
@@ -769,20 +826,21 @@ def _guarded(read: Callable[[], Request]) -> int:
         summary = getattr(error, "summary", None)
         interrupts.deferred = True  # torchrun ends the other ranks when one has failed: they may still say why
         if not speaks:
-            from model.distributed import report
-
             report(error)
         elif isinstance(error, RunError):
             terminal.error(str(error))
         code = error.exit_code
     finally:
-        if "torch" in sys.modules:
-            from model.distributed import leave
-
-            leave()
+        leave()
     if request.json and speaks and summary:
-        _print(json.dumps(summary, indent=2, allow_nan=False))
+        terminal.put(json.dumps(summary, indent=2, allow_nan=False))
     return code
+
+
+def _note(text: str) -> None:
+    """To stderr from within a signal handler, which may have interrupted whoever was writing there."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
 
 
 if __name__ == "__main__":

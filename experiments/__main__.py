@@ -214,7 +214,7 @@ def _experiment(name: str, read: Callable[[], Request], **options: Any) -> None:
         terminal.say(f"{error}: what was done is kept; the same command with the same --out goes on")
         raise typer.Exit(error.exit_code) from None
     if request.json:
-        print(json.dumps(result, indent=2, allow_nan=False))
+        terminal.put(json.dumps(result, indent=2, allow_nan=False))
 
 
 if __name__ == "__main__":

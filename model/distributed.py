@@ -110,7 +110,8 @@ class Ranks:
 def join(device: torch.device) -> Ranks:
     """The process group torchrun describes in the environment, or a single process without it.
 
-    Raises DeviceError where two processes of this machine would share a GPU, RunError where a process does not appear.
+    Raises DeviceError where two processes of this machine would share a GPU, RunError where a process does not appear,
+    UsageError where the environment is not torchrun's.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return Ranks()
@@ -124,7 +125,10 @@ def join(device: torch.device) -> Ranks:
         torch.cuda.set_device(device)
     with _reporting_loss():
         # What set-up waits for is on the host: a barrier of NCCL's would make a second communicator for it.
-        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SET_UP_S))
+        try:
+            dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SET_UP_S))
+        except ValueError as error:  # a variable of the environment is missing or is no number
+            raise UsageError(f"{error}; start by torchrun, or unset RANK and WORLD_SIZE") from None
         _groups["leave"] = dist.new_group(timeout=datetime.timedelta(seconds=LEAVE_S))
         # Of tensors in host memory, so that agreeing does not wait for the GPU; and of tensors on the device.
         _groups["host"] = _groups["device"] = dist.new_group(timeout=patience)

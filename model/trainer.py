@@ -1,5 +1,6 @@
 """All that a run learns with, as one object: network, step, batches, evaluation; to and from a checkpoint."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -183,14 +184,23 @@ class Trainer:
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds. Under several ranks the running statistics are averaged first."""
+        """What a checkpoint holds. Under several ranks the running statistics are averaged first.
+
+        Waits for the device; raises NonFiniteError where one is not finite, as running statistics can become while
+        every gradient is.
+        """
         self.ranks.average_running_statistics(self.network)
         tensors = {f"network.{name}": t for name, t in self.network.state_dict().items()}
         sums = self.step.tensors()
         if self.ranks.world > 1:  # the sums of all ranks are kept by the first
             for name in ("sums.loss", "sums.correct"):
                 sums[name] = self.ranks.sum(sums[name].clone())
-        return {**tensors, **sums}
+        tensors |= sums
+        finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+        if not all(finite):
+            name = list(tensors)[finite.index(False)]
+            raise self._not_finite(f"{name} was not finite after step {self.step.number}")
+        return tensors
 
     def restore(self, tensors: dict[str, Tensor], step: int) -> None:
         """Continue from a checkpoint's tensors. Raises CheckpointError where they do not fit this network."""
@@ -236,11 +246,25 @@ class Trainer:
         bad = int(self.step.bad_step)
         if bad >= 0:
             rate = self.step.learning_rate(bad)
-            raise NonFiniteError(
-                f"the gradient at step {bad} (epoch {(bad - 1) // self.epoch_steps + 1}) was not finite, with seed "
-                f"{self.config.seed} and learning rate {rate:.4g}; no update was made from that step on, and the last "
-                "checkpoint is from before it. Lower lr_values or try another seed"
+            raise self._not_finite(
+                f"the gradient at step {bad} (epoch {(bad - 1) // self.epoch_steps + 1}) was not finite, with learning "
+                f"rate {rate:.4g}; no update was made from that step on"
             )
+
+    def check_loss(self, name: str, loss: float) -> None:
+        """Raise NonFiniteError where the mean `loss` of the epoch that has ended, "training" or "test", is not finite.
+
+        The test loss can be so while every gradient is finite: it is by the running statistics.
+        """
+        if not math.isfinite(loss):
+            step = self.step.number
+            raise self._not_finite(f"the {name} loss after step {step} (epoch {step // self.epoch_steps}) is {loss}")
+
+    def _not_finite(self, what: str) -> NonFiniteError:
+        return NonFiniteError(
+            f"{what}. The seed is {self.config.seed}, and every checkpoint is from before that. Lower lr_values or try "
+            "another seed"
+        )
 
     def evaluate(self, on_batch: Callable[[], Any] = lambda: None) -> Evaluation:
         """Loss and accuracy on the test images, by the running statistics; `on_batch()` is called after each batch."""

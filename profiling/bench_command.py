@@ -189,7 +189,7 @@ def _bench(request: Request, chosen: list["Case"], dtype: "torch.dtype", termina
     if request.compare is not None:
         _show_changes(changes, request.compare, terminal)
     if request.json:
-        print(json.dumps({"schema": bench_records.SCHEMA, "rows": rows, "changes": [_flat(c) for c in changes]}))
+        terminal.put(json.dumps({"schema": bench_records.SCHEMA, "rows": rows, "changes": [_flat(c) for c in changes]}))
     if down:
         terminal.warn("a kernel has brought the device down for this process; what is left is run by another")
         failed |= any(_rest(request, ((case.op, case.shape) for case in ahead)))

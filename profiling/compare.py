@@ -243,7 +243,7 @@ def run(run_a: Path, run_b: Path, out: Path | None, as_json: bool, terminal: "Te
         except OSError as error:
             raise CommandError(f"--out {out}: {error}") from None
     if as_json:
-        print(json.dumps(compared, indent=2))
+        terminal.put(json.dumps(compared, indent=2))
     for line in lines(compared):
         terminal.say(line)
     return 0

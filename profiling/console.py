@@ -1,14 +1,15 @@
 """What a person at a terminal sees: lines, a table that grows by a row an epoch, a progress bar, banners.
 
-A pipe that closes (`| head`), a locale without Unicode, a narrow or absent terminal change how things look, never
-whether the run goes on.
+A pipe that closes (`| head`), a disk that is full, a locale without Unicode, a narrow or absent terminal change how
+things look, never whether the run goes on.
 """
 
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 import rich.box
 from rich.console import Console
@@ -21,11 +22,39 @@ PLAIN_PROGRESS_S = 30.0
 """Seconds between progress lines where there is no terminal to redraw."""
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Nobody reads any more: go on in silence. Rich would exit, and the training with it."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+class _Stream:
+    """A stream that goes nowhere, in silence, from the first time on that it cannot be written to."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self._or_nowhere():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._or_nowhere():
+            self.stream.flush()
+
+    @contextmanager
+    def _or_nowhere(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:  # a pipe that nobody reads, a full disk, a terminal that was closed
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+            with suppress(OSError):  # what is still in its buffer, or Python complains of it at the end
+                self.stream.flush()
+
+
+def _console(stderr: bool, quiet: bool = False) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(file=stream and _Stream(stream), stderr=stderr, highlight=False, quiet=quiet)
 
 
 class Terminal:
@@ -36,9 +65,14 @@ class Terminal:
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")
         self.speaks = speaks
-        self.out = _Console(stderr=json, highlight=False, quiet=not speaks)
-        self.err = _Console(stderr=True, highlight=False)
+        self.out = _console(stderr=json, quiet=not speaks)
+        self.err = _console(stderr=True)
         self._widths: list[int] = []
+
+    def put(self, text: str) -> None:
+        """A line on stdout, as it is: for a script."""
+        if sys.stdout is not None:  # as it is where it was closed from the start
+            print(text, file=_Stream(sys.stdout), flush=True)
 
     def say(self, text: str, style: str = "") -> None:
         """A line for people."""

@@ -72,7 +72,7 @@ def run(request: Request, terminal: "Terminal") -> int:
     reason = _why_no_specification(device.type, found.device)
     _show(found, spec, reason, request.seconds, terminal)
     if request.json:
-        print(json.dumps(document(found, spec, reason)))
+        terminal.put(json.dumps(document(found, spec, reason)))
     return 0
 
 
@@ -243,7 +243,7 @@ def _list(request: Request, terminal: "Terminal") -> int:
     for source, names in _by_source(SPECIFICATIONS).items():
         terminal.say(f"{', '.join(names)}: {source}")
     if request.json:
-        print(json.dumps([asdict(spec) for spec in SPECIFICATIONS]))
+        terminal.put(json.dumps([asdict(spec) for spec in SPECIFICATIONS]))
     return 0
 
 

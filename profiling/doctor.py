@@ -71,7 +71,7 @@ def run(terminal: "Terminal", as_json: bool = False) -> None:
         for line in textwrap.wrap(check.remedy or "", width):
             terminal.say(f"{lead} {line}")
     if as_json:
-        print(json.dumps([asdict(check) for check in found]))
+        terminal.put(json.dumps([asdict(check) for check in found]))
 
 
 def checks() -> Iterator[Check]:

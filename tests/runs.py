@@ -4,6 +4,8 @@ import importlib
 import os
 import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from model.batches import Batches
 from model.config import Config
 from model.data import Dataset
 from model.distributed import Ranks
-from model.interrupts import Interrupts
+from model.interrupts import BURST_S, Interrupts
 from profiling.console import Terminal
 
 TINY = {
@@ -75,8 +77,23 @@ FAULTS = {
 }
 
 
+def send(signals: list[str]) -> None:
+    """Send these to ourselves, and take them from the list: "TERM", say; far enough apart to be requests of their own.
+
+    "ORPHAN" kills the parent, and waits for this process to end.
+    """
+    while signals:
+        name = signals.pop(0)
+        if name == "ORPHAN":
+            os.kill(os.getppid(), signal.SIGKILL)
+            threading.Event().wait()
+        os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+        if signals:
+            time.sleep(1.5 * BURST_S)
+
+
 def inject(signals: str, place: str) -> None:
-    """From now on the first call at `place` begins with these signals, sent to ourselves ("TERM" or "INT,INT")."""
+    """From now on the first call at `place` begins with these signals ("TERM" or "INT,INT")."""
     module, _, path = FAULTS[place].partition(":")
     owner = importlib.import_module(module)
     *outer, name = path.split(".")
@@ -85,8 +102,7 @@ def inject(signals: str, place: str) -> None:
     original, pending = getattr(owner, name), signals.split(",")
 
     def faulty(*args, **kwargs):
-        while pending:
-            os.kill(os.getpid(), getattr(signal, f"SIG{pending.pop(0)}"))
+        send(pending)
         return original(*args, **kwargs)
 
     setattr(owner, name, faulty)
@@ -107,8 +123,8 @@ def main() -> None:
 
         def faulty(self, *batch):
             original(self, *batch)
-            while pending and self.number == 5:
-                os.kill(os.getpid(), getattr(signal, f"SIG{pending.pop(0)}"))
+            if self.number == 5:
+                send(pending)
 
         model.step.TrainingStep.__call__ = faulty
     elif place:

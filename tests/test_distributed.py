@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from runs import final_tensors, loaded, tiny_config, tiny_dataset
 
 import train
+from model import folder
 from model.batches import Batches
 from model.choices import draw_order
 from model.distributed import LEAVE_S, STEP_S, Ranks, join
@@ -231,6 +232,14 @@ def test_an_impossible_timeout_is_refused(monkeypatch, text):
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "CIFAR10_RANK_TIMEOUT_S": text}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="CIFAR10_RANK_TIMEOUT_S"):
+        join(CPU)
+
+
+def test_half_of_torchrun_s_environment_is_refused(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UsageError, match=r"MASTER_ADDR.*torchrun"):
         join(CPU)
 
 
@@ -552,6 +561,24 @@ def test_sigterm_saves_and_the_run_goes_on_with_as_many_processes(start, tmp_pat
     assert code == 0, err
     assert json.loads(said) == summary_of(out)
     assert (summary_of(out)["status"], summary_of(out)["steps"], summary_of(out)["world_size"]) == ("complete", 12, 2)
+
+
+@needs_gloo
+def test_ranks_end_when_torchrun_is_killed(start, tmp_path):
+    """As the kernel does where memory is short. They save, and the folder is free again."""
+    out = tmp_path / "run"
+    job = start(2, COMMAND, *TINY, "--epochs", "999", "--out", str(out), FAULT="slow")
+    deadline = time.monotonic() + PATIENCE_S
+    while not (tmp_path / "training").exists() and job.process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.process.kill()
+    job.process.communicate(timeout=PATIENCE_S)  # to the end of what the ranks say
+    summary = summary_of(out)
+    assert (summary["status"], summary["exit_code"]) == ("interrupted", 143)
+    assert (out / f"checkpoint-{summary['steps']:08d}.json").exists()
+    with folder.hold(out, pytest.fail):
+        pass
 
 
 def test_a_refusal_does_not_undo_a_complete_run(tmp_path):

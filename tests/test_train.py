@@ -1,8 +1,11 @@
 import dataclasses
+import datetime
 import errno
+import functools
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -18,9 +21,10 @@ from runs import final_tensors, tiny_config, tiny_dataset, tiny_session
 from typer.testing import CliRunner
 
 import train
-from model import checkpoint
+from model import checkpoint, folder
 from model.distributed import Ranks
-from model.errors import CheckpointError, DeviceError, NonFiniteError, OutOfMemoryError, TargetMissedError
+from model.errors import CheckpointError, DeviceError, NonFiniteError, OutOfMemoryError, RunError, TargetMissedError
+from model.evaluation import Evaluator
 from model.interrupts import Interrupted
 from model.step import TrainingStep
 from model.trainer import Trainer
@@ -89,19 +93,27 @@ def test_two_runs_of_a_seed_are_bit_equal_and_of_two_seeds_are_not(whole, tmp_pa
 # Stopping and going on
 
 
-def stop_at(session, step):
+def in_a_hurry(session, monkeypatch):
+    """SIGTERM, after which nothing may wait: whoever sends it soon sends SIGKILL."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+    session.interrupts.handle(signal.SIGTERM)
+
+
+def stop_at(session, step, stop=lambda session: session.interrupts.handle(signal.SIGTERM)):
     def on_step(number):
         if number == step:
-            session.interrupts.handle(signal.SIGTERM)
+            stop(session)
 
     return on_step
 
 
 @pytest.mark.parametrize("step", range(1, STEPS + 1))
-def test_resuming_at_any_step_is_as_if_it_had_never_stopped(whole, tmp_path, step):
+def test_resuming_at_any_step_is_as_if_it_had_never_stopped(whole, tmp_path, step, monkeypatch):
     session = tiny_session()
-    with pytest.raises(Interrupted) as stopped:
-        train.run(session, tiny_config(), tmp_path, on_step=stop_at(session, step))
+    with monkeypatch.context() as patch:
+        on_step = stop_at(session, step, functools.partial(in_a_hurry, monkeypatch=patch))
+        with pytest.raises(Interrupted) as stopped:
+            train.run(session, tiny_config(), tmp_path, on_step=on_step)
     assert stopped.value.exit_code == 143
     left = read_json(tmp_path / "summary.json")
     assert (left["status"], left["exit_code"], left["steps"]) == ("interrupted", 143, step)
@@ -153,6 +165,21 @@ def test_a_step_that_cannot_be_captured_is_in_the_summary(whole, tmp_path, capsy
     assert (summary["status"], summary["step"], summary["step_requested"]) == ("complete", "eager", "captured")
     assert re.search("warning: the training step runs eagerly, not captured: .* CUDA GPU", capsys.readouterr().err)
     assert_same_run(whole, tmp_path)
+
+
+def test_a_signal_while_testing_ends_the_run_after_that_batch(tmp_path, monkeypatch):
+    session, original, batches = tiny_session(tiny_dataset(20, 1100)), Evaluator._batch, []
+
+    def batch(self, size):
+        original(self, size)
+        batches.append(size)
+        if len(batches) == 2:
+            in_a_hurry(session, monkeypatch)
+
+    monkeypatch.setattr(Evaluator, "_batch", batch)
+    with pytest.raises(Interrupted):
+        train.run(session, tiny_config(), tmp_path)
+    assert batches == [500, 500]
 
 
 @pytest.mark.parametrize("how", ["signal", "crash"])
@@ -215,13 +242,78 @@ def test_a_value_that_is_not_finite_ends_the_run_and_spares_the_checkpoints(tmp_
         original(self, *batch)
 
     monkeypatch.setattr(TrainingStep, "__call__", poisoned)
-    with pytest.raises(NonFiniteError, match=r"step 10 \(epoch 3\).*seed 0.*learning rate 0\.025") as error:
+    with pytest.raises(NonFiniteError, match=r"step 10 \(epoch 3\).*learning rate 0\.025.*seed is 0") as error:
         train.run(tiny_session(), tiny_config(step=mode), tmp_path)
     assert error.value.exit_code == 5
     assert digest(tmp_path) == kept
     assert len(kept) == 4
     assert checkpoint.load(tmp_path).step == 8
     assert read_json(tmp_path / "summary.json")["status"] == "non-finite"
+
+
+def poison_statistics(monkeypatch, step):
+    """From `step` on a running mean is NaN, as nothing is that gradients pass through."""
+    original = TrainingStep.__call__
+
+    def poisoned(self, *batch):
+        original(self, *batch)
+        if self.number == step:
+            next(b for name, b in self.network.named_buffers() if name.endswith("running_mean")).fill_(float("nan"))
+
+    monkeypatch.setattr(TrainingStep, "__call__", poisoned)
+
+
+@pytest.mark.parametrize(("step", "epochs"), [(2, 0), (6, 1)])
+def test_a_test_loss_that_is_not_finite_ends_the_run(tmp_path, monkeypatch, step, epochs):
+    poison_statistics(monkeypatch, step)
+    with pytest.raises(NonFiniteError, match=rf"test loss after step {4 * epochs + 4} \(epoch {epochs + 1}\) is nan"):
+        train.run(tiny_session(), tiny_config(), tmp_path)
+    summary = read_json(tmp_path / "summary.json")
+    assert (summary["status"], summary["exit_code"], summary["epochs"]) == ("non-finite", 5, epochs)
+    assert (summary["test_loss"] is None) == (epochs == 0)
+    assert len(digest(tmp_path)) == 2 * epochs
+    assert len(losses(tmp_path)) == epochs if epochs else not (tmp_path / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize("what", ["gradient", "statistics"])
+def test_a_signal_saves_nothing_that_is_not_finite(tmp_path, monkeypatch, what):
+    """Within an epoch on a GPU nobody reads whether the gradients were finite; here it shows after the step's look."""
+    session, kept, steps = tiny_session(), {}, []
+    original = TrainingStep.__call__
+    monkeypatch.setattr(TrainingStep, "__call__", lambda self, *batch: steps.append(self) or original(self, *batch))
+    if what == "statistics":
+        poison_statistics(monkeypatch, 6)
+
+    def on_step(number):
+        if number == 6:
+            kept.update(digest(tmp_path))
+            if what == "gradient":
+                steps[-1].bad_step.fill_(6)
+            session.interrupts.handle(signal.SIGTERM)
+
+    with pytest.raises(NonFiniteError, match="step 6"):
+        train.run(session, tiny_config(), tmp_path, on_step=on_step)
+    assert digest(tmp_path) == kept
+    assert len(kept) == 2
+    assert read_json(tmp_path / "summary.json")["exit_code"] == 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forks on Linux only")
+def test_a_killed_worker_is_a_line_with_advice(tmp_path, monkeypatch):
+    original = TrainingStep.__call__
+
+    def faulty(self, *batch):
+        if self.number == 15:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+        original(self, *batch)
+
+    monkeypatch.setattr(TrainingStep, "__call__", faulty)
+    session, config = tiny_session(tiny_dataset(200)), tiny_config(preprocess="once", workers=1)
+    with pytest.raises(RunError, match=r"makes batches has ended.*--resume auto.*workers=0"):
+        train.run(session, config, tmp_path)
+    assert read_json(tmp_path / "summary.json")["exit_code"] == 1
+    train._require_fit(session, checkpoint.load(tmp_path), dataclasses.replace(config, workers=0))
 
 
 def test_out_of_memory_names_a_batch_to_try(tmp_path, monkeypatch):
@@ -400,6 +492,25 @@ def test_usage_errors_exit_2_in_one_line(arguments, words, monkeypatch):
     assert sum(line.lower().startswith("error:") for line in result.output.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "x"}, "RANK='x' in the environment is no whole number; unset it"),
+        ({"RANK": "0", "WORLD_SIZE": "x"}, "WORLD_SIZE='x'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 in the environment is not below WORLD_SIZE=0"),
+    ],
+    ids=lambda v: "_".join(v) if isinstance(v, dict) else "",
+)
+def test_an_environment_that_is_not_torchrun_s_exits_2(environment, words, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = invoke("--synthetic")
+    assert result.exit_code == 2
+    assert words in result.output
+    assert result.output.count("\n") == 1
+
+
 def test_arguments_are_checked_before_torch_is_imported():
     code = "import sys, train\ntry:\n    train.app()\nfinally:\n    assert 'torch' not in sys.modules"
     for arguments, expected in [(["--list"], 0), (["--set", "batchsize=4"], 2), (["--out", "tests"], 2)]:
@@ -414,13 +525,23 @@ def test_the_list_names_every_preset():
     assert json.loads(invoke("--list", "--json").output)["article-256"]["batch_size"] == 512
 
 
-def test_a_reader_of_the_list_may_stop_reading():
-    child = subprocess.Popen(
-        [sys.executable, ROOT / "train.py", "--list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    child.stdout.close()
-    assert child.stderr.read() == b""
-    assert child.wait(timeout=60) == 0
+def nowhere(how: str):
+    """What takes nothing: a "pipe" whose reader has gone, or a "disk" that is full."""
+    if how == "disk":
+        if not os.path.exists("/dev/full"):
+            pytest.skip("needs /dev/full")
+        return open("/dev/full", "w")
+    read, write = os.pipe()
+    os.close(read)
+    return os.fdopen(write, "w")
+
+
+@pytest.mark.parametrize(("how", "arguments"), [("pipe", ["--list"]), ("disk", ["--list", "--json"])])
+def test_the_list_may_find_no_reader(how, arguments):
+    with nowhere(how) as stdout:
+        command = [sys.executable, ROOT / "train.py", *arguments]
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_wrong_data_exits_3(tmp_path):
@@ -532,9 +653,16 @@ def test_sigterm_anywhere_keeps_what_was_done(finished, tmp_path, place):
     assert_same_run(finished[0], tmp_path / "run")
 
 
+def test_the_end_of_the_terminal_finishes_the_step_and_saves(tmp_path):
+    done = tiny("--out", str(tmp_path / "run"), fault="HUP@step")
+    assert done.returncode == 129
+    assert checkpoint.load(tmp_path / "run").step == 5
+
+
 def test_sigint_once_finishes_the_step_and_saves(finished, tmp_path):
     done = tiny("--out", str(tmp_path / "run"), fault="INT@step")
     assert done.returncode == 130
+    assert done.stderr.strip() == b"SIGINT: finishing this step, then saving; once more stops at once, unsaved"
     assert checkpoint.load(tmp_path / "run").step == 5
     assert b"--resume auto" in done.stdout
     again = tiny("--resume", str(tmp_path / "run" / "checkpoint-00000005.json"))
@@ -574,15 +702,16 @@ def test_odd_terminals(tmp_path, env):
     assert b"test accuracy" in done.stdout.replace(b"\n", b" ")
 
 
-def test_a_closed_stdout_does_not_end_the_training(tmp_path):
+@pytest.mark.parametrize(("how", "arguments"), [("pipe", []), ("disk", ["--json"])])
+def test_output_that_cannot_be_written_does_not_end_the_training(tmp_path, how, arguments):
+    """People's and scripts': with --json the former is on stderr, which shares the disk."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "tests" / "runs.py", "--preset", "laptop", "--out", tmp_path / "run"]
-    child = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    child.stdout.close()
-    errors = child.stderr.read()
-    assert child.wait(timeout=120) == 0, errors
-    assert b"Traceback" not in errors
-    assert b"Exception ignored" not in errors
+    command = [sys.executable, ROOT / "tests" / "runs.py", "--preset", "laptop", "--out", tmp_path / "run", *arguments]
+    with nowhere(how) as output:
+        stderr = output if arguments else subprocess.PIPE
+        done = subprocess.run(command, env=env, stdout=output, stderr=stderr, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
     assert read_json(tmp_path / "run" / "summary.json")["status"] == "complete"
 
 
@@ -604,6 +733,18 @@ def test_evaluate_a_checkpoint(finished):
     assert summary["test_accuracy"] == pytest.approx(read_json(out / "summary.json")["test_accuracy"])
     assert "test_accuracy_airplane" in summary
     assert b"truck" in done.stderr
+
+
+def test_evaluating_weights_that_are_not_finite_exits_5(finished, tmp_path, tiny_here):
+    found = checkpoint.load(finished[0])
+    found.tensors["network.linear.weight"][0, 0] = float("nan")
+    checkpoint.save(tmp_path, found.step, found.tensors, found.state)
+    result = CliRunner().invoke(train.app, ["--evaluate", str(tmp_path), "--json"])
+    assert result.exit_code == 5
+    summary = json.loads(result.stdout)
+    assert (summary["status"], summary["exit_code"]) == ("non-finite", 5)
+    assert summary["test_loss"] is summary["test_accuracy"] is summary["test_accuracy_cat"] is None
+    assert "the test loss of" in result.stderr
 
 
 @pytest.mark.parametrize("option", ["--resume", "--evaluate"])
@@ -634,6 +775,100 @@ def test_branching_off_needs_another_folder(finished, tmp_path, monkeypatch):
     result = invoke("--resume", str(out / "checkpoint-00000008.json"), "--out", str(tmp_path / "branch"))
     assert result.exit_code == 0, result.output
     assert_same_run(out, tmp_path / "branch")
+
+
+# A run's folder
+
+
+@pytest.fixture
+def tiny_here(monkeypatch):
+    """`train.py` in this process, on the tiny data, for an epoch: `tiny_here(*arguments)`."""
+    monkeypatch.setattr("model.data.load", lambda *a, **k: tiny_dataset())
+    monkeypatch.setattr(train.Interrupts, "install", lambda self: None)  # pytest's handlers stay
+    settings = [f"--set={name}={value}" for name, value in {"widths": "8,8,16,16", "batch_size": 20}.items()]
+    return lambda *arguments: invoke("--epochs", "1", *settings, *arguments)
+
+
+def test_two_runs_of_one_second_have_a_folder_each(tiny_here, tmp_path, monkeypatch):
+    class Frozen(datetime.datetime):
+        """Says the same time whenever it is asked."""
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(train.datetime, "datetime", Frozen)
+    monkeypatch.chdir(tmp_path)
+    for seed in "01":
+        assert tiny_here("--preset", "laptop", "--seed", seed).exit_code == 0
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert [run.name for run in runs] == ["20260102-030405-laptop", "20260102-030405-laptop-2"]
+    assert [read_json(run / "config.json")["seed"] for run in runs] == [0, 1]
+
+
+def test_a_second_process_is_refused_and_named_the_first(tmp_path):
+    with folder.hold(tmp_path, pytest.fail):
+        done = tiny("--out", str(tmp_path), "--resume", "auto")
+        assert folder.is_empty(tmp_path)
+    assert done.returncode == 2
+    assert re.search(f"error: .* is in use by process {os.getpid()} on .* since 20", done.stderr.decode())
+
+
+def test_a_folder_that_was_filled_meanwhile_is_refused(tiny_here, tmp_path, monkeypatch):
+    """Between the look at the arguments and the lock another run may have begun and ended."""
+
+    def load(*args, **options):
+        train.run(tiny_session(), tiny_config(), tmp_path)
+        return tiny_dataset()
+
+    monkeypatch.setattr("model.data.load", load)
+    result = tiny_here("--out", str(tmp_path))
+    assert result.exit_code == 2
+    assert "is not empty" in result.output
+    assert read_json(tmp_path / "summary.json")["epochs"] == 3
+
+
+def test_what_a_killed_writer_left_is_cleared_when_the_folder_s_next_run_begins(tiny_here, tmp_path):
+    for path in (tmp_path, tmp_path / "run-000"):
+        path.mkdir(exist_ok=True)
+        (path / ".tmp-12345678.safetensors").touch()
+    assert tiny_here("--out", str(tmp_path), "--resume", "auto", "--runs", "1").exit_code == 0
+    assert not list(tmp_path.glob(".tmp-*"))
+    assert tiny_here("--out", str(tmp_path), "--resume", "auto", "--runs", "2").exit_code == 0
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_nothing_is_made_or_cleared_for_a_checkpoint_that_is_missing(tiny_here, tmp_path):
+    result = tiny_here("--resume", str(tmp_path / "new" / "checkpoint-00000001.json"))
+    assert result.exit_code == 8
+    (tmp_path / ".tmp-12345678.json").touch()
+    assert tiny_here("--resume", str(tmp_path / "checkpoint-00000001.json")).exit_code == 8
+    assert [path.name for path in tmp_path.iterdir()] == [".tmp-12345678.json"]
+
+
+# Signals before a run and after its launcher
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+@pytest.mark.parametrize("module", ["typer", "torch"])
+def test_ctrl_c_during_the_imports_leaves_in_silence(tmp_path, module):
+    (tmp_path / f"{module}.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, ROOT / "train.py", "--synthetic", "--out", tmp_path / "run"]
+    done = subprocess.run(command, env=env, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_a_profiled_pass_ends_when_its_parent_is_killed(finished):
+    """It would wait for ever."""
+    code = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+    command = [sys.executable, "-c", code, sys.executable, ROOT / "tests" / "runs.py", "--profile-pass", finished[0]]
+    done = subprocess.run(
+        command, env={**os.environ, "FAULT": "ORPHAN@data", "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120
+    )  # until the pass has closed its output
+    assert done.returncode == -signal.SIGKILL
+    assert done.stderr == b""
 
 
 def test_no_data_and_no_network_trains_on_synthetic_images(tmp_path):

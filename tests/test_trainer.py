@@ -237,8 +237,26 @@ def test_a_bad_gradient_is_reported_with_step_seed_and_rate():
     trainer = make(seed=7)
     list(trainer.train(0))
     trainer.step.bad_step.fill_(6)
-    with pytest.raises(NonFiniteError, match=r"step 6 \(epoch 2\).*seed 7.*rate 0\.075"):
+    with pytest.raises(NonFiniteError, match=r"step 6 \(epoch 2\).*rate 0\.075.*seed is 7"):
         trainer.check_finite()
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_reported_with_step_and_seed(loss):
+    trainer = make(seed=7)
+    list(trainer.train(0))
+    trainer.check_loss("test", 2.5)
+    with pytest.raises(NonFiniteError, match=rf"the test loss after step 4 \(epoch 1\) is {loss}.*seed is 7"):
+        trainer.check_loss("test", loss)
+
+
+def test_tensors_that_are_not_finite_are_no_checkpoint():
+    trainer = make()
+    list(trainer.train(0))
+    name, running = next((n, t) for n, t in trainer.network.named_buffers() if n.endswith("running_var"))
+    running[0] = float("inf")
+    with pytest.raises(NonFiniteError, match=f"network.{name} was not finite after step 4"):
+        trainer.tensors()
 
 
 @pytest.mark.parametrize("name", ["cuda:7", "tpu", "cuda:x", "mps"])
