@@ -134,7 +134,7 @@ def run(
         clock,
         facts,
         flops_per_image(lambda: build_network(dataclasses.replace(config, ops="reference", conv="table"))).training,
-        checkpoint.state if checkpoint else {},
+        checkpoint.state.to_json() if checkpoint else {},
         ranks.is_first,
         session.terminal.warn,
     )
@@ -187,7 +187,7 @@ def _prepare(
     )
     log.clock.switch("set-up")
     trainer = Trainer(batches, dataset, ranks)
-    if not ranks.all_equal(json.dumps(checkpoint.state, sort_keys=True) if checkpoint else ""):
+    if not ranks.all_equal(json.dumps(checkpoint.state.to_json(), sort_keys=True) if checkpoint else ""):
         raise CheckpointError("the processes found different checkpoints; put --out where all of them can read it")
     if checkpoint:
         trainer.restore(checkpoint.tensors, checkpoint.step)
@@ -259,6 +259,7 @@ def _train(
 def _save(session: Session, trainer: "Trainer", out: Path, log: "RunLog", final: bool) -> None:
     """Write a checkpoint. A failure is a warning, and for the `final` one a CheckpointError."""
     from model import checkpoint
+    from model.run_state import RunState
 
     log.clock.switch("checkpoint")
     trainer.check_finite()
@@ -266,12 +267,7 @@ def _save(session: Session, trainer: "Trainer", out: Path, log: "RunLog", final:
     if not session.ranks.is_first:
         return
     number = trainer.step.number
-    state = {
-        "config": trainer.config.to_json(),
-        "data": session.dataset.fingerprint(),
-        "world_size": session.ranks.world,
-        **log.state(),
-    }
+    state = RunState(trainer.config, session.dataset.fingerprint(), session.ranks.world, **log.state())
     try:
         checkpoint.save(out, number, tensors, state)
     except OSError as error:
@@ -435,12 +431,16 @@ def repeat(
 def evaluate(session: Session, config: Config, checkpoint: "Checkpoint") -> dict[str, Any]:
     """The accuracy of a checkpoint on the test images, as a whole and by class."""
     from model.batches import Batches
-    from model.trainer import Trainer, choose_dtype, with_available_ops
+    from model.trainer import Trainer, choose_dtype, require_network, with_available_ops
     from profiling.environment import commit, device_name
 
     dataset, ranks, device = session.dataset, session.ranks, session.device
+    require_network(config, checkpoint.tensors)
     config, _ = with_available_ops(config, device, session.terminal.say, ranks)
-    config = dataclasses.replace(config, preprocess="on_device", draw="per_epoch", workers=0)
+    # There is no training: whatever batches and schedule the checkpoint claims, they take no memory.
+    config = dataclasses.replace(
+        config.with_epochs(1), preprocess="on_device", draw="per_epoch", workers=0, batch_size=1
+    )
     dtype = choose_dtype(config.dtype, device, config.ops)
     batches = Batches(dataset.train_images, dataset.train_labels, config, device, dtype, ranks.rank, ranks.world)
     trainer = Trainer(batches, dataset, ranks)
@@ -560,12 +560,16 @@ def _find_checkpoint(session: Session, resume: str, out: Path) -> "Checkpoint | 
 
 def _require_fit(session: Session, checkpoint: "Checkpoint", config: Config) -> None:
     """Raise CheckpointError, with the difference, unless `config` on this data is what the checkpoint began."""
-    from model.checkpoint import require_same
+    from model.run_state import require_same
 
     state, name = checkpoint.state, checkpoint.path.name
-    require_same(Config.from_json(state["config"]).learned(), config.learned(), f"configuration ({name})")
+    require_same(state.config.learned(), config.learned(), f"configuration ({name})")
     here = {"data": session.dataset.fingerprint(), "processes": session.ranks.world}
-    require_same({"data": state["data"], "processes": state["world_size"]}, here, f"data set or launch ({name})")
+    require_same({"data": state.data, "processes": state.world_size}, here, f"data set or launch ({name})")
+    try:
+        state.require_step(checkpoint.step, -(-len(session.dataset.train_images) // config.batch_size))
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}; name another, or start afresh in another folder") from None
 
 
 def open_session(
@@ -626,7 +630,7 @@ def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> 
         return {}
     if request.evaluate:
         found = checkpoints.load(request.evaluate)
-        return evaluate(session, request.configure(Config.from_json(found.state["config"])), found)
+        return evaluate(session, request.configure(found.state.config), found)
     if request.preset is None and session.device.type == "cuda":
         config = request.configure(preset("fused"))
     insist = any(setting.partition("=")[0].strip() == "ops" for setting in request.settings)
@@ -645,7 +649,7 @@ def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> 
             found = _find_checkpoint(session, request.resume, out)
         if found:
             if request.preset is None:
-                config = request.configure(Config.from_json(found.state["config"]))
+                config = request.configure(found.state.config)
             _require_fit(session, found, config)
     except CheckpointError as error:
         if "RANK" in os.environ and session.ranks.is_first:

@@ -295,6 +295,26 @@ def test_a_checkpoint_of_other_data_or_another_number_of_processes_is_refused(wh
     train._require_fit(tiny_session(), found, tiny_config(dtype="bfloat16", checkpoint_s=9.0))
 
 
+@pytest.mark.parametrize(
+    ("step", "epochs"), [(10**6, 0), (5, 0), (8, 3)], ids=["far_beyond", "history_empty", "longer_history"]
+)
+def test_a_checkpoint_of_a_step_that_its_run_cannot_have_is_refused(whole, step, epochs):
+    """Of data with another number of steps an epoch; with rows of the log, that much is seen as it is loaded."""
+    found = checkpoint.load(whole)
+    rows = [{**row, "step": 2 * row["epoch"]} for row in found.state.history[:epochs]]
+    found = dataclasses.replace(found, step=step, state=dataclasses.replace(found.state, history=rows))
+    with pytest.raises(CheckpointError, match=r"checkpoint-00000012\.json: (step|history)"):
+        train._require_fit(tiny_session(), found, tiny_config())
+
+
+def test_evaluating_takes_no_memory_for_what_a_checkpoint_claims(whole):
+    found = checkpoint.load(whole)
+    huge = tiny_config(batch_size=10**9, epochs=10**5, lr_epochs=(0, 1, 10**5))
+    assert train.evaluate(tiny_session(), huge, found)["test_accuracy"] == found.state.history[-1]["test_accuracy"]
+    with pytest.raises(CheckpointError, match=r"does not fit the network: .* and [0-9]+ more"):
+        train.evaluate(tiny_session(), tiny_config(widths=(65536,) * 4), found)
+
+
 # Several runs
 
 
