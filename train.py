@@ -402,7 +402,7 @@ def repeat(
     the official images only, for which it was set. Raises what `run` raises, and TargetMissedError if the mean is below
     `target`.
     """
-    from profiling.records import read_json, write_json
+    from profiling.records import write_json
     from profiling.statistics import aggregate, claim_in_words
 
     counted = TARGET if target is None and session.dataset.identity == "official" else target
@@ -413,9 +413,8 @@ def repeat(
         checkpoint = _find_checkpoint(session, "auto", folder) if resume else None
         if checkpoint:
             _require_fit(session, checkpoint, each)
-        done = read_json(folder / "summary.json") if checkpoint and (folder / "summary.json").exists() else {}
-        complete = done.get("status") == "complete"
-        summaries.append(done if complete else run(session, each, folder, checkpoint, insist=insist))
+        done = _complete(session, folder / "summary.json", each, checkpoint.step) if checkpoint else None
+        summaries.append(done or run(session, each, folder, checkpoint, insist=insist))
         wall_s = (time.monotonic_ns() - STARTED_NS) / 1e9
         summary = aggregate(summaries, runs, counted, required=target is not None, wall_s=wall_s)
         if session.ranks.is_first:
@@ -426,6 +425,29 @@ def repeat(
             f"mean test accuracy {summary['test_accuracy']:.2%} is below the target of {target:.2%}"
         )
     return summary
+
+
+def _complete(session: Session, path: Path, config: Config, step: int) -> dict[str, Any] | None:
+    """The summary at `path` of a complete run of `config` that ended with `step`; None where there is none.
+
+    A damaged one is said to be, and none too: the run that goes on from its checkpoint leaves another.
+    """
+    from profiling.records import read_json
+    from profiling.statistics import unfit
+
+    try:
+        summary = read_json(path)
+        if isinstance(summary, dict) and summary.get("status") in ("failed", *_STATUS.values()):
+            return None
+        wanted = {"status": "complete", "seed": config.seed, "steps": step}
+        reason = unfit(summary) or next((f"another {key}" for key in wanted if summary.get(key) != wanted[key]), None)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    if reason:
+        session.terminal.warn(f"{path} is damaged ({reason}); it is written anew")
+    return None if reason else summary
 
 
 def evaluate(session: Session, config: Config, checkpoint: "Checkpoint") -> dict[str, Any]:

@@ -261,7 +261,9 @@ def _in_time(body: Iterator[tuple[int, bytes]], deadline: float) -> Iterator[tup
                 chunk = chunks.get(timeout=max(until - time.monotonic(), 0))
             except queue.Empty:
                 if time.monotonic() >= deadline:
-                    raise _MirrorError(f"the download took more than {DEADLINE_S:g} s; run again to go on with it") from None
+                    raise _MirrorError(
+                        f"the download took more than {DEADLINE_S:g} s; run again to go on with it"
+                    ) from None
                 if received < SLOW_BYTES:
                     raise _MirrorError(f"too slow: {received:,} bytes in {SLOW_S:g} s") from None
                 started, received = time.monotonic(), 0

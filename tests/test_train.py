@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -379,6 +380,42 @@ def test_several_runs_go_on_where_they_stopped(tmp_path):
     assert digest(tmp_path / "parts" / "run-000") == before
     for name in ("run-000", "run-001"):
         assert_same_run(tmp_path / "whole" / name, tmp_path / "parts" / name)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-20]),
+        lambda path: path.write_text("[1]"),
+        lambda path: path.write_text("[" * 200_000),
+        lambda path: path.write_text('{"status": "complete"}'),
+        lambda path: (path.unlink(), path.symlink_to("/dev/null")),
+        *(
+            lambda path, change=change: path.write_text(json.dumps(read_json(path) | change))
+            for change in (
+                {"test_accuracy": "good"},
+                {"test_accuracy": 3},
+                {"train_s": None},
+                {"train_s": True},
+                {"epochs": -1},
+                {"peak_memory_bytes": "much"},
+                {"git_sha": ["x"]},
+                {"seed": 7},
+                {"steps": 8},
+                {"status": None},
+            )
+        ),
+    ],
+)
+def test_a_damaged_summary_among_several_runs_is_written_anew(whole, tmp_path, capsys, damage):
+    shutil.copytree(whole, tmp_path / "run-000")
+    path = tmp_path / "run-000" / "summary.json"
+    damage(path)
+    together = train.repeat(tiny_session(), tiny_config(), tmp_path, 1, None, resume=True)
+    again = read_json(path)
+    assert (again["status"], again["seed"], again["steps"]) == ("complete", 0, STEPS)
+    assert together["test_accuracy"] == again["test_accuracy"] == read_json(whole / "summary.json")["test_accuracy"]
+    assert "summary.json" in capsys.readouterr().err
 
 
 # The command line
