@@ -224,7 +224,7 @@ def test_synthetic_on_request_looks_at_nothing_else(folder, monkeypatch):
     monkeypatch.setattr(download, "fetch", None)
     dataset = data.load(synthetic=True, default_dir=folder.parent)
     assert (dataset.identity, dataset.reason) == ("synthetic", None)
-    assert dataset.train_images.shape == (10_000, 32, 32, 3)
+    assert dataset.train_images.shape == (5_000, 32, 32, 3)
     assert dataset.train_images.dtype == torch.uint8
     assert dataset.test_labels.dtype == torch.int64
 
