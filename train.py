@@ -583,11 +583,13 @@ def _find_checkpoint(session: Session, resume: str, out: Path) -> "Checkpoint | 
 def _require_fit(session: Session, checkpoint: "Checkpoint", config: Config) -> None:
     """Raise CheckpointError, with the difference, unless `config` on this data is what the checkpoint began."""
     from model.run_state import require_same
+    from model.trainer import require_network
 
     state, name = checkpoint.state, checkpoint.path.name
     require_same(state.config.learned(), config.learned(), f"configuration ({name})")
     here = {"data": session.dataset.fingerprint(), "processes": session.ranks.world}
     require_same({"data": state.data, "processes": state.world_size}, here, f"data set or launch ({name})")
+    require_network(config, checkpoint.tensors)
     try:
         state.require_step(checkpoint.step, -(-len(session.dataset.train_images) // config.batch_size))
     except ValueError as error:
@@ -651,7 +653,7 @@ def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> 
         _profile_pass(session, request.profile_pass, request.ncu)
         return {}
     if request.evaluate:
-        found = checkpoints.load(request.evaluate)
+        found = checkpoints.load(request.evaluate, terminal.warn)
         return evaluate(session, request.configure(found.state.config), found)
     if request.preset is None and session.device.type == "cuda":
         config = request.configure(preset("fused"))

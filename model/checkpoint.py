@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -111,11 +112,11 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: RunState
     return path
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, warn: Callable[[str], Any] = warnings.warn) -> Checkpoint:
     """Read and verify one checkpoint: `path` is either of its files, or a run's folder for the newest valid one in it.
 
     Raises CheckpointError for a path that is missing, damaged, of another format (pickles and zip archives are refused
-    unopened) or of a later version. A damaged one passed over in a folder is named through `warnings.warn`.
+    unopened) or of a later version. A damaged one passed over in a folder is named to `warn`.
     """
     path = Path(path)
     if os.path.isdir(path):  # unlike Path.is_dir, False where a parent folder is unreadable: reading then says why
@@ -125,7 +126,7 @@ def load(path: Path) -> Checkpoint:
             reason = "; ".join(passed_over) or "expected checkpoint-<step>.json and checkpoint-<step>.safetensors"
             raise CheckpointError(f"{path} holds no valid checkpoint: {reason}; start afresh or name another folder")
         for message in passed_over:
-            warnings.warn(message, stacklevel=2)
+            warn(message)
         return found
     if path.suffix not in (".json", ".safetensors"):
         state = "is not a checkpoint of this program" if os.path.exists(path) else "does not exist"

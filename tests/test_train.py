@@ -308,12 +308,17 @@ def test_a_checkpoint_of_a_step_that_its_run_cannot_have_is_refused(whole, step,
         train._require_fit(tiny_session(), found, tiny_config())
 
 
-def test_evaluating_takes_no_memory_for_what_a_checkpoint_claims(whole):
+def test_no_memory_is_taken_for_what_a_checkpoint_claims(whole):
     found = checkpoint.load(whole)
     huge = tiny_config(batch_size=10**9, epochs=10**5, lr_epochs=(0, 1, 10**5))
     assert train.evaluate(tiny_session(), huge, found)["test_accuracy"] == found.state.history[-1]["test_accuracy"]
+    wide = tiny_config(widths=(65536,) * 4)
     with pytest.raises(CheckpointError, match=r"does not fit the network: .* and [0-9]+ more"):
-        train.evaluate(tiny_session(), tiny_config(widths=(65536,) * 4), found)
+        train.evaluate(tiny_session(), wide, found)
+    with pytest.raises(CheckpointError, match="does not fit the network"):
+        train._require_fit(
+            tiny_session(), dataclasses.replace(found, state=dataclasses.replace(found.state, config=wide)), wide
+        )
 
 
 # Several runs
