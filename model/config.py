@@ -64,6 +64,7 @@ class Config:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and not math.isfinite(number):
                     raise UsageError(f"{f.name}={number} is not a finite number")
+            _check_type(f, value)
         for name, (least, most) in _RANGE.items():
             value = getattr(self, name)
             if not least <= value <= most:
@@ -121,13 +122,9 @@ class Config:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> "Config":
-        """The inverse of `to_json`. Raises UsageError for an unknown field, and for a value of another type."""
-        for name, value in values.items():
-            f = _field(name)
-            is_list = typing.get_origin(f.type) is tuple
-            kind = typing.get_args(f.type)[0] if is_list else f.type if f.type in (int, float, bool) else str
-            if isinstance(value, list) != is_list or not all(_is_a(kind, v) for v in (value if is_list else [value])):
-                raise UsageError(f"{name} is not {'a list of ' if is_list else ''}{_WANTED[kind]}")
+        """The inverse of `to_json`. Raises UsageError for an unknown field, too."""
+        for name in values:
+            _field(name)
         return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     def with_epochs(self, epochs: int) -> "Config":
@@ -175,8 +172,15 @@ _RANGE = {
 _WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a short text"}
 
 
+def _check_type(f: dataclasses.Field, value: Any) -> None:
+    is_tuple = typing.get_origin(f.type) is tuple
+    kind = typing.get_args(f.type)[0] if is_tuple else f.type if f.type in (int, float, bool) else str
+    if isinstance(value, tuple) != is_tuple or not all(_is_a(kind, v) for v in (value if is_tuple else (value,))):
+        raise UsageError(f"{f.name} is not {'a list of ' if is_tuple else ''}{_WANTED[kind]}")
+
+
 def _is_a(kind: type, value: Any) -> bool:
-    """Whether a JSON value can be one of a field of this kind. Texts are shown, so they hold nothing but letters."""
+    """Whether a field of this kind can hold `value`. Texts are shown, so there is nothing in them but letters."""
     if kind is str:
         return isinstance(value, str) and len(value) <= 100 and value.isprintable()
     if kind is bool or isinstance(value, bool):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,12 @@ from model.errors import CheckpointError, UsageError
 TIMED = ("preprocessing", "warm-up", "training", "evaluation")
 """Phases whose seconds a resumed run goes on counting."""
 
-LARGEST = 2**53
-"""Of all numbers here: beyond it a float, as which a schedule computes with a step, is not every whole number."""
-
-_COUNT, _POSITIVE, _SHARE = "a whole number from 0 to 2^53", "a number from 0 to 2^53", "a number from 0 to 1"
+_COUNT, _POSITIVE, _SHARE = "a whole number from 0 to 2^53", "a number from 0 on", "a number from 0 to 1"
+_MOST = {
+    _COUNT: 2**53,  # beyond it a float, as which a schedule computes with a step, is not every whole number
+    _POSITIVE: sys.float_info.max,
+    _SHARE: 1,
+}
 ROW = {
     "epoch": _COUNT,
     "step": _COUNT,
@@ -130,6 +133,6 @@ def _record(value: Any, names: Any, what: str) -> dict[str, Any]:
 def _require(kind: str, value: Any, what: str) -> Any:
     """`value`, a number of this kind."""
     fits = isinstance(value, int if kind == _COUNT else int | float) and not isinstance(value, bool)
-    if not (fits and 0 <= value <= (1 if kind == _SHARE else LARGEST)):
+    if not (fits and 0 <= value <= _MOST[kind]):
         raise ValueError(f"{what} is not {kind}")
     return value

@@ -54,6 +54,8 @@ def test_the_article_s_recipe():
         ("batch_size=many", "whole number"),
         ("batch_size=9223372036854775807", "at most 1000000000"),
         ("epochs=0", "epochs"),
+        ("device=\x1b[2J", "short text"),
+        ("weight_decay=1e305", "number"),
         ("epochs=100001", "at most 100000"),
         ("lr_values=0,nan,0,0", "finite"),
         ("lr_values=0,1", "same number"),
