@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -139,7 +138,7 @@ def run(
         clock,
         facts,
         flops_per_image(lambda: build_network(dataclasses.replace(config, ops="reference", conv="table"))).training,
-        checkpoint.state if checkpoint else {},
+        checkpoint.state.to_json() if checkpoint else {},
         ranks.is_first,
         session.terminal.warn,
     )
@@ -208,7 +207,7 @@ def _prepare(
     )
     log.clock.switch("set-up")
     trainer = Trainer(batches, dataset, ranks)
-    if not ranks.all_equal(json.dumps(checkpoint.state, sort_keys=True) if checkpoint else ""):
+    if not ranks.all_equal(json.dumps(checkpoint.state.to_json(), sort_keys=True) if checkpoint else ""):
         raise CheckpointError("the processes found different checkpoints; put --out where all of them can read it")
     if checkpoint:
         trainer.restore(checkpoint.tensors, checkpoint.step)
@@ -285,6 +284,7 @@ def _save(session: Session, trainer: "Trainer", out: Path, log: "RunLog", final:
     Raises NonFiniteError for a gradient or a tensor that is not finite: it would take the place of a good one.
     """
     from model import checkpoint
+    from model.run_state import RunState
 
     log.clock.switch("checkpoint")
     trainer.check_finite()
@@ -292,12 +292,7 @@ def _save(session: Session, trainer: "Trainer", out: Path, log: "RunLog", final:
     if not session.ranks.is_first:
         return
     number = trainer.step.number
-    state = {
-        "config": trainer.config.to_json(),
-        "data": session.dataset.fingerprint(),
-        "world_size": session.ranks.world,
-        **log.state(),
-    }
+    state = RunState(trainer.config, session.dataset.fingerprint(), session.ranks.world, **log.state())
     try:
         checkpoint.save(out, number, tensors, state)
     except OSError as error:
@@ -405,7 +400,7 @@ def repeat(
     the official images only, for which it was set. Raises what `run` raises, and TargetMissedError if the mean is below
     `target`.
     """
-    from profiling.records import read_json, write_json
+    from profiling.records import write_json
     from profiling.statistics import aggregate, claim_in_words
 
     counted = TARGET if target is None and session.dataset.identity == "official" else target
@@ -416,9 +411,8 @@ def repeat(
         checkpoint = _find_checkpoint(session, None, folder) if resume else None
         if checkpoint:
             _require_fit(session, checkpoint, each)
-        done = read_json(folder / "summary.json") if checkpoint and (folder / "summary.json").exists() else {}
-        complete = done.get("status") == "complete"
-        summaries.append(done if complete else run(session, each, folder, checkpoint, insist=insist))
+        done = _complete(session, folder / "summary.json", each, checkpoint.step) if checkpoint else None
+        summaries.append(done or run(session, each, folder, checkpoint, insist=insist))
         wall_s = (time.monotonic_ns() - STARTED_NS) / 1e9
         summary = aggregate(summaries, runs, counted, required=target is not None, wall_s=wall_s)
         if session.ranks.is_first:
@@ -431,18 +425,45 @@ def repeat(
     return summary
 
 
+def _complete(session: Session, path: Path, config: Config, step: int) -> dict[str, Any] | None:
+    """The summary at `path` of a complete run of `config` that ended with `step`; None where there is none.
+
+    A damaged one is said to be, and none too: the run that goes on from its checkpoint leaves another.
+    """
+    from profiling.records import read_json
+    from profiling.statistics import unfit
+
+    try:
+        summary = read_json(path)
+        if isinstance(summary, dict) and summary.get("status") in ("failed", *_STATUS.values()):
+            return None
+        wanted = {"status": "complete", "seed": config.seed, "steps": step}
+        reason = unfit(summary) or next((f"another {key}" for key in wanted if summary.get(key) != wanted[key]), None)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    if reason:
+        session.terminal.warn(f"{path} is damaged ({reason}); it is written anew")
+    return None if reason else summary
+
+
 def evaluate(session: Session, config: Config, checkpoint: "Checkpoint") -> dict[str, Any]:
     """The accuracy of a checkpoint on the test images, as a whole and by class.
 
     Raises NonFiniteError, with a summary that knows none, where the loss is not finite: nor is what decides the class.
     """
     from model.batches import Batches
-    from model.trainer import Trainer, choose_dtype, with_available_ops
+    from model.trainer import Trainer, choose_dtype, require_network, with_available_ops
     from profiling.environment import commit, device_name
 
     dataset, ranks, device = session.dataset, session.ranks, session.device
+    require_network(config, checkpoint.tensors)
     config, _ = with_available_ops(config, device, session.terminal.say, ranks)
-    config = dataclasses.replace(config, preprocess="on_device", draw="per_epoch", workers=0)
+    # There is no training: whatever batches and schedule the checkpoint claims, they take no memory.
+    config = dataclasses.replace(
+        config.with_epochs(1), preprocess="on_device", draw="per_epoch", workers=0, batch_size=1
+    )
     dtype = choose_dtype(config.dtype, device, config.ops)
     batches = Batches(dataset.train_images, dataset.train_labels, config, device, dtype, ranks.rank, ranks.world)
     trainer = Trainer(batches, dataset, ranks)
@@ -583,12 +604,18 @@ def _find_checkpoint(session: Session, named: "Checkpoint | None", out: Path) ->
 
 def _require_fit(session: Session, checkpoint: "Checkpoint", config: Config) -> None:
     """Raise CheckpointError, with the difference, unless `config` on this data is what the checkpoint began."""
-    from model.checkpoint import require_same
+    from model.run_state import require_same
+    from model.trainer import require_network
 
     state, name = checkpoint.state, checkpoint.path.name
-    require_same(Config.from_json(state["config"]).learned(), config.learned(), f"configuration ({name})")
+    require_same(state.config.learned(), config.learned(), f"configuration ({name})")
     here = {"data": session.dataset.fingerprint(), "processes": session.ranks.world}
-    require_same({"data": state["data"], "processes": state["world_size"]}, here, f"data set or launch ({name})")
+    require_same({"data": state.data, "processes": state.world_size}, here, f"data set or launch ({name})")
+    require_network(config, checkpoint.tensors)
+    try:
+        state.require_step(checkpoint.step, -(-len(session.dataset.train_images) // config.batch_size))
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}; name another, or start afresh in another folder") from None
 
 
 def open_session(
@@ -647,8 +674,8 @@ def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> 
         _profile_pass(session, request.profile_pass, request.ncu)
         return {}
     if request.evaluate:
-        found = checkpoints.load(request.evaluate)
-        return evaluate(session, request.configure(Config.from_json(found.state["config"])), found)
+        found = checkpoints.load(request.evaluate, terminal.warn)
+        return evaluate(session, request.configure(found.state.config), found)
     if request.preset is None and session.device.type == "cuda":
         config = request.configure(preset("fused"))
     out = request.out
@@ -685,7 +712,7 @@ def _perform_in(
         found = _find_checkpoint(session, named, out)
     if found:
         if request.preset is None:
-            config = request.configure(Config.from_json(found.state["config"]))
+            config = request.configure(found.state.config)
         _require_fit(session, found, config)
     ceilings = _ceilings(request.ceilings, session, config) if request.ceilings else None
     dataset, ranks = session.dataset, session.ranks

@@ -6,21 +6,23 @@ checkpoint-<step:08d>.safetensors   every tensor, in contiguous logical order (N
 checkpoint-<step:08d>.json          format, version, step, state, the sha256 of the tensors file, and the sha256 of
                                     its own content (canonical JSON: sorted keys, no spaces, ASCII) but for that field
 
-It is valid when the JSON parses, its own checksum matches and the tensors file's matches: the JSON is renamed into
-place last, so a writer killed at any point leaves no half-checkpoint that reads as a whole one.
+It is valid when the JSON parses, its own checksum matches and the tensors file's matches, its name is its step, and its
+state is one that a run can have: see `RunState`. The JSON is renamed into place last, so a writer killed at any point
+leaves no half-checkpoint that reads as a whole one.
 
 Memory format is not stored: safetensors keeps dense row-major data only. A channels_last tensor comes back contiguous
 with the same values, shape and dtype, and copying it into a channels_last parameter restores the layout.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,19 @@ import torch
 from torch import Tensor
 
 from model.errors import CheckpointError
+from model.files import read_regular
+from model.run_state import RunState
 
 FORMAT = "cifar10-checkpoint"
 VERSION = 1
 TEMPORARY = ".tmp-"
 NAME = re.compile(r"checkpoint-([0-9]{8}|[1-9][0-9]{8,})\.(?:json|safetensors)")
+MOST_JSON_BYTES = 1 << 26  # of a history of 100,000 epochs
+MOST_TENSORS_BYTES = 1 << 32  # of 500 million parameters and their momentum, 70 times the article's network
+NAMED = 3
+"""Damaged checkpoints that are passed over by name; more of them are counted."""
+FAULTS = 20
+"""Tensors that do not fit and are named; more of them are counted."""
 
 
 @dataclass(frozen=True)
@@ -44,32 +54,35 @@ class Checkpoint:
     path: Path
     step: int
     tensors: dict[str, Tensor]
-    state: dict
+    state: RunState
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 2) -> Path:
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: RunState, *, keep: int = 2) -> Path:
     """Write a checkpoint atomically and durably, then delete all but the `keep` newest valid ones; return its JSON.
 
     Tensors may have any strides and device and may share storage: each is stored as its own contiguous copy.
-    `state` holds JSON values under string keys; tuples come back as lists. One process at a time may write to a folder.
+    One process at a time may write to a folder.
 
     Both files are complete on the disk before either gets its name, so a full disk costs nothing but this checkpoint.
     Saving a step again replaces its tensors before its JSON, unless the tensors are the same: only a kill just between
     two different ones costs that step, and the one before it stays.
 
-    Raises OSError as the system gave it (older checkpoints intact, no temporaries left) and ValueError for a state that
-    JSON cannot hold.
+    Raises OSError as the system gave it, or for tensors too large to be read back (older checkpoints intact, no
+    temporaries left), and ValueError for a state that would not be read back.
     """
-    if step < 0 or keep < 1:
-        raise ValueError(f"step must be at least 0 and keep at least 1, got step={step} and keep={keep}")
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    RunState.from_json(state.to_json(), step)
     folder = Path(folder)
     data = safetensors.torch.save({name: _contiguous_copy(tensor) for name, tensor in tensors.items()})
+    if len(data) > MOST_TENSORS_BYTES:
+        raise OSError(errno.EFBIG, f"tensors of {len(data):,} bytes, more than {MOST_TENSORS_BYTES:,}", str(folder))
     content = {
         "format": FORMAT,
         "version": VERSION,
         "step": step,
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
-        "state": _as_json(state),
+        "state": state.to_json(),
     }
     text = json.dumps(content | {"sha256": _content_sha256(content)}, indent=2) + "\n"
 
@@ -99,11 +112,11 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     return path
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, warn: Callable[[str], Any] = warnings.warn) -> Checkpoint:
     """Read and verify one checkpoint: `path` is either of its files, or a run's folder for the newest valid one in it.
 
     Raises CheckpointError for a path that is missing, damaged, of another format (pickles and zip archives are refused
-    unopened) or of a later version. A damaged one passed over in a folder is named through `warnings.warn`.
+    unopened) or of a later version. A damaged one passed over in a folder is named to `warn`.
     """
     path = Path(path)
     if os.path.isdir(path):  # unlike Path.is_dir, False where a parent folder is unreadable: reading then says why
@@ -113,7 +126,7 @@ def load(path: Path) -> Checkpoint:
             reason = "; ".join(passed_over) or "expected checkpoint-<step>.json and checkpoint-<step>.safetensors"
             raise CheckpointError(f"{path} holds no valid checkpoint: {reason}; start afresh or name another folder")
         for message in passed_over:
-            warnings.warn(message, stacklevel=2)
+            warn(message)
         return found
     if path.suffix not in (".json", ".safetensors"):
         state = "is not a checkpoint of this program" if os.path.exists(path) else "does not exist"
@@ -123,7 +136,7 @@ def load(path: Path) -> Checkpoint:
         )
     try:
         if path.suffix == ".safetensors":
-            _refuse_pickle(path, _read_bytes(path))
+            _refuse_pickle(path, _read_bytes(path, MOST_TENSORS_BYTES))
         return _read(path.with_suffix(".json"))
     except CheckpointError as error:
         raise CheckpointError(
@@ -134,7 +147,7 @@ def load(path: Path) -> Checkpoint:
 def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest valid checkpoint in `folder`, None without one; each newer one that is damaged is named to `warn`.
 
-    Raises CheckpointError where the folder cannot be listed.
+    Of many damaged ones a few are named and the rest counted. Raises CheckpointError where the folder cannot be listed.
     """
     folder = Path(folder)
     try:
@@ -143,12 +156,18 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         return None
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be listed: {error.strerror}; name a run's folder") from None
+    found, damaged = None, 0
     for path in paths:
         try:
-            return _read(path)
+            found = _read(path)
+            break
         except CheckpointError as error:
-            warn(f"passed over a checkpoint: {error}")
-    return None
+            damaged += 1
+            if damaged <= NAMED:
+                warn(f"passed over a checkpoint: {error}")
+    if damaged > NAMED:
+        warn(f"passed over {damaged - NAMED:,} checkpoints more, damaged too")
+    return found
 
 
 def clean(folder: Path) -> None:
@@ -161,35 +180,22 @@ def clean(folder: Path) -> None:
             temporary.unlink()
 
 
-def require_same(found: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
-    """Raise CheckpointError naming each key whose value differs between the checkpoint and the request.
-
-    found    what the checkpoint's state says of `what` (say, "configuration")
-    wanted   the same, as this run asks for it; nested keys are joined by dots, and tuples equal lists
-    """
-    in_checkpoint, asked_for = dict(_leaves(_as_json(found))), dict(_leaves(_as_json(wanted)))
-    differences = []
-    for key in sorted(in_checkpoint.keys() | asked_for.keys()):
-        if key not in in_checkpoint:
-            differences.append(f"{key}: missing in the checkpoint, {json.dumps(asked_for[key])} asked for")
-        elif key not in asked_for:
-            differences.append(f"{key}: {json.dumps(in_checkpoint[key])} in the checkpoint, not asked for")
-        elif in_checkpoint[key] != asked_for[key]:
-            differences.append(
-                f"{key}: {json.dumps(in_checkpoint[key])} in the checkpoint, {json.dumps(asked_for[key])} asked for"
-            )
-    if differences:
-        raise CheckpointError(
-            f"the checkpoint is of another {what}: {'; '.join(differences)};"
-            " ask for the same, or start afresh in another folder"
-        )
-
-
 def load_tensors_into(module_state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], prefix: str) -> None:
     """Copy `tensors[prefix + name]` into `module_state[name]` in place, whatever its device and memory format.
 
-    Either every tensor is copied or none. Raises CheckpointError listing the names missing from the checkpoint, those
-    under `prefix` that the network lacks, and those whose shape or dtype differs (a cast would not resume bit for bit).
+    Either every tensor is copied or none. Raises CheckpointError as `require_tensors` does.
+    """
+    require_tensors(module_state, tensors, prefix)
+    with torch.no_grad():
+        for name, target in module_state.items():
+            target.copy_(tensors[prefix + name])
+
+
+def require_tensors(module_state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], prefix: str) -> None:
+    """Raise CheckpointError unless `tensors` are those of `module_state`, which may be on the meta device.
+
+    It lists the names missing from the checkpoint, those under `prefix` that the network lacks, and those whose shape
+    or dtype differs (a cast would not resume bit for bit).
     """
     faults = [f"{prefix}{name}: missing in the checkpoint" for name in module_state if prefix + name not in tensors]
     for name, source in tensors.items():
@@ -197,30 +203,19 @@ def load_tensors_into(module_state: Mapping[str, Tensor], tensors: Mapping[str, 
             continue
         target = module_state.get(name.removeprefix(prefix))
         if target is None:
-            faults.append(f"{name}: in the checkpoint, unknown to the network")
+            faults.append(f"{ascii(name)[1:-1][:100]}: in the checkpoint, unknown to the network")
         elif (source.shape, source.dtype) != (target.shape, target.dtype):
             faults.append(f"{name}: {_kind(source)} in the checkpoint, {_kind(target)} in the network")
     if faults:
-        raise CheckpointError(f"the checkpoint does not fit the network: {'; '.join(faults)}; build the same network")
-    with torch.no_grad():
-        for name, target in module_state.items():
-            target.copy_(tensors[prefix + name])
+        more = f"; and {len(faults) - FAULTS:,} more" if len(faults) > FAULTS else ""
+        raise CheckpointError(
+            f"the checkpoint does not fit the network: {'; '.join(faults[:FAULTS])}{more}; build the same network"
+        )
 
 
 def _contiguous_copy(tensor: Tensor) -> Tensor:
     """A copy on the CPU with row-major strides and storage of its own: safetensors takes no other."""
     return tensor.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
-
-
-def _as_json(value: Mapping[str, Any]) -> dict:
-    """`value` as JSON gives it back, so that what is checksummed and compared is what a reader will see."""
-    result = {}
-    for key, item in value.items():
-        try:
-            result[str(key)] = json.loads(json.dumps(item, allow_nan=False))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{key!r} cannot be written as JSON: {error}") from None
-    return result
 
 
 def _content_sha256(content: dict) -> str:
@@ -229,7 +224,9 @@ def _content_sha256(content: dict) -> str:
 
 
 def _file_sha256(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(read_regular(path, MOST_TENSORS_BYTES)).hexdigest()
+    return None
 
 
 def _write_and_sync(path: Path, data: bytes) -> None:
@@ -277,17 +274,18 @@ def _prune(written: Path, keep: int) -> None:
 
 
 def _read(path: Path) -> Checkpoint:
-    content, data = _verify(path)
+    step, state, data = _verify(path)
     try:
         tensors = safetensors.torch.load(data)
     except Exception as error:  # the parser has a different exception for each way in which bytes can be hostile
-        raise CheckpointError(f"{path.with_suffix('.safetensors')} is not a safetensors file: {error}") from None
-    return Checkpoint(path=path, step=content["step"], tensors=tensors, state=content["state"])
+        reason = ascii(str(error))[1:200]
+        raise CheckpointError(f"{path.with_suffix('.safetensors')} is not a safetensors file: {reason}") from None
+    return Checkpoint(path=path, step=step, tensors=tensors, state=state)
 
 
-def _verify(path: Path) -> tuple[dict, bytes]:
-    """The JSON content at `path` and the bytes of its tensors file, both checked against their checksums."""
-    text = _read_bytes(path)
+def _verify(path: Path) -> tuple[int, RunState, bytes]:
+    """(step, state, bytes of the tensors file) of the checkpoint at `path`, checked but for what the bytes hold."""
+    text = _read_bytes(path, MOST_JSON_BYTES)
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -296,34 +294,35 @@ def _verify(path: Path) -> tuple[dict, bytes]:
         raise CheckpointError(f'{path} is not a checkpoint of this program: expected "format": "{FORMAT}"')
     version = content.get("version")
     if isinstance(version, int) and version > VERSION:
-        raise CheckpointError(f"{path} has version {version} and this program reads {VERSION}: update the program")
+        raise CheckpointError(f"{path} has a later version than this program's {VERSION}: update the program")
     expected = content.pop("sha256", None)
     try:
         got = _content_sha256(content)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     _require_sha256(path, expected, got)
-    match content:
-        case {"step": int(), "tensors_sha256": str(), "state": dict()}:
-            pass
-        case _:
-            raise CheckpointError(
-                f"{path} is not a checkpoint of this program: step, tensors_sha256 or state is missing"
-            )
+    step = content.get("step")
+    try:
+        state = RunState.from_json(content.get("state"), step)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not a checkpoint of this program: {error}") from None
+    if path.stem != f"checkpoint-{step:08d}":
+        raise CheckpointError(f"{path} is of step {step} and has been renamed: expected checkpoint-{step:08d}.json")
     tensors_path = path.with_suffix(".safetensors")
-    data = _read_bytes(tensors_path)
-    _require_sha256(tensors_path, content["tensors_sha256"], hashlib.sha256(data).hexdigest())
-    return content, data
+    data = _read_bytes(tensors_path, MOST_TENSORS_BYTES)
+    _require_sha256(tensors_path, content.get("tensors_sha256"), hashlib.sha256(data).hexdigest())
+    return step, state, data
 
 
 def _require_sha256(path: Path, expected: object, got: str) -> None:
     if got != expected:
-        raise CheckpointError(f"{path} is damaged: sha256 expected {expected}, got {got}")
+        shown = ascii(expected).strip("'")[: len(got)]  # anything may stand in its place
+        raise CheckpointError(f"{path} is damaged: sha256 expected {shown}, got {got}")
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, most_bytes: int) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path, most_bytes)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: a checkpoint is a .json and a .safetensors of one name") from None
     except OSError as error:
@@ -334,15 +333,6 @@ def _refuse_pickle(path: Path, data: bytes) -> None:
     """Say plainly that a pickle or a zip archive was renamed; safetensors has its JSON header's brace at byte 8."""
     if data[8:9] != b"{" and (data.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", data)):
         raise CheckpointError(f"{path} is a pickle or a zip archive, not a safetensors file: refused unopened")
-
-
-def _leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]:
-    """(dotted key, value) of everything in a nested dict that is not itself a dict with entries."""
-    if isinstance(value, dict) and (value or not key):
-        for name, item in value.items():
-            yield from _leaves(item, f"{key}.{name}" if key else name)
-    else:
-        yield key, value
 
 
 def _kind(tensor: Tensor) -> str:

@@ -64,21 +64,18 @@ class Config:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and not math.isfinite(number):
                     raise UsageError(f"{f.name}={number} is not a finite number")
-        for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise UsageError(f"{name}={getattr(self, name)} is too small; it must be at least {least}")
+            _check_type(f, value)
+        for name, (least, most) in _RANGE.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                wrong = f"small; it must be at least {least}" if value < least else f"large; it must be at most {most}"
+                raise UsageError(f"{name}={value} is too {wrong}")
         if not 0 <= self.momentum < 1:
             raise UsageError(f"momentum={self.momentum} is not in [0, 1)")
         if not 0 <= self.label_smoothing < 1:
             raise UsageError(f"label_smoothing={self.label_smoothing} is not in [0, 1)")
-        if len(self.widths) != 4 or any(width < 1 or width % 8 for width in self.widths):
-            raise UsageError(f"widths={list(self.widths)} are not four positive multiples of 8, one per stage")
-        if self.crop_pad > 31:
-            raise UsageError(f"crop_pad={self.crop_pad} is more than a 32-pixel image can reflect; at most 31")
-        if self.cutout > 32:
-            raise UsageError(f"cutout={self.cutout} is larger than the 32-pixel image")
-        if self.seed >= 2**63:
-            raise UsageError(f"seed={self.seed} does not fit in 63 bits")
+        if len(self.widths) != 4 or any(not 0 < width <= WIDEST or width % 8 for width in self.widths):
+            raise UsageError(f"widths={list(self.widths)} are not four multiples of 8 up to {WIDEST}, one per stage")
         self._check_schedule()
         self._check_contradictions()
 
@@ -125,7 +122,7 @@ class Config:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> "Config":
-        """The inverse of `to_json`. Raises UsageError for an unknown field."""
+        """The inverse of `to_json`. Raises UsageError for an unknown field, too."""
         for name in values:
             _field(name)
         return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -156,16 +153,39 @@ class Config:
         return replace(config, **values)
 
 
-_LEAST = {
-    "epochs": 1,
-    "batch_size": 1,
-    "weight_decay": 0,
-    "seed": 0,
-    "crop_pad": 0,
-    "cutout": 0,
-    "workers": 0,
-    "checkpoint_s": 0,
+WIDEST = 2**16
+"""Channels of a layer: the parameters of a network of such layers are still counted in 64 bits."""
+
+_COUNTED = 10**9  # a product of two such numbers still fits in 64 bits
+_RANGE = {
+    "epochs": (1, 10**5),  # a checkpoint holds a row of each
+    "batch_size": (1, _COUNTED),
+    "weight_decay": (0, _COUNTED),
+    "seed": (0, 2**63 - 1),
+    "crop_pad": (0, 31),  # a 32-pixel image reflects no more
+    "cutout": (0, 32),
+    "workers": (0, _COUNTED),
+    "checkpoint_s": (0, _COUNTED),
 }
+"""The least and the most of the numbers that nothing else limits."""
+
+_WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a short text"}
+
+
+def _check_type(f: dataclasses.Field, value: Any) -> None:
+    is_tuple = typing.get_origin(f.type) is tuple
+    kind = typing.get_args(f.type)[0] if is_tuple else f.type if f.type in (int, float, bool) else str
+    if isinstance(value, tuple) != is_tuple or not all(_is_a(kind, v) for v in (value if is_tuple else (value,))):
+        raise UsageError(f"{f.name} is not {'a list of ' if is_tuple else ''}{_WANTED[kind]}")
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    """Whether a field of this kind can hold `value`. Texts are shown, so there is nothing in them but letters."""
+    if kind is str:
+        return isinstance(value, str) and len(value) <= 100 and value.isprintable()
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, int | float if kind is float else int) and abs(value) < 1e300
 
 
 def _field(name: str) -> dataclasses.Field:
@@ -186,8 +206,7 @@ def _parse(f: dataclasses.Field, text: str) -> Any:
                 return {"true": True, "false": False, "1": True, "0": False}[part.lower()]
             return kind(part)
         except (KeyError, ValueError):
-            wanted = {int: "a whole number", float: "a number", bool: "true or false"}[kind]
-            raise UsageError(f"{f.name}={text} is not {wanted}") from None
+            raise UsageError(f"{f.name}={text} is not {_WANTED[kind]}") from None
 
     if typing.get_origin(f.type) is tuple:
         kind = typing.get_args(f.type)[0]

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import download as archive
+from model import archive
+from model import download as mirrors
 from model import synthetic as shapes
 from model.errors import DataError
 
@@ -42,8 +43,7 @@ class _AbsentError(DataError):
 class Dataset:
     """Images uint8 [N, 32, 32, 3] (NHWC, contiguous) and labels int64 [N], on the CPU.
 
-    identity  "official" (extracted by this program from the verified archive, and unchanged since), "copy" (any
-              other valid folder) or "synthetic"
+    identity  "official" (the six files of the archive, by their hashes), "copy" (any other valid folder) or "synthetic"
     source    the folder, or how the images were generated: one line for people
     reason    why synthetic images are used although nobody asked for them; None otherwise
     """
@@ -99,7 +99,7 @@ def load(
         reasons.append(str(error))
         say(reasons[0])
     try:
-        archive.fetch(folder, say=say, progress=progress)
+        mirrors.fetch(folder, say=say, progress=progress)
         return _read(folder)
     except DataError as error:
         if data_dir is not None:
@@ -120,8 +120,7 @@ def _read(data_dir: Path) -> Dataset:
         folder = _locate(data_dir)
         for name in archive.FILES:
             _check_size(folder / name)
-        recorded = archive.read_record(folder)
-        return _read_files(folder, recorded)
+        return _read_files(folder)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise DataError(f"{error.filename or data_dir}: expected to read it, got: {reason}; {REMEDY}") from error
@@ -139,8 +138,8 @@ def _locate(data_dir: Path) -> Path:
         return data_dir / archive.FOLDER
     if names.intersection(archive.FILES):
         return data_dir
-    if archive.ARCHIVE in names:
-        got, remedy = f"the archive {archive.ARCHIVE}", "add --download to check and unpack it"
+    if archive.NAME in names:
+        got, remedy = f"the archive {archive.NAME}", "add --download to check and unpack it"
     elif names.intersection(("cifar-10-batches-py", "cifar-10-python.tar.gz", "data_batch_1")):
         got, remedy = "the Python version, which is pickles and is never read", REMEDY
     else:
@@ -161,28 +160,24 @@ def _check_size(path: Path) -> None:
         raise DataError(f"{expected}, got {status.st_size:,}; {REMEDY}")
 
 
-def _read_files(folder: Path, recorded: dict[str, str] | None) -> Dataset:
+def _read_files(folder: Path) -> Dataset:
     """Read and check the contents, with one file in memory besides the tensors."""
     records = archive.FILE_BYTES // RECORD_BYTES
     images = torch.empty(len(archive.FILES) * records, 32, 32, 3, dtype=torch.uint8)
     labels = torch.empty(len(images), dtype=torch.int64)
     buffer = np.empty((records, RECORD_BYTES), np.uint8)
-    names = {}  # by sha256
+    official = {sha1: name for name, sha1 in archive.BLOBS.items()}
+    names = {}  # by hash
     for index, name in enumerate(archive.FILES):
         path, here = folder / name, slice(index * records, (index + 1) * records)
         with path.open("rb") as file:
             got = file.readinto(buffer)
         if got != archive.FILE_BYTES:
             raise DataError(f"{path}: expected {archive.FILE_BYTES:,} bytes, got {got:,}: it is being changed")
-        sha256 = hashlib.sha256(buffer).hexdigest()
-        if recorded is not None and sha256 != recorded[name]:
-            raise DataError(
-                f"{path}: expected the sha256 recorded when it was extracted, {recorded[name][:16]}..., got "
-                f"{sha256[:16]}...: changed since; remove {folder} and download again with --download"
-            )
-        if sha256 in names:
-            raise DataError(f"{path}: expected other images than in {names[sha256]}, got the same bytes; {REMEDY}")
-        names[sha256] = name
+        sha1 = archive.blob_sha1(buffer)
+        if sha1 in names:
+            raise DataError(f"{path}: expected other images than in {names[sha1]}, got the same bytes; {REMEDY}")
+        names[sha1] = name
         wrong = np.flatnonzero(buffer[:, 0] > 9)
         if len(wrong):
             label = buffer[wrong[0], 0]
@@ -190,11 +185,17 @@ def _read_files(folder: Path, recorded: dict[str, str] | None) -> Dataset:
         planes = torch.from_numpy(buffer)[:, 1:].unflatten(1, (3, 32, 32))
         images[here].copy_(planes.permute(0, 2, 3, 1))
         labels[here].copy_(torch.from_numpy(buffer[:, 0]))
+    changed = [name for sha1, name in names.items() if official.get(sha1) != name]
+    if changed and official.keys() & names.keys():
+        raise DataError(
+            f"{folder / changed[0]}: expected the official file of that name, as others in {folder} are official, got "
+            f"other content: changed since; remove {folder} and download again with --download"
+        )
     train = slice(0, (len(archive.FILES) - 1) * records)
     test = slice(train.stop, None)
     _check_balance(labels[train], f"{folder / archive.FILES[0]} to {archive.FILES[-2]}")
     _check_balance(labels[test], f"{folder / archive.FILES[-1]}")
-    identity = "copy" if recorded is None else "official"
+    identity = "copy" if changed else "official"
     return Dataset(images[train], labels[train], images[test], labels[test], identity=identity, source=str(folder))
 
 

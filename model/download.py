@@ -1,37 +1,29 @@
 """The official binary archive of CIFAR-10: find a mirror, download, verify, extract.
 
-Only the archive whose sha256 is written below is ever unpacked, so any mirror is as good as the first. What stays
-in a folder, besides a lock file, is `cifar-10-batches-bin/` with the six .bin files and a record of their hashes.
-A download in progress is `cifar-10-binary.tar.gz.part`, an extraction in progress `cifar-10-batches-bin.part/`: a
-later call resumes the former and removes the latter.
+The archive's sha256 is known, so any mirror is as good as the first. What stays in a folder, besides a lock file, is
+`cifar-10-batches-bin/` with the six .bin files, which are known by their hashes too. A download in progress is
+`cifar-10-binary.tar.gz.part`, an extraction in progress `cifar-10-batches-bin.part/`: a later call resumes the former
+and removes the latter.
 """
 
-import gzip
 import hashlib
 import http.client
-import itertools
-import json
 import os
 import queue
 import shutil
-import tarfile
 import threading
 import time
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
+from model import archive
 from model.errors import DataError
 
-ARCHIVE = "cifar-10-binary.tar.gz"
-ARCHIVE_BYTES = 170_052_171
-ARCHIVE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 MIRRORS = (
     "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
     "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/cifar-10-binary.tar.gz",
@@ -39,23 +31,17 @@ MIRRORS = (
 )
 MIRRORS_VARIABLE = "CIFAR10_MIRRORS"  # addresses separated by spaces, instead of the list above
 
-FOLDER = "cifar-10-batches-bin"
-FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
-FILE_BYTES = 30_730_000  # 10,000 records of one label byte and 3,072 pixel bytes
-OTHER_MEMBERS = ("batches.meta.txt", "readme.html")  # in the archive too; not needed, not extracted
-OTHER_BYTES = 1 << 20  # more than those two and the tar format itself take
-RECORD = "sha256.json"
-
 PROBE_S = 10.0  # for all mirrors together
 SAMPLE_S, SAMPLE_BYTES = 2.0, 1 << 18  # a mirror's speed is that of this much of the body, whichever comes first
 READ_TIMEOUT_S = 30.0
+SLOW_S, SLOW_BYTES = 20.0, 400_000  # a mirror that sends less than so much in so long is given up: 20 kB/s
+DEADLINE_S = 1800.0  # for the whole download; what has come by then stays, and the next run goes on from there
 ATTEMPTS = 6  # in a row without progress, over all mirrors
 PROGRESS_BYTES = 1 << 20  # an attempt that got this much further than any before it counts as progress
 BACKOFF_S = 1.0  # doubles with each attempt without progress
 CHUNK_BYTES = 1 << 18
 
 NETWORK_ERRORS = (OSError, http.client.HTTPException, ValueError)  # ValueError: not an address at all
-ARCHIVE_ERRORS = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, RecursionError)
 
 
 class DownloadError(DataError):
@@ -77,7 +63,7 @@ def fetch(data_dir: Path, *, say: Callable[[str], None], progress: Callable[[int
     """
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(data_dir / f"{ARCHIVE}.lock")
+        lock = FileLock(data_dir / f"{archive.NAME}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -94,59 +80,33 @@ def fetch(data_dir: Path, *, say: Callable[[str], None], progress: Callable[[int
         ) from error
 
 
-def is_as_recorded(folder: Path) -> bool:
-    """Whether `folder` holds the six files with the hashes that were recorded when they were extracted."""
-    try:
-        recorded = read_record(folder)
-        return recorded is not None and all(
-            (folder / name).is_file() and _sha256(folder / name) == recorded[name] for name in FILES
-        )
-    except (OSError, DataError):
-        return False
-
-
-def read_record(folder: Path) -> dict[str, str] | None:
-    """sha256 of each of the six files as extracted from the official archive; None if `folder` has no record.
-
-    Raises DataError if there is a record but it cannot be read or is of another archive.
-    """
-    path = folder / RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["archive"] != ARCHIVE_SHA256:
-            raise ValueError("the sha256 of another archive")
-        return {name: str(record["files"][name]) for name in FILES}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: expected the hashes recorded when the official archive was extracted, got {_reason(error)}; "
-            f"remove {folder} and download again with --download"
-        ) from error
-
-
 def _fetch_locked(data_dir: Path, say: Callable[[str], None], progress: Callable[[int, int], None]) -> None:
-    folder, by_hand, part = data_dir / FOLDER, data_dir / ARCHIVE, data_dir / f"{ARCHIVE}.part"
-    if is_as_recorded(folder):
+    folder, by_hand, part = (data_dir / name for name in (archive.FOLDER, archive.NAME, f"{archive.NAME}.part"))
+    if archive.is_official(folder):
         return
-    shutil.rmtree(folder.with_name(f"{FOLDER}.part"), ignore_errors=True)
-    archive = next((path for path in (by_hand, part) if _is_official(path)), None)
+    shutil.rmtree(folder.with_name(f"{archive.FOLDER}.part"), ignore_errors=True)
+    if part.is_symlink() or (part.exists() and not part.is_file()):  # not ours, whatever it leads to
+        part.unlink()
+    found = next((path for path in (by_hand, part) if archive.is_archive(path)), None)
     done = part.stat().st_size if part.exists() else 0
-    if archive is None and done >= ARCHIVE_BYTES:
+    if found is None and done >= archive.BYTES:
         part.unlink()
         done = 0
-    needed = len(FILES) * FILE_BYTES + OTHER_BYTES + (ARCHIVE_BYTES - done if archive is None else 0)
+    needed = len(archive.FILES) * archive.FILE_BYTES + archive.OTHER_BYTES + (archive.BYTES - done if not found else 0)
     free = shutil.disk_usage(data_dir).free
     if free < needed:
         raise OSError(f"{needed / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free")
-    if archive is None:
+    if found is None:
         reasons = {}
         if by_hand.exists():
             reasons[str(by_hand)] = "not the official archive"
             say(f"{by_hand}: not the official archive")
         _download(part, reasons, say, progress)
-        archive = part
-    _extract(archive, folder, say)
+        found = part
+    try:
+        archive.extract(found, folder, say)
+    except archive.ERRORS as error:
+        raise DownloadError(f"{found}: refused: {_reason(error)}; remove it and run again") from error
     part.unlink(missing_ok=True)
 
 
@@ -199,10 +159,11 @@ def _body(url: str, offset: int) -> Iterator[tuple[int, bytes]]:
             position = offset if response.status == 206 else 0
             chunk = response.read(2)
             if position == 0 and chunk != b"\x1f\x8b":  # gzip's magic number; a login or error page is HTML
-                raise _MirrorError(f"not a gzip archive (its Content-Type is {response.headers['Content-Type']})")
+                kind = _one_line(response.headers["Content-Type"])
+                raise _MirrorError(f"not a gzip archive (its Content-Type is {kind})")
             while chunk:
-                if position + len(chunk) > ARCHIVE_BYTES:
-                    raise _MirrorError(f"sends more than the archive's {ARCHIVE_BYTES:,} bytes")
+                if position + len(chunk) > archive.BYTES:
+                    raise _MirrorError(f"sends more than the archive's {archive.BYTES:,} bytes")
                 yield position, chunk
                 position += len(chunk)
                 chunk = response.read1(CHUNK_BYTES)
@@ -210,34 +171,51 @@ def _body(url: str, offset: int) -> Iterator[tuple[int, bytes]]:
         raise _MirrorError(_reason(error)) from error
 
 
-def _open(url: str, offset: int) -> http.client.HTTPResponse:
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """urllib follows a redirect to ftp too."""
+
+    def redirect_request(self, request, response, code, message, headers, url):
+        _require_http(url)
+        return super().redirect_request(request, response, code, message, headers, url)
+
+
+def _require_http(url: str) -> None:
     if urlsplit(url).scheme not in ("http", "https"):
         raise _MirrorError("not an http or https address")
+
+
+def _open(url: str, offset: int) -> http.client.HTTPResponse:
+    _require_http(url)
     request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
-    response = urllib.request.urlopen(request, timeout=READ_TIMEOUT_S)
+    response = urllib.request.build_opener(_Redirects).open(request, timeout=READ_TIMEOUT_S)
     if response.status == 206:
-        expected, got = f"bytes {offset}-{ARCHIVE_BYTES - 1}/{ARCHIVE_BYTES}", response.headers["Content-Range"]
+        expected = f"bytes {offset}-{archive.BYTES - 1}/{archive.BYTES}"
+        got = response.headers["Content-Range"]
     else:
-        expected = str(ARCHIVE_BYTES)
+        expected = str(archive.BYTES)
         got = response.headers.get("Content-Length", expected)  # a chunked body names no length
     if got != expected:
         response.close()
-        raise _MirrorError(f"expected {expected}, got {got} as the body's extent in bytes")
+        raise _MirrorError(f"expected {expected}, got {_one_line(got)} as the body's extent in bytes")
     return response
 
 
 def _download(
     part: Path, reasons: dict[str, str], say: Callable[[str], None], progress: Callable[[int, int], None]
 ) -> None:
-    """Complete `part` from the mirrors in turn. Raises DownloadError after ATTEMPTS in a row without progress."""
+    """Complete `part` from the mirrors in turn.
+
+    Raises DownloadError after ATTEMPTS in a row without progress, and after DEADLINE_S.
+    """
+    deadline = time.monotonic() + DEADLINE_S
     mirrors = _probe(os.environ.get(MIRRORS_VARIABLE, "").split() or list(MIRRORS), reasons)
     failures = longest = 0
-    while mirrors and failures < ATTEMPTS:
+    while mirrors and failures < ATTEMPTS and time.monotonic() < deadline:
         if failures:
             time.sleep(BACKOFF_S * 2 ** (failures - 1))
-        say(f"downloading CIFAR-10 ({ARCHIVE_BYTES / 1e6:.0f} MB) from {_host(mirrors[0])}")
+        say(f"downloading CIFAR-10 ({archive.BYTES / 1e6:.0f} MB) from {_host(mirrors[0])}")
         try:
-            _download_from(mirrors[0], part, progress)
+            _download_from(mirrors[0], part, progress, deadline)
             return
         except _MirrorError as error:
             reasons[mirrors[0]] = str(error)
@@ -249,104 +227,80 @@ def _download(
         mirrors = mirrors[1:] + mirrors[:1]
     details = "; ".join(f"{_host(url)}: {reason}" for url, reason in reasons.items())
     raise DownloadError(
-        f"CIFAR-10 could not be downloaded: {details}. Offline: put {ARCHIVE} "
-        f"({ARCHIVE_BYTES:,} bytes, from {MIRRORS[0]}) into {part.parent.absolute()} and run the same command again; "
+        f"CIFAR-10 could not be downloaded: {details}. Offline: put {archive.NAME} "
+        f"({archive.BYTES:,} bytes, from {MIRRORS[0]}) into {part.parent.absolute()} and run the same command again; "
         f"or set {MIRRORS_VARIABLE} to addresses that this machine can reach"
     )
 
 
-def _download_from(url: str, part: Path, progress: Callable[[int, int], None]) -> None:
+def _in_time(body: Iterator[tuple[int, bytes]], deadline: float) -> Iterator[tuple[int, bytes]]:
+    """What `body` yields, as long as SLOW_BYTES come in each SLOW_S, until `deadline`; then raises _MirrorError.
+
+    A thread reads it: a name lookup, or a header sent letter by letter, cannot be interrupted. One that is given up
+    ends with its next chunk, or with the process.
+    """
+    chunks: queue.SimpleQueue[tuple[int, bytes] | BaseException | None] = queue.SimpleQueue()
+    given_up = threading.Event()
+
+    def read() -> None:
+        try:
+            for chunk in body:
+                if given_up.is_set():
+                    return
+                chunks.put(chunk)
+            chunks.put(None)
+        except BaseException as error:
+            chunks.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    started, received = time.monotonic(), 0
+    try:
+        while True:
+            until = min(started + SLOW_S, deadline)
+            try:
+                chunk = chunks.get(timeout=max(until - time.monotonic(), 0))
+            except queue.Empty:
+                if time.monotonic() >= deadline:
+                    raise _MirrorError(
+                        f"the download took more than {DEADLINE_S:g} s; run again to go on with it"
+                    ) from None
+                if received < SLOW_BYTES:
+                    raise _MirrorError(f"too slow: {received:,} bytes in {SLOW_S:g} s") from None
+                started, received = time.monotonic(), 0
+                continue
+            if isinstance(chunk, BaseException):
+                raise chunk
+            if chunk is None:
+                return
+            received += len(chunk[1])
+            yield chunk
+    finally:
+        given_up.set()
+
+
+def _download_from(url: str, part: Path, progress: Callable[[int, int], None], deadline: float) -> None:
     """Append to `part` what it lacks, then check its sha256; a complete but wrong `part` is removed."""
-    with part.open("ab+") as out:  # appends: after a truncation to 0 it writes at 0
+    with open(part, "ab+", opener=_without_links) as out:  # appends: after a truncation to 0 it writes at 0
         out.seek(0)
         digest = hashlib.file_digest(out, "sha256")
         done = out.tell()
-        for position, chunk in _body(url, done):
+        for position, chunk in _in_time(_body(url, done), deadline):
             if position == 0:
                 out.truncate(0)
                 digest = hashlib.sha256()
             out.write(chunk)
             digest.update(chunk)
             done = position + len(chunk)
-            progress(done, ARCHIVE_BYTES)
-    if done < ARCHIVE_BYTES:
-        raise _MirrorError(f"the connection ended after {done:,} of {ARCHIVE_BYTES:,} bytes")
-    if digest.hexdigest() != ARCHIVE_SHA256:
+            progress(done, archive.BYTES)
+    if done < archive.BYTES:
+        raise _MirrorError(f"the connection ended after {done:,} of {archive.BYTES:,} bytes")
+    if digest.hexdigest() != archive.SHA256:
         part.unlink()
-        raise _MirrorError(f"wrong sha256: expected {ARCHIVE_SHA256[:16]}..., got {digest.hexdigest()[:16]}...")
+        raise _MirrorError(f"wrong sha256: expected {archive.SHA256[:16]}..., got {digest.hexdigest()[:16]}...")
 
 
-class _Bounded:
-    """A stream that refuses to be read past `limit` bytes, so that no archive can expand without end."""
-
-    def __init__(self, stream: BinaryIO, limit: int) -> None:
-        self.stream, self.limit, self.left = stream, limit, limit
-
-    def read(self, size: int) -> bytes:
-        data = self.stream.read(min(size, self.left + 1))
-        self.left -= len(data)
-        if self.left < 0:
-            raise ValueError(f"it expands to more than {self.limit:,} bytes")
-        return data
-
-
-def _extract(archive: Path, folder: Path, say: Callable[[str], None]) -> None:
-    """Extract the six files into `folder`, which appears at once, complete and with its record, or not at all."""
-    say(f"extracting {archive.name} into {folder}")
-    partial = folder.with_name(f"{FOLDER}.part")
-    partial.mkdir()
-    try:
-        record = {"archive": ARCHIVE_SHA256, "files": _extract_files(archive, partial)}
-        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        if os.path.lexists(folder):
-            names = (folder.with_name(f"{FOLDER}.rejected-{i}") for i in itertools.count(1))
-            aside = next(name for name in names if not os.path.lexists(name))
-            folder.rename(aside)
-            say(f"{folder} was not the official data; it is now {aside}")
-        partial.rename(folder)
-    except ARCHIVE_ERRORS as error:
-        raise DownloadError(f"{archive}: refused: {_reason(error)}; remove it and run again") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _extract_files(archive: Path, partial: Path) -> dict[str, str]:
-    """Write the six .bin files to `partial`; their sha256. Nothing in the archive chooses a path, type or mode.
-
-    Raises ValueError naming the first member that the official archive does not have.
-    """
-    kinds = {FOLDER: "folder"} | {f"{FOLDER}/{name}": "file" for name in (*FILES, *OTHER_MEMBERS)}
-    hashes = {}
-    with (
-        gzip.open(archive) as stream,
-        tarfile.open(fileobj=_Bounded(stream, len(FILES) * FILE_BYTES + OTHER_BYTES), mode="r|") as tar,
-    ):
-        for member in tar:
-            path = member.name.removeprefix("./")
-            regular = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
-            kind = "folder" if member.isdir() else "file" if regular else "special file or link"
-            if kinds.pop(path, "not a member, or there twice") != kind:
-                raise ValueError(f"unexpected {kind} {path[:80]!r}")
-            name = path.removeprefix(f"{FOLDER}/")
-            if name in FILES:
-                if member.size != FILE_BYTES:
-                    raise ValueError(f"{name}: expected {FILE_BYTES:,} bytes, got {member.size:,}")
-                with (partial / name).open("xb") as out:
-                    shutil.copyfileobj(tar.extractfile(member), out, CHUNK_BYTES)
-                hashes[name] = _sha256(partial / name)
-    missing = [name for name in FILES if name not in hashes]
-    if missing:
-        raise ValueError(f"it lacks {', '.join(missing)}")
-    return hashes
-
-
-def _is_official(archive: Path) -> bool:
-    return archive.is_file() and archive.stat().st_size == ARCHIVE_BYTES and _sha256(archive) == ARCHIVE_SHA256
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _host(url: str) -> str:
@@ -359,8 +313,12 @@ def _host(url: str) -> str:
 def _reason(error: BaseException) -> str:
     """One line for an exception, without urllib's wrapping."""
     if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {error.reason}"
+        return _one_line(f"HTTP {error.code} {error.reason}")
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, BaseException):
         return _reason(error.reason)
-    text = " ".join(str(error).split())
-    return text if text and not isinstance(error, KeyError) else f"{type(error).__name__} {text}".rstrip()
+    return _one_line(error) or type(error).__name__
+
+
+def _one_line(text: object) -> str:
+    """Text of the network's making, fit to be shown."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))[:300]

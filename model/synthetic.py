@@ -22,15 +22,15 @@ MAX_SHIFT = 5  # of a centre from the image's, in pixels
 MAX_TURN = 0.15  # tangent of half the angle: 17 degrees, less than half of what turns a square into a diamond
 RADIUS = (6, 11)  # of the shape, in pixels
 CLUTTER, CLUTTER_RADIUS, CLUTTER_OPACITY = 2, (3, 6), (0.2, 0.65)
-OPACITY = (0.35, 1.0)
+OPACITY = (0.5, 1.0)
 SHADE = 100  # range of the shading within a shape, in pixel values
-NOISE = 0.4  # the largest share of white noise
+NOISE = 0.3  # the largest share of white noise
 
 Array = np.ndarray
 f32 = np.float32
 
 
-def generate(train: int = 10_000, test: int = 2_000, seed: int = 0) -> tuple[Array, Array, Array, Array]:
+def generate(train: int = 5_000, test: int = 2_000, seed: int = 0) -> tuple[Array, Array, Array, Array]:
     """Training images and labels, then test images and labels: uint8 [N, 32, 32, 3] and int64 [N].
 
     Image i has the label i mod 10. The same arguments give the same bytes on every machine.

@@ -12,7 +12,7 @@ from torch.profiler import record_function
 
 from model import capture, verdict
 from model.batches import Batches
-from model.checkpoint import load_tensors_into
+from model.checkpoint import load_tensors_into, require_tensors
 from model.compilation import compile_kernels
 from model.config import Config
 from model.data import Dataset
@@ -60,6 +60,16 @@ def build_network(config: Config) -> nn.Module:
         if config.network == "resnet":
             return ResNet(config.widths, ops, config.prep_bn_relu, config.uniform_gamma)
         return ResNet9(config.widths, ops, config.uniform_gamma, config.pool_first)
+
+
+def require_network(config: Config, tensors: dict[str, Tensor]) -> None:
+    """Raise CheckpointError unless a checkpoint's `tensors` are of the network that `config` names, which is not built.
+
+    A checkpoint that claims a network of any size costs no memory then.
+    """
+    with torch.device("meta"):
+        network = build_network(replace(config, ops="reference", conv="table"))
+    require_tensors(network.state_dict(), tensors, "network.")
 
 
 def modelled_step(

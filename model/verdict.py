@@ -23,6 +23,7 @@ import torch
 from kernels.jit import INTERPRETED, PDL, triton, unavailable
 from model.config import Config
 from model.distributed import Ranks
+from model.files import read_regular
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "model.probe"]
@@ -105,8 +106,8 @@ def _ask(asked: Config, key: dict[str, Any], say: Callable[[str], Any]) -> str |
     # Beside the kernels that Triton keeps: who deletes these has them compiled, in parallel, by the next probe.
     path = Path(triton.knobs.cache.dir) / "verdicts" / f"{name}.json"
     if name not in _known:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            record = json.loads(path.read_text())
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            record = json.loads(read_regular(path, 1 << 20))
             seen = f" (found on {record['date']}; to ask again delete {path})"
             _known[name] = None if record["reason"] is None else record["reason"] + seen
     if name not in _known:

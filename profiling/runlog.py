@@ -9,7 +9,7 @@ from typing import Any
 
 from profiling.clock import Clock
 from profiling.flops import V100_FLOPS_PER_S
-from profiling.records import append_jsonl, write_json
+from profiling.records import append_jsonl, write_json, write_text
 from profiling.specifications import specification
 
 TIMED = ("preprocessing", "warm-up", "training", "evaluation")
@@ -125,7 +125,7 @@ class RunLog:
         self._write(append_jsonl, self.out / "log.jsonl", row)
         # DAWNBench's own format: hours of training, and accuracy in percent
         rows = [f"{r['epoch']}\t{r['train_s'] / 3600:.8f}\t{100 * r['test_accuracy']:.2f}" for r in self.history]
-        self._write((self.out / "dawnbench.tsv").write_text, "\n".join(["epoch\thours\ttop1Accuracy", *rows, ""]))
+        self._write(write_text, self.out / "dawnbench.tsv", "\n".join(["epoch\thours\ttop1Accuracy", *rows, ""]))
         return row
 
     def finish(

@@ -5,6 +5,11 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+SAME = ("preset", "data_identity", "data_source", "device", "world_size", "dtype", "ops", "ops_requested", "epochs")
+"""What the summary of several runs has of the first of them."""
+AVERAGED = ("train_s", "eval_s", "train_plus_eval_s", "warmup_s", "images_per_s")
+"""What it has the means of."""
+
 
 class Claim(NamedTuple):
     """`sd` and `interval` are None for a single value, which has neither; `share_at_target` is without a target."""
@@ -45,12 +50,10 @@ def aggregate(
     status, code = ("target missed", 7) if required and accuracy.mean < target else ("complete", 0)
     if accuracy.n < requested:
         status, code = "unfinished", None
-    same = ("preset", "data_identity", "data_source", "device", "world_size", "dtype", "ops", "ops_requested", "epochs")
-    averaged = ("train_s", "eval_s", "train_plus_eval_s", "warmup_s", "images_per_s")
     return {
         "status": status,
         "exit_code": code,
-        **{key: first[key] for key in same},
+        **{key: first[key] for key in SAME},
         "seeds": [s["seed"] for s in summaries],
         "runs": accuracy.n,
         "runs_requested": requested,
@@ -60,11 +63,28 @@ def aggregate(
         "test_accuracy_sd": accuracy.sd,
         "test_accuracy_low": accuracy.interval and accuracy.interval[0],
         "test_accuracy_high": accuracy.interval and accuracy.interval[1],
-        **{key: statistics.fmean(s[key] for s in summaries) for key in averaged},
+        **{key: statistics.fmean(s[key] for s in summaries) for key in AVERAGED},
         "wall_s": wall_s,
         **{key: _largest(s.get(key) for s in summaries) for key in ("peak_memory_bytes", "peak_reserved_bytes")},
         "git_sha": first["git_sha"],
     }
+
+
+def unfit(summary: Any) -> str | None:
+    """Why `aggregate` cannot take what was read as a run's summary; None where it can."""
+    if not isinstance(summary, dict):
+        return "not a record"
+    for key in ("test_accuracy", *AVERAGED, "epochs", "world_size", "seed"):
+        value, most = summary.get(key), 1 if key == "test_accuracy" else 1e300
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+            return f"{key} is not a number from 0 to {most:g}"
+    for key in ("peak_memory_bytes", "peak_reserved_bytes"):
+        if not isinstance(summary.get(key), int | None):
+            return f"{key} is not a whole number"
+    for key in (*SAME, "git_sha"):
+        if key not in summary or not isinstance(summary[key], str | int | None):
+            return f"{key} is not a text or a number"
+    return None
 
 
 def _largest(values: Iterable[int | None]) -> int | None:

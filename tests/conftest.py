@@ -5,14 +5,18 @@ marked in their source and skipped without one.
 """
 
 import importlib.util
+import ipaddress
 import os
 import re
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import kernel_checks
 import pytest
 import torch
 
+os.environ["CIFAR10_MIRRORS"] = "off"  # for the processes that tests start, which `no_network` does not reach
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if not HAS_GPU:
@@ -56,6 +60,43 @@ def device() -> torch.device:
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that an op allocates arrives full of NaN, so that an element nobody wrote cannot look right."""
     kernel_checks.poison_fresh_memory(monkeypatch)
+
+
+def is_here(host: str | bytes | None) -> bool:
+    """Whether a host's name or address is this machine's own."""
+    if host in (None, "localhost", socket.gethostname()):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def no_network():
+    """A test that looks up another machine's name, or connects to one, fails, whatever it makes of the error."""
+    reached = []
+
+    def refusing(function: Callable, host_of: Callable, what: str) -> Callable:
+        def checked(*arguments: object, **options: object) -> object:
+            host = host_of(*arguments)
+            if not is_here(host):
+                reached.append(f"{what} {host}")
+                raise OSError("no test reaches for the network")
+            return function(*arguments, **options)
+
+        return checked
+
+    def of_address(_: socket.socket, address: object) -> object:
+        return address[0] if isinstance(address, tuple) else None  # a Unix socket has no host
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", refusing(socket.getaddrinfo, lambda host, *_: host, "a look-up of"))
+        for name in ("connect", "connect_ex"):
+            connect = refusing(getattr(socket.socket, name), of_address, "a connection to")
+            patch.setattr(socket.socket, name, connect)
+        yield reached
+    assert not reached, "no test reaches for the network"
 
 
 @pytest.fixture(autouse=True, scope="session")

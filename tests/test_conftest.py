@@ -1,8 +1,11 @@
-"""Which tests a GPU decides, and how long they may take there."""
+"""Which tests a GPU decides, and how long they may take there; that none reaches for the network."""
 
+import os
+import socket
 import subprocess
 import sys
 import types
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -68,3 +71,28 @@ def test_on_a_gpu_a_test_that_it_decides_is_bounded(conftest, monkeypatch, gpu):
     conftest.pytest_collection_modifyitems([asking, other])
     assert set(asking.markers) == ({"gpu", "timeout"} if gpu else {"gpu"})
     assert not other.markers
+
+
+@pytest.mark.parametrize(
+    ("reach", "caught"),
+    [
+        (lambda: urllib.request.urlopen("https://example.org/"), "a look-up of example.org"),
+        (lambda: urllib.request.urlopen("http://192.0.2.1/"), "a look-up of 192.0.2.1"),
+        (lambda: socket.socket().connect(("192.0.2.1", 80)), "a connection to 192.0.2.1"),
+        (lambda: socket.socket().connect(("example.org", 80)), "a connection to example.org"),
+        (lambda: socket.socket().connect_ex(("8.8.8.8", 53)), "a connection to 8.8.8.8"),
+    ],
+    ids=["name", "address", "connect", "connect_by_name", "connect_ex"],
+)
+def test_a_test_that_reaches_for_the_network_is_caught(no_network, reach, caught):
+    with pytest.raises(OSError, match="no test reaches for the network"):
+        reach()
+    assert no_network == [caught]
+    no_network.clear()
+
+
+def test_this_machine_can_be_reached(no_network):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(("localhost", server.getsockname()[1])).close()
+    assert no_network == []
+    assert os.environ["CIFAR10_MIRRORS"] == "off"

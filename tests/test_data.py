@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from model import data, download
+from model import archive, data, download
 from model.errors import DataError
 
 RECORDS = 50  # in a file, instead of 10,000
@@ -17,7 +17,7 @@ RECORDS = 50  # in a file, instead of 10,000
 
 @pytest.fixture(autouse=True)
 def small_and_offline(monkeypatch):
-    monkeypatch.setattr(download, "FILE_BYTES", RECORDS * data.RECORD_BYTES)
+    monkeypatch.setattr(archive, "FILE_BYTES", RECORDS * data.RECORD_BYTES)
     monkeypatch.setenv("CIFAR10_MIRRORS", "off")
 
 
@@ -34,20 +34,25 @@ def arrays():
 def folder(tmp_path, arrays):
     folder = tmp_path / "images" / "cifar-10-batches-bin"
     folder.mkdir(parents=True)
-    for name, records in zip(download.FILES, arrays, strict=True):
+    for name, records in zip(archive.FILES, arrays, strict=True):
         (folder / name).write_bytes(records.tobytes())
     return folder
 
 
-def write_record(folder: Path, **changes: str) -> None:
-    files = {name: download._sha256(folder / name) for name in download.FILES}
-    record = {"archive": download.ARCHIVE_SHA256, "files": files} | changes
-    (folder / download.RECORD).write_text(json.dumps(record))
+@pytest.fixture
+def official(folder, monkeypatch):
+    """A folder whose six files are the official ones of these tests."""
+    blobs = {name: archive.blob_sha1((folder / name).read_bytes()) for name in archive.FILES}
+    monkeypatch.setattr(archive, "BLOBS", blobs)
+    return folder
 
 
 def test_layout_of_the_official_files():
     assert data.RECORD_BYTES * 10_000 == 30_730_000
-    assert len(download.FILES) == 6
+    assert len(archive.FILES) == len(set(archive.BLOBS.values())) == 6
+    assert (
+        archive.blob_sha1(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
+    )  # echo hello | git hash-object --stdin
 
 
 @pytest.mark.parametrize("parent", [False, True], ids=["the_folder", "its_parent"])
@@ -71,7 +76,7 @@ def test_images_are_nhwc_and_labels_int64(folder, arrays, parent):
 
 def test_symbolic_links_are_followed(folder, tmp_path):
     (tmp_path / "linked").mkdir()
-    for name in download.FILES:
+    for name in archive.FILES:
         (tmp_path / "linked" / name).symlink_to(folder / name)
     assert data.load(tmp_path / "linked").identity == "copy"
 
@@ -142,7 +147,7 @@ def test_wrong_content_is_named(folder, name, inject, words):
 
 def test_a_file_cut_short_between_check_and_read(folder, monkeypatch):
     monkeypatch.setattr(data, "_check_size", lambda path: None)
-    edit(folder / download.FILES[2], lambda content: content[:-1])
+    edit(folder / archive.FILES[2], lambda content: content[:-1])
     with pytest.raises(DataError, match=r"data_batch_3\.bin: expected 153,650 bytes, got 153,649"):
         data.load(folder)
 
@@ -155,12 +160,12 @@ def test_a_file_cut_short_between_check_and_read(folder, monkeypatch):
         pytest.param(Path.touch, ["got a file"], id="a_file"),
         pytest.param(lambda path: (path / "cifar-10-batches-py").mkdir(parents=True), ["Python version"], id="pickles"),
         pytest.param(
-            lambda path: (path.mkdir(), (path / download.ARCHIVE).touch()),
+            lambda path: (path.mkdir(), (path / archive.NAME).touch()),
             ["add --download"],
             id="archive_not_unpacked",
         ),
         pytest.param(
-            lambda path: (path.mkdir(), (path / download.FOLDER).touch()),
+            lambda path: (path.mkdir(), (path / archive.FOLDER).touch()),
             ["Not a directory"],
             id="file_as_inner_folder",
         ),
@@ -173,38 +178,41 @@ def test_a_named_folder_never_falls_back(tmp_path, make, words):
     assert all(word in str(caught.value) for word in [str(tmp_path / "named"), *words])
 
 
-def test_official_needs_the_record_of_the_extraction(folder):
-    write_record(folder)
-    assert data.load(folder).identity == "official"
+def test_official_are_the_files_with_the_known_hashes(official):
+    assert data.load(official).identity == "official"
 
 
 @pytest.mark.parametrize(
-    ("inject", "words"),
+    "write",
     [
-        pytest.param(
-            lambda folder: edit(folder / "data_batch_3.bin", set_byte(100, 0)),
-            ["data_batch_3.bin", "changed since"],
-            id="one_pixel_changed",
-        ),
-        pytest.param(
-            lambda folder: (folder / download.RECORD).write_text("{"),
-            [download.RECORD, "remove"],
-            id="record_cut_short",
-        ),
-        pytest.param(
-            lambda folder: write_record(folder, archive="0" * 64), [download.RECORD, "another"], id="another_archive"
-        ),
-        pytest.param(
-            lambda folder: write_record(folder, files={}), [download.RECORD, "KeyError"], id="a_file_unrecorded"
+        lambda path: path.write_text(json.dumps({"archive": archive.SHA256, "files": dict(archive.BLOBS)})),
+        lambda path: path.write_text("[" * 200_000),
+        os.mkfifo,
+    ],
+    ids=["claims_to_be_official", "nested", "pipe"],
+)
+def test_no_record_makes_files_official(folder, write):
+    write(folder / "sha256.json")
+    assert data.load(folder).identity == "copy"
+
+
+@pytest.mark.parametrize(
+    "inject",
+    [
+        lambda folder: edit(folder / "data_batch_3.bin", set_byte(100, 0)),
+        lambda folder: [swap_labels(folder / name) for name in archive.FILES[2:]],
+        lambda folder: (
+            (folder / "data_batch_4.bin").rename(folder / "x")
+            and (folder / "data_batch_3.bin").rename(folder / "data_batch_4.bin")
+            and (folder / "x").rename(folder / "data_batch_3.bin")
         ),
     ],
+    ids=["one_pixel", "all_but_two_files", "two_files_changed_places"],
 )
-def test_a_record_that_does_not_match_is_an_error(folder, inject, words):
-    write_record(folder)
-    inject(folder)
-    with pytest.raises(DataError) as caught:
-        data.load(folder)
-    assert all(word in str(caught.value) for word in words)
+def test_official_files_beside_others_are_an_error(official, inject):
+    inject(official)
+    with pytest.raises(DataError, match=r"data_batch_3\.bin: expected the official file .* changed since; remove"):
+        data.load(official)
 
 
 def test_default_folder_is_used(folder):
@@ -216,7 +224,7 @@ def test_synthetic_on_request_looks_at_nothing_else(folder, monkeypatch):
     monkeypatch.setattr(download, "fetch", None)
     dataset = data.load(synthetic=True, default_dir=folder.parent)
     assert (dataset.identity, dataset.reason) == ("synthetic", None)
-    assert dataset.train_images.shape == (10_000, 32, 32, 3)
+    assert dataset.train_images.shape == (5_000, 32, 32, 3)
     assert dataset.train_images.dtype == torch.uint8
     assert dataset.test_labels.dtype == torch.int64
 
@@ -233,7 +241,7 @@ def few_shapes(monkeypatch):
         pytest.param(lambda path: None, ["not an http or https address", "Offline"], id="no_network"),
         pytest.param(Path.touch, ["got a file", "cannot be stored"], id="a_file_in_its_place"),
         pytest.param(
-            lambda path: (path / download.FOLDER).mkdir(parents=True), ["no such file", "Offline"], id="wrong_content"
+            lambda path: (path / archive.FOLDER).mkdir(parents=True), ["no such file", "Offline"], id="wrong_content"
         ),
     ],
 )
@@ -256,10 +264,9 @@ def test_unwritable_place_for_the_default_folder(tmp_path, few_shapes):
     assert "cannot be stored" in dataset.reason
 
 
-def test_download_into_the_default_folder(tmp_path, folder, monkeypatch):
+def test_download_into_the_default_folder(tmp_path, official, monkeypatch):
     def fetch(data_dir, *, say, progress):
-        shutil.copytree(folder, data_dir / download.FOLDER)
-        write_record(data_dir / download.FOLDER)
+        shutil.copytree(official, data_dir / archive.FOLDER)
 
     monkeypatch.setattr(download, "fetch", fetch)
     assert data.load(default_dir=tmp_path / "data").identity == "official"
@@ -278,7 +285,7 @@ def test_failed_download_into_a_named_folder_is_an_error(tmp_path):
 
 @pytest.mark.skipif("CIFAR10_DIR" not in os.environ, reason="needs real images: set CIFAR10_DIR")
 def test_real_images_have_the_articles_statistics(monkeypatch):
-    monkeypatch.setattr(download, "FILE_BYTES", 30_730_000)
+    monkeypatch.setattr(archive, "FILE_BYTES", 30_730_000)
     dataset = data.load(Path(os.environ["CIFAR10_DIR"]))
     assert len(dataset.train_images) == 50_000
     assert len(dataset.test_images) == 10_000

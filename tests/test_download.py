@@ -17,8 +17,10 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from model import download
-from model.download import ARCHIVE, FILES, FOLDER, OTHER_MEMBERS, DownloadError
+from model import archive, download
+from model.archive import FILES, FOLDER, OTHER_MEMBERS
+from model.archive import NAME as ARCHIVE
+from model.download import DownloadError
 
 ROOT = Path(__file__).parents[1]
 FILE_BYTES = 30_730
@@ -145,6 +147,31 @@ class Answer(BaseHTTPRequestHandler):
         self.send(ARCHIVE_BODY[:1_000], Content_Length=str(len(ARCHIVE_BODY)))
         self.server.gate.wait(5)
 
+    def trickles(self):
+        self.trickle(ARCHIVE_BODY[:1_000])
+
+    def trickles_a_header(self):
+        self.whole() if self.first else self.trickle(b"HTTP/1.0 200 OK\r\n" + b"x" * 10_000)
+
+    def trickle(self, data: bytes) -> None:
+        """Something every so often, until the test ends."""
+        if data is not None and data.startswith(b"\x1f"):
+            self.send(b"", Content_Length=str(len(ARCHIVE_BODY)))
+        for i in range(len(data)):
+            self.wfile.write(data[i : i + 1])
+            if self.server.gate.wait(0.02):
+                break
+
+    def to_ftp(self):
+        self.send(b"", 302, Location=self.server.urls("whole").replace("http:", "ftp:"))
+
+    def to_itself(self):
+        self.send(b"", 302, Location="/to_itself")
+
+    def escapes(self):
+        self.send_response(404, "\x1b[2J gone")
+        self.end_headers()
+
     def gated_half(self):
         if self.first:
             return self.whole()
@@ -167,9 +194,10 @@ def server():
 
 
 SMALL = {
-    "ARCHIVE_BYTES": len(ARCHIVE_BODY),
-    "ARCHIVE_SHA256": hashlib.sha256(ARCHIVE_BODY).hexdigest(),
+    "BYTES": len(ARCHIVE_BODY),
+    "SHA256": hashlib.sha256(ARCHIVE_BODY).hexdigest(),
     "FILE_BYTES": FILE_BYTES,
+    "BLOBS": {name: archive.blob_sha1(content) for name, content in CONTENTS.items()},
     "PROGRESS_BYTES": 1_000,
     "BACKOFF_S": 0.001,
     "ATTEMPTS": 3,
@@ -180,7 +208,7 @@ SMALL = {
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     for name, value in SMALL.items():
-        monkeypatch.setattr(download, name, value)
+        monkeypatch.setattr(archive if hasattr(archive, name) else download, name, value)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("CIFAR10_MIRRORS", "off")
 
@@ -200,12 +228,12 @@ class Heard(list):
 
 
 def assert_complete(data_dir: Path) -> None:
-    assert download.is_as_recorded(data_dir / FOLDER)
+    assert archive.is_official(data_dir / FOLDER)
     for name, content in CONTENTS.items():
         assert (data_dir / FOLDER / name).read_bytes() == content
     left = {path.name for path in data_dir.iterdir()}
     assert left <= {FOLDER, f"{ARCHIVE}.lock"}
-    assert {path.name for path in (data_dir / FOLDER).iterdir()} == {*FILES, download.RECORD}
+    assert {path.name for path in (data_dir / FOLDER).iterdir()} == set(FILES)
 
 
 def assert_nothing_usable(data_dir: Path) -> None:
@@ -215,8 +243,8 @@ def assert_nothing_usable(data_dir: Path) -> None:
 
 def test_constants_of_the_official_archive(monkeypatch):
     monkeypatch.undo()
-    assert download.ARCHIVE_BYTES == 170_052_171
-    assert download.ARCHIVE_SHA256 == "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+    assert archive.BYTES == 170_052_171
+    assert archive.SHA256 == "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
     assert all(url.endswith(f"/{ARCHIVE}") for url in download.MIRRORS)
 
 
@@ -240,7 +268,7 @@ def test_a_changed_file_is_downloaded_again_and_kept_aside(server, tmp_path, mon
     heard = Heard()
     heard.fetch(tmp_path)
     assert (tmp_path / f"{FOLDER}.rejected-1" / FILES[0]).read_bytes() == b"mine"
-    assert download.is_as_recorded(tmp_path / FOLDER)
+    assert archive.is_official(tmp_path / FOLDER)
     assert any("rejected-1" in line for line in heard)
 
 
@@ -302,11 +330,22 @@ def test_a_complete_partial_file_needs_no_network(tmp_path):
         ("wrong_bytes", "wrong sha256"),
         ("always_truncated", "ended after 1,000 of"),
         ("hangs", "timed out"),
+        ("trickles", "too slow: "),
+        ("trickles_a_header", "too slow: 0 bytes in 0.5 s"),
+        ("to_ftp", "not an http or https address"),
+        (
+            "to_itself",
+            "a redirect error that would lead to an infinite loop. The last",
+        ),
+        ("escapes", "HTTP 404 ?[2J gone"),
     ],
 )
 def test_a_bad_mirror_is_named_and_the_next_one_used(server, tmp_path, monkeypatch, mirror, words):
     if mirror == "hangs":
         monkeypatch.setattr(download, "READ_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(download, "SAMPLE_S", 0.1)
+    monkeypatch.setattr(download, "SLOW_S", 0.5)
+    monkeypatch.setattr(download, "SLOW_BYTES", 1_000)
     speeds = {"whole": 1.0}
     measure = download._bytes_per_s
     monkeypatch.setattr(download, "_bytes_per_s", lambda url: measure(url) and speeds.get(urlsplit(url).path[1:], 2.0))
@@ -356,6 +395,25 @@ def test_attempts_are_bounded(server, tmp_path, monkeypatch):
     assert len(server.downloads()) == download.ATTEMPTS
 
 
+def test_a_download_has_a_deadline_and_keeps_what_has_come(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("CIFAR10_MIRRORS", server.urls("gated_half"))
+    monkeypatch.setattr(download, "DEADLINE_S", 1.0)
+    with pytest.raises(DownloadError, match="the download took more than 1 s"):
+        Heard().fetch(tmp_path)
+    assert (tmp_path / f"{ARCHIVE}.part").read_bytes() == ARCHIVE_BODY[:50_000]
+
+
+@pytest.mark.parametrize("make", [lambda part, victim: part.symlink_to(victim), lambda part, _: os.mkfifo(part)])
+def test_a_part_that_is_a_link_or_a_pipe_is_replaced(server, tmp_path, monkeypatch, make):
+    (tmp_path / "victim").write_bytes(b"mine")
+    (tmp_path / "data").mkdir()
+    make(tmp_path / "data" / f"{ARCHIVE}.part", tmp_path / "victim")
+    monkeypatch.setenv("CIFAR10_MIRRORS", server.urls("whole"))
+    Heard().fetch(tmp_path / "data")
+    assert (tmp_path / "victim").read_bytes() == b"mine"
+    assert_complete(tmp_path / "data")
+
+
 def test_faster_mirrors_first(monkeypatch):
     speeds = {"http://a/": 1.0, "http://b/": 3.0, "http://c/": 2.0}
     monkeypatch.setattr(download, "_bytes_per_s", speeds.__getitem__)
@@ -377,8 +435,8 @@ def test_a_name_lookup_that_hangs_does_not_hold_up_the_others(monkeypatch):
 def run_elsewhere(data_dir: Path, urls: str, prelude: str = "") -> subprocess.Popen:
     """fetch in a process of its own, with the small archive."""
     code = (
-        "import pathlib\nfrom model import download\n"
-        f"for name, value in {SMALL!r}.items(): setattr(download, name, value)\n"
+        "import pathlib\nfrom model import archive, download\n"
+        f"for name, value in {SMALL!r}.items(): setattr(archive if hasattr(archive, name) else download, name, value)\n"
         f"{prelude}\n"
         f"download.fetch(pathlib.Path({str(data_dir)!r}), say=lambda s: print(s, flush=True), progress=lambda *_: None)"
     )
@@ -428,7 +486,7 @@ def interrupt(*args, **kwargs):
 def test_interrupted_extraction_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / f"{ARCHIVE}.part").write_bytes(ARCHIVE_BODY)
     with monkeypatch.context() as patch:
-        patch.setattr(download.json, "dumps", interrupt)
+        patch.setattr(archive.shutil, "copyfileobj", interrupt)
         with pytest.raises(KeyboardInterrupt):
             Heard().fetch(tmp_path)
     assert_nothing_usable(tmp_path)
@@ -547,9 +605,9 @@ HOSTILE = {
 @pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_archives_are_refused(tmp_path, monkeypatch, body):
     """Even one whose sha256 were the right one."""
-    monkeypatch.setattr(download, "OTHER_BYTES", 1 << 20)
-    monkeypatch.setattr(download, "ARCHIVE_BYTES", len(body))
-    monkeypatch.setattr(download, "ARCHIVE_SHA256", hashlib.sha256(body).hexdigest())
+    monkeypatch.setattr(archive, "OTHER_BYTES", 1 << 20)
+    monkeypatch.setattr(archive, "BYTES", len(body))
+    monkeypatch.setattr(archive, "SHA256", hashlib.sha256(body).hexdigest())
     data_dir = tmp_path / "inside" / "data"
     data_dir.mkdir(parents=True)
     (data_dir / ARCHIVE).write_bytes(body)

@@ -220,12 +220,18 @@ def test_a_verdict_is_kept_and_the_next_process_does_not_ask(monkeypatch, tmp_pa
     assert refusal() is None
 
 
-@pytest.mark.parametrize("damage", ["", "[1]", "{}", '{"reason": 0, "date": "x"}', '{"reason": null}', "\x80"])
+@pytest.mark.parametrize(
+    "damage", ["", "[1]", "{}", '{"reason": 0, "date": "x"}', '{"reason": null}', "\x80", "nested", os.mkfifo]
+)
 def test_a_damaged_record_is_asked_for_again(monkeypatch, tmp_path, damage):
     answers(monkeypatch, None)
     assert refusal() is None
     (record,) = (tmp_path / "cache" / "verdicts").iterdir()
-    record.write_text(damage, encoding="latin-1")
+    if callable(damage):
+        record.unlink()
+        damage(record)
+    else:
+        record.write_text("[" * 200_000 if damage == "nested" else damage, encoding="latin-1")
     monkeypatch.setattr(verdict, "_known", {})
     answers(monkeypatch, "wrong")
     assert refusal() == "wrong"

@@ -72,6 +72,16 @@ def test_a_later_session_continues_the_figures(tmp_path):
     ]
 
 
+def test_a_link_in_the_table_s_place_leads_nowhere(tmp_path):
+    log, now, _ = make(tmp_path)
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "dawnbench.tsv").symlink_to(tmp_path / "victim")
+    log.begin({}, {})
+    an_epoch(log, now)
+    assert (tmp_path / "victim").read_text() == "mine"
+    assert (tmp_path / "dawnbench.tsv").read_text().count("\n") == 2
+
+
 def test_a_run_that_did_nothing_reports_nothing(tmp_path):
     log, _, _ = make(tmp_path)
     s = log.finish("failed", 1, 0, 0, None)

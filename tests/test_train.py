@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -387,6 +388,31 @@ def test_a_checkpoint_of_other_data_or_another_number_of_processes_is_refused(wh
     train._require_fit(tiny_session(), found, tiny_config(dtype="bfloat16", checkpoint_s=9.0))
 
 
+@pytest.mark.parametrize(
+    ("step", "epochs"), [(10**6, 0), (5, 0), (8, 3)], ids=["far_beyond", "history_empty", "longer_history"]
+)
+def test_a_checkpoint_of_a_step_that_its_run_cannot_have_is_refused(whole, step, epochs):
+    """Of data with another number of steps an epoch; with rows of the log, that much is seen as it is loaded."""
+    found = checkpoint.load(whole)
+    rows = [{**row, "step": 2 * row["epoch"]} for row in found.state.history[:epochs]]
+    found = dataclasses.replace(found, step=step, state=dataclasses.replace(found.state, history=rows))
+    with pytest.raises(CheckpointError, match=r"checkpoint-00000012\.json: (step|history)"):
+        train._require_fit(tiny_session(), found, tiny_config())
+
+
+def test_no_memory_is_taken_for_what_a_checkpoint_claims(whole):
+    found = checkpoint.load(whole)
+    huge = tiny_config(batch_size=10**9, epochs=10**5, lr_epochs=(0, 1, 10**5))
+    assert train.evaluate(tiny_session(), huge, found)["test_accuracy"] == found.state.history[-1]["test_accuracy"]
+    wide = tiny_config(widths=(65536,) * 4)
+    with pytest.raises(CheckpointError, match=r"does not fit the network: .* and [0-9]+ more"):
+        train.evaluate(tiny_session(), wide, found)
+    with pytest.raises(CheckpointError, match="does not fit the network"):
+        train._require_fit(
+            tiny_session(), dataclasses.replace(found, state=dataclasses.replace(found.state, config=wide)), wide
+        )
+
+
 # Several runs
 
 
@@ -451,6 +477,42 @@ def test_several_runs_go_on_where_they_stopped(tmp_path):
     assert digest(tmp_path / "parts" / "run-000") == before
     for name in ("run-000", "run-001"):
         assert_same_run(tmp_path / "whole" / name, tmp_path / "parts" / name)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-20]),
+        lambda path: path.write_text("[1]"),
+        lambda path: path.write_text("[" * 200_000),
+        lambda path: path.write_text('{"status": "complete"}'),
+        lambda path: (path.unlink(), path.symlink_to("/dev/null")),
+        *(
+            lambda path, change=change: path.write_text(json.dumps(read_json(path) | change))
+            for change in (
+                {"test_accuracy": "good"},
+                {"test_accuracy": 3},
+                {"train_s": None},
+                {"train_s": True},
+                {"epochs": -1},
+                {"peak_memory_bytes": "much"},
+                {"git_sha": ["x"]},
+                {"seed": 7},
+                {"steps": 8},
+                {"status": None},
+            )
+        ),
+    ],
+)
+def test_a_damaged_summary_among_several_runs_is_written_anew(whole, tmp_path, capsys, damage):
+    shutil.copytree(whole, tmp_path / "run-000")
+    path = tmp_path / "run-000" / "summary.json"
+    damage(path)
+    together = train.repeat(tiny_session(), tiny_config(), tmp_path, 1, None, resume=True)
+    again = read_json(path)
+    assert (again["status"], again["seed"], again["steps"]) == ("complete", 0, STEPS)
+    assert together["test_accuracy"] == again["test_accuracy"] == read_json(whole / "summary.json")["test_accuracy"]
+    assert "summary.json" in capsys.readouterr().err
 
 
 # The command line
