@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -734,8 +735,7 @@ def _perform_in(
             collect=request.profile,
         )
     except Interrupted:
-        how = "python" if ranks.world == 1 else f"torchrun --standalone --nproc-per-node {ranks.world}"
-        terminal.say(f"stopped; go on with: {how} train.py --out {out} --resume auto")
+        terminal.say(_how_to_go_on(request, session, out))
         raise
     for line in closing_lines(summary):
         terminal.say(line)
@@ -743,6 +743,18 @@ def _perform_in(
     if request.profile:
         profile(session, config, out, request.data_again(dataset.identity), request.ncu, ceilings)
     return summary
+
+
+def _how_to_go_on(request: Request, session: Session, out: Path) -> str:
+    """What a person who has stopped the run in `out` types next: the same data, and as many processes."""
+    if not any(out.glob("checkpoint-*.json")):
+        return "stopped before anything was saved; start again with a new --out"
+    ranks, identity = session.ranks, session.dataset.identity
+    words = ["torchrun", "--standalone", "--nproc-per-node", str(ranks.world)] if ranks.world > 1 else ["python"]
+    words += ["train.py", "--out", str(out), "--resume", "auto"]
+    if request.data_dir or identity == "synthetic":
+        words += request.data_again(identity)
+    return f"stopped; go on with: {shlex.join(words)}"
 
 
 def _ceilings(path: Path, session: Session, config: Config) -> "Ceilings":

@@ -726,8 +726,17 @@ def test_sigint_once_finishes_the_step_and_saves(finished, tmp_path):
     assert done.returncode == 130
     assert done.stderr.strip() == b"SIGINT: finishing this step, then saving; once more stops at once, unsaved"
     assert checkpoint.load(tmp_path / "run").step == 5
-    assert b"--resume auto" in done.stdout
     again = tiny("--resume", str(tmp_path / "run" / "checkpoint-00000005.json"))
+    assert again.returncode == 0, again.stderr
+    assert_same_run(finished[0], tmp_path / "run")
+
+
+def test_what_a_stopped_run_says_to_type_goes_on_with_it(finished, tmp_path):
+    """The data is named again: without, the program would look for other images first."""
+    done = tiny("--out", str(tmp_path / "run"), fault="INT@step")
+    said = re.search("stopped; go on with: python train.py (.*)", done.stdout.decode().replace("\n", " "))[1]
+    assert said.split() == ["--out", str(tmp_path / "run"), "--resume", "auto", "--synthetic"]
+    again = tiny(*said.split())
     assert again.returncode == 0, again.stderr
     assert_same_run(finished[0], tmp_path / "run")
 
