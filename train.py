@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import typer
 
 from model import folder as run_folder
-from model.config import PRESETS, Config, preset
+from model.config import PRESETS, Config, about_settings, preset
 from model.errors import (
     CheckpointError,
     DataError,
@@ -449,10 +449,11 @@ def _complete(session: Session, path: Path, config: Config, step: int) -> dict[s
     return None if reason else summary
 
 
-def evaluate(session: Session, config: Config, checkpoint: "Checkpoint") -> dict[str, Any]:
+def evaluate(session: Session, config: Config, checkpoint: "Checkpoint", target: float | None = None) -> dict[str, Any]:
     """The accuracy of a checkpoint on the test images, as a whole and by class.
 
     Raises NonFiniteError, with a summary that knows none, where the loss is not finite: nor is what decides the class.
+    Raises TargetMissedError below the accuracy `target`, with the summary.
     """
     from model.batches import Batches
     from model.trainer import Trainer, choose_dtype, require_network, with_available_ops
@@ -497,6 +498,10 @@ def evaluate(session: Session, config: Config, checkpoint: "Checkpoint") -> dict
     rows = [[name, f"{accuracy:.2%}"] for name, accuracy in result.class_accuracy.items()]
     title = f"{checkpoint.path.name} on {trainer.test_count:,} test images ({dataset.identity})"
     session.terminal.table(title, ["class", "accuracy"], [*rows, ["all", f"{result.accuracy:.2%}"]])
+    if target is not None and result.accuracy < target:
+        error = TargetMissedError(f"test accuracy {result.accuracy:.2%} is below the target of {target:.2%}")
+        error.summary = summary | {"status": _STATUS[TargetMissedError], "exit_code": error.exit_code}
+        raise error
     return summary
 
 
@@ -534,6 +539,9 @@ class Request:
             raise UsageError("--runs continues with --resume auto; a single checkpoint belongs to a single run")
         if self.resume == "auto" and self.out is None:
             raise UsageError("--resume auto needs --out DIR: the folder of the run to go on with")
+        for option, key in (("epochs", self.epochs), ("seed", self.seed)):
+            if key is not None and any(s.partition("=")[0].strip() == option for s in self.settings):
+                raise UsageError(f"--{option} and --set {option}= contradict each other; give one of them")
         if self.evaluate and (self.resume or self.runs > 1 or self.epochs or self.preset):
             raise UsageError(
                 "--evaluate takes the network from its checkpoint: leave out --preset, --epochs, --runs, --resume"
@@ -546,12 +554,24 @@ class Request:
             raise UsageError("--ceilings takes the place of a measurement for the report; give --profile too")
         if self.profile and "RANK" in os.environ:
             raise UsageError("--profile accounts for one process; profile it without torchrun")
-        self.configure(preset(self.preset or "laptop"))  # a wrong value is answered now, whatever the default will be
+        # A wrong value is answered now, whatever the default will be.
+        self.configure(preset("laptop" if self.preset is None else self.preset))
+        self._require_paths()
         if self.out and not self.resume and self.out.exists():
             if not self.out.is_dir():
                 raise UsageError(f"--out {self.out} is not a folder; name a new one")
             _require_empty(self.out)
         _require_launch()
+
+    def _require_paths(self) -> None:
+        """What is named must be there: nothing is loaded or downloaded for what will be refused."""
+        for checkpoint in (self.evaluate, None if self.resume == "auto" else self.resume):
+            if checkpoint and not Path(checkpoint).exists():
+                raise CheckpointError(f"{checkpoint} does not exist; name a checkpoint, or the folder of a run")
+        if self.ceilings and not self.ceilings.exists():
+            raise UsageError(f"--ceilings {self.ceilings} does not exist; profiling device --out FILE makes one")
+        if self.data_dir and not self.data_dir.exists() and not self.download:
+            raise DataError(f"--data-dir {self.data_dir} does not exist; name a folder with CIFAR-10, or --download")
 
     def configure(self, base: Config) -> Config:
         """`base` with what the command line says on top."""
@@ -676,7 +696,7 @@ def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> 
         return {}
     if request.evaluate:
         found = checkpoints.load(request.evaluate, terminal.warn)
-        return evaluate(session, request.configure(found.state.config), found)
+        return evaluate(session, request.configure(found.state.config), found, request.target_accuracy)
     if request.preset is None and session.device.type == "cuda":
         config = request.configure(preset("fused"))
     out = request.out
@@ -685,7 +705,7 @@ def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> 
     first = session.ranks.is_first
     try:
         if request.resume not in (None, "auto"):
-            found = checkpoints.load(Path(request.resume))
+            found = checkpoints.load(Path(request.resume), terminal.warn)
         if out is None:
             out = Path("runs") / f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{config.preset}"
             out = run_folder.make_new(out) if first else out
@@ -795,10 +815,29 @@ def _list_presets(as_json: bool) -> None:
         put(f"{'':<12} {make.__doc__.splitlines()[0]}")
 
 
+def _list_settings(config: Config) -> None:
+    """Every setting with `config`'s value, and what it is."""
+    from profiling.console import Terminal
+
+    terminal = Terminal()
+    for assignment, about in about_settings(config):
+        terminal.put(f"{assignment:<34} {about}")
+    terminal.put(f"{'lr=PEAK':<34} scales lr_values to that peak")
+
+
+def _version() -> str:
+    import tomllib
+
+    from profiling.environment import commit
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return f"{project['name']} {project['version']}, commit {commit(ROOT)[0] or 'unknown'}"
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-@app.command(help=__doc__.splitlines()[0])
+@app.command(help=__doc__.splitlines()[0], context_settings={"help_option_names": ["-h", "--help"]})
 def main(
     preset_name: Annotated[
         str | None, typer.Option("--preset", help="What to train; --list shows them. Default: by the device.")
@@ -826,18 +865,44 @@ def main(
     ] = None,
     profile_pass: Annotated[Path | None, typer.Option(hidden=True)] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting. Repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting; --list-settings has them. Repeatable."),
     ] = None,
+    batch_size: Annotated[str | None, typer.Option(help="As --set batch_size=.")] = None,
+    lr: Annotated[str | None, typer.Option(help="The schedule's peak: as --set lr=.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print exactly summary.json on stdout.")] = False,
     show_list: Annotated[bool, typer.Option("--list", help="Show the presets.")] = False,
+    show_settings: Annotated[
+        bool, typer.Option("--list-settings", help="Show every setting, of --preset if one is given.")
+    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
     """The command line's own signature; `Request` checks what was given."""
-    if show_list:
-        _list_presets(as_json)
-        return
+    settings = settings or []
+    settings += [f"{key}={value}" for key, value in (("batch_size", batch_size), ("lr", lr)) if value is not None]
+    if show_list or show_settings or version:
+        raise typer.Exit(_show(show_list, show_settings, preset_name, settings, as_json))
     given = (preset_name, data_dir, download, synthetic, epochs, runs, seed, out, resume, evaluate, target_accuracy)
-    more = (profiled, counters, ceilings, profile_pass, settings or [], as_json)
+    more = (profiled, counters, ceilings, profile_pass, settings, as_json)
     raise typer.Exit(_guarded(lambda: Request(*given, *more)))
+
+
+def _show(presets: bool, settings: bool, name: str | None, changes: list[str], as_json: bool) -> int:
+    """What was asked for instead of a training; the exit code."""
+    from profiling.console import Terminal
+
+    try:
+        config = preset("laptop" if name is None else name).with_settings(changes)
+    except UsageError as error:
+        Terminal().error(str(error))
+        return error.exit_code
+    if presets:
+        _list_presets(as_json)
+    elif settings:
+        _list_settings(config)
+    else:
+        Terminal().put(_version())
+    return 0
 
 
 def _guarded(read: Callable[[], Request]) -> int:

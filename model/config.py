@@ -15,9 +15,14 @@ from typing import Any, Literal
 from model.errors import UsageError
 
 
-def _learned(default: Any) -> Any:
+def _setting(default: Any, about: str, learned: bool = False) -> Any:
+    """A field, and what `train.py --list-settings` says of it."""
+    return field(default=default, metadata={"about": about, "learned": learned})
+
+
+def _learned(default: Any, about: str) -> Any:
     """A field that decides what is learned: a checkpoint fits a run only if these agree."""
-    return field(default=default, metadata={"learned": True})
+    return _setting(default, about, learned=True)
 
 
 @dataclass(frozen=True)
@@ -26,34 +31,42 @@ class Config:
 
     preset: str = ""
     # The network
-    network: Literal["resnet", "resnet9"] = _learned("resnet")
-    widths: tuple[int, ...] = _learned((64, 128, 256, 256))
-    prep_bn_relu: bool = _learned(False)  # the redundant BN-ReLU of the 341 s entry
-    uniform_gamma: bool = _learned(False)  # batch-norm weights start in U(0, 1), as in PyTorch 0.4, not at 1
-    pool_first: bool = _learned(False)  # resnet9: pool before batch norm (the article's Part 8), not after ReLU
+    network: Literal["resnet", "resnet9"] = _learned("resnet", "the article's network, or its successor of nine layers")
+    widths: tuple[int, ...] = _learned((64, 128, 256, 256), "channels of the four stages")
+    prep_bn_relu: bool = _learned(False, "the redundant BN-ReLU of the 341 s entry")
+    uniform_gamma: bool = _learned(False, "batch-norm weights start in U(0, 1), as in PyTorch 0.4, not at 1")
+    pool_first: bool = _learned(False, "resnet9: pool before batch norm (the article's Part 8), not after ReLU")
     # The recipe: loss summed over the batch, rate = schedule / batch_size, decay = weight_decay * batch_size
-    epochs: int = _learned(35)
-    batch_size: int = _learned(512)
-    lr_epochs: tuple[float, ...] = _learned((0, 15, 30, 35))
-    lr_values: tuple[float, ...] = _learned((0, 0.44, 0.005, 0))
-    momentum: float = _learned(0.9)
-    weight_decay: float = _learned(5e-4)
-    label_smoothing: float = _learned(0.0)
-    seed: int = _learned(0)
+    epochs: int = _learned(35, "how often each image is trained on; the learning rate's knots are stretched to it")
+    batch_size: int = _learned(512, "images of a step, of all processes together")
+    lr_epochs: tuple[float, ...] = _learned((0, 15, 30, 35), "the learning rate's knots, in epochs; linear in between")
+    lr_values: tuple[float, ...] = _learned((0, 0.44, 0.005, 0), "the learning rate at the knots; lr=PEAK scales them")
+    momentum: float = _learned(0.9, "of Nesterov's method")
+    weight_decay: float = _learned(5e-4, "times the weights, added to the mean loss's gradient")
+    label_smoothing: float = _learned(0.0, "the share of a label that is spread over all classes")
+    seed: int = _learned(0, "of initialisation, order and augmentation")
     # The input
-    crop_pad: int = _learned(4)
-    flip: Literal["random", "alternating", "none"] = _learned("random")
-    cutout: int = _learned(0)
-    preprocess: Literal["every_epoch", "once", "on_device"] = "on_device"
-    draw: Literal["per_image", "per_epoch"] = "per_epoch"
-    workers: int = 0
+    crop_pad: int = _learned(4, "pixels by which a crop may be shifted")
+    flip: Literal["random", "alternating", "none"] = _learned("random", "left to right, by chance or every other epoch")
+    cutout: int = _learned(0, "side of the square that is cut out of each image, in pixels; 0: none")
+    preprocess: Literal["every_epoch", "once", "on_device"] = _setting(
+        "on_device", "normalising and augmenting: all for every batch, padding once before training, or on the device"
+    )
+    draw: Literal["per_image", "per_epoch"] = _setting("per_epoch", "when random numbers are drawn")
+    workers: int = _setting(0, "loader processes")
     # How it is computed
-    ops: Literal["reference", "batchnorm", "composed", "triton"] = "reference"
-    conv: Literal["table", "triton"] = "table"  # ops=triton: the faster by the tile table, or always our convolutions
-    step: Literal["auto", "eager", "compiled", "captured"] = "auto"  # auto: captured on a GPU, eager on a CPU
-    device: str = "auto"
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
-    checkpoint_s: float = 60.0  # seconds between checkpoints, taken at the end of an epoch
+    ops: Literal["reference", "batchnorm", "composed", "triton"] = _setting(
+        "reference", "PyTorch's, or this project's kernels: batch norm's, convolutions too, whole blocks"
+    )
+    conv: Literal["table", "triton"] = _setting(
+        "table", "ops=triton: the faster convolution by the tile table, or always ours"
+    )
+    step: Literal["auto", "eager", "compiled", "captured"] = _setting(
+        "auto", "how a step is launched; auto: captured as a CUDA graph on a GPU, eager on a CPU"
+    )
+    device: str = _setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = _setting("auto", "of activations; auto: by the device")
+    checkpoint_s: float = _setting(60.0, "seconds between checkpoints, which are taken at the end of an epoch")
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -134,19 +147,30 @@ class Config:
         return replace(self, epochs=epochs, lr_epochs=tuple(knot * epochs / self.epochs for knot in self.lr_epochs))
 
     def with_settings(self, settings: list[str]) -> "Config":
-        """Apply `key=value` strings. `epochs` stretches the knots unless `lr_epochs` is given too.
+        """Apply `key=value` strings. `epochs` stretches the knots unless `lr_epochs` is given too; `lr` scales the
+        learning rates to that peak.
 
         Raises UsageError for an unknown key (naming the nearest), a repeated one, or a value of the wrong type.
         """
         values: dict[str, Any] = {}
+        peak: float | None = None
         for setting in settings:
             name, equals, text = setting.partition("=")
             name = name.strip().replace("-", "_")
             if not equals:
                 raise UsageError(f"--set {setting!r} is not of the form key=value")
-            if name in values:
+            if name == "preset":
+                raise UsageError(f"a preset is no setting: give --preset {text.strip()}")
+            if name in values or (name == "lr" and peak is not None):
                 raise UsageError(f"--set {name} is given twice")
-            values[name] = _parse(_field(name), text.strip())
+            if name == "lr":
+                peak = _one(name, float, text.strip())
+            else:
+                values[name] = _parse(_field(name), text.strip())
+        if peak is not None:
+            if "lr_values" in values:
+                raise UsageError("lr and lr_values contradict each other; give one of them")
+            values["lr_values"] = tuple(value * peak / max(self.lr_values) for value in self.lr_values)
         config = self
         if "epochs" in values and "lr_epochs" not in values:
             config = config.with_epochs(values.pop("epochs"))
@@ -192,28 +216,50 @@ def _field(name: str) -> dataclasses.Field:
     fields = {f.name: f for f in dataclasses.fields(Config)}
     if name in fields:
         return fields[name]
-    nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.4)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"the keys are {', '.join(fields)}"
+    nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.6)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "train.py --list-settings shows them"
     raise UsageError(f"unknown setting {name!r}; {hint}")
+
+
+_SHORT = {
+    "dtype": {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"},
+    "device": {"gpu": "cuda"},
+}
+"""What people type for values."""
 
 
 def _parse(f: dataclasses.Field, text: str) -> Any:
     """`text` as the field's type; tuples are comma-separated, booleans true or false."""
-
-    def one(kind: type, part: str) -> Any:
-        try:
-            if kind is bool:
-                return {"true": True, "false": False, "1": True, "0": False}[part.lower()]
-            return kind(part)
-        except (KeyError, ValueError):
-            raise UsageError(f"{f.name}={text} is not {_WANTED[kind]}") from None
-
     if typing.get_origin(f.type) is tuple:
         kind = typing.get_args(f.type)[0]
-        return tuple(one(kind, part) for part in text.strip("()[]").split(",") if part.strip())
+        return tuple(_one(f.name, kind, part) for part in text.strip("()[]").split(","))
     if f.type in (int, float, bool):
-        return one(f.type, text)
-    return text
+        return _one(f.name, f.type, text)
+    return _SHORT.get(f.name, {}).get(text, text)
+
+
+def _one(name: str, kind: type, text: str) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if not text.isascii() or "_" in text:  # Python would read digits of all scripts
+            raise ValueError
+        return kind(text)
+    except (KeyError, ValueError):
+        raise UsageError(f"{name}: {text!r} is not {_WANTED[kind]}") from None
+
+
+def about_settings(config: Config) -> list[tuple[str, str]]:
+    """("key=value", what it is and what it may be) of every setting, the values being `config`'s."""
+    found = []
+    for f in dataclasses.fields(config):
+        if "about" in f.metadata:
+            value = getattr(config, f.name)
+            text = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
+            allowed = typing.get_args(f.type) if typing.get_origin(f.type) is Literal else ()
+            text = text.lower() if isinstance(value, bool) else text
+            found.append((f"{f.name}={text}", f.metadata["about"] + f" ({', '.join(allowed)})" * bool(allowed)))
+    return found
 
 
 def article_341() -> Config:
@@ -323,6 +369,6 @@ def preset(name: str) -> Config:
     """The preset of that name. Raises UsageError, naming the nearest."""
     if name in PRESETS:
         return PRESETS[name]()
-    nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
+    nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.6)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"the presets are {', '.join(PRESETS)}"
     raise UsageError(f"unknown preset {name!r}; {hint}")

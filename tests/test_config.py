@@ -80,6 +80,10 @@ def test_the_article_s_recipe():
         ("flip=sideways", "alternating"),
         ("checkpoint_s=-1", "checkpoint_s"),
         ("step=fast", "auto, eager, compiled, captured"),
+        ("widths=8,,8,8", "widths: '' is not a whole number"),
+        ("batch_size=1_000", "batch_size: '1_000' is not a whole number"),
+        ("batch_size=\N{ARABIC-INDIC DIGIT FIVE}", "is not a whole number"),
+        ("channels=3", "--list-settings"),
     ],
 )
 def test_bad_settings_are_named(setting, words):
@@ -102,6 +106,18 @@ def test_contradictions_raise():
         preset("fused").with_settings(["widths=8,16,16,16"])
     with pytest.raises(UsageError, match="twice"):
         preset("resnet9").with_settings(["seed=1", "seed=2"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "field", "value"),
+    [("dtype=bf16", "dtype", "bfloat16"), ("dtype=fp16", "dtype", "float16"), ("device=gpu", "device", "cuda")],
+)
+def test_short_names_of_values(setting, field, value):
+    assert getattr(preset("article-256").with_settings([setting]), field) == value
+
+
+def test_lr_is_the_peak_of_the_schedule():
+    assert preset("article-256").with_settings(["lr=0.88"]).lr_values == pytest.approx((0, 0.88, 0.01, 0))
 
 
 def test_unknown_preset_names_the_nearest():

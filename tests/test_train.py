@@ -540,6 +540,14 @@ def invoke(*arguments: str):
         (["--out", "pyproject.toml"], "not a folder"),
         (["--out", "tests"], "not empty"),
         (["--seed", "-1"], "seed"),
+        (["--set", "preset=resnet9"], "a preset is no setting: give --preset resnet9"),
+        (["--preset", ""], "unknown preset ''"),
+        (["--list", "--preset", "nope"], "unknown preset 'nope'"),
+        (["--epochs", "10", "--set", "epochs=5"], "--epochs and --set epochs= contradict each other"),
+        (["--seed", "1", "--set", "seed=2"], "contradict"),
+        (["--batch-size", "64", "--set", "batch_size=32"], "given twice"),
+        (["--lr", "0.1", "--set", "lr_values=0,1,0"], "lr and lr_values contradict each other"),
+        (["--profile", "--ceilings", "none.json"], "none.json does not exist"),
         (["--epochs", "three"], "--epochs"),
         (["--no-such-option"], "no-such-option"),
     ],
@@ -575,9 +583,29 @@ def test_an_environment_that_is_not_torchrun_s_exits_2(environment, words, monke
 
 def test_arguments_are_checked_before_torch_is_imported():
     code = "import sys, train\ntry:\n    train.app()\nfinally:\n    assert 'torch' not in sys.modules"
-    for arguments, expected in [(["--list"], 0), (["--set", "batchsize=4"], 2), (["--out", "tests"], 2)]:
+    for arguments, expected in [
+        (["--list"], 0),
+        (["--set", "batchsize=4"], 2),
+        (["--out", "tests"], 2),
+        (["--resume", "none.json"], 8),
+        (["--evaluate", "none"], 8),
+        (["--data-dir", "none"], 3),
+    ]:
         done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == expected, done.stderr
+
+
+def test_every_setting_is_documented():
+    shown = invoke("--list-settings", "--preset", "article-256", "--lr", "0.2", "--batch-size", "64").output
+    fields = [f.name for f in dataclasses.fields(train.Config) if f.name != "preset"]
+    assert [line.partition("=")[0] for line in shown.splitlines()] == [*fields, "lr"]
+    assert all(len(line.split()) > 1 for line in shown.splitlines())
+    assert {"lr_values=0,0.2,0.00227273,0", "batch_size=64"} <= {line.split()[0] for line in shown.splitlines()}
+
+
+def test_what_people_type_for_help_and_the_version():
+    assert "--list-settings" in invoke("-h").output
+    assert re.fullmatch(r"train-your-resnet \d+\.\d+\.\d+, commit \w+\n", invoke("--version").output)
 
 
 def test_the_list_names_every_preset():
@@ -804,6 +832,12 @@ def test_evaluate_a_checkpoint(finished):
     assert summary["test_accuracy"] == pytest.approx(read_json(out / "summary.json")["test_accuracy"])
     assert "test_accuracy_airplane" in summary
     assert b"truck" in done.stderr
+    done = subprocess.run(
+        [*command, "--target-accuracy", "1"], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True
+    )
+    assert done.returncode == 7, done.stderr
+    assert json.loads(done.stdout)["status"] == "target missed"
+    assert done.stderr.endswith(b"is below the target of 100.00%\n")
 
 
 def test_evaluating_weights_that_are_not_finite_exits_5(finished, tmp_path, tiny_here):
