@@ -103,9 +103,14 @@ def run(
     from profiling.runlog import RunLog
 
     ranks, device, ops_requested = session.ranks, session.device, config.ops
+    available = len(session.dataset.train_images)
+    if config.batch_size > available:
+        raise UsageError(f"batch_size={config.batch_size} is more than the {available:,} training images")
     config, reason = with_available_ops(config, device, session.terminal.say, ranks)
     if reason and insist:
-        raise DeviceError(f"ops={ops_requested} cannot run here: {reason}; use --set ops=reference, or another machine")
+        raise DeviceError(
+            f"the kernels of ops={ops_requested} cannot run here: {reason}; use --set ops=reference, or another machine"
+        )
     if reason:
         session.terminal.banner(
             f"REFERENCE OPS, NOT {ops_requested.upper()}",
@@ -460,6 +465,10 @@ def evaluate(session: Session, config: Config, checkpoint: "Checkpoint", target:
     from profiling.environment import commit, device_name
 
     dataset, ranks, device = session.dataset, session.ranks, session.device
+    if ranks.is_first and checkpoint.state.data != dataset.fingerprint():
+        session.terminal.warn(
+            f"{checkpoint.path} was trained on other images than these ({dataset.identity}); name its own by --data-dir"
+        )
     require_network(config, checkpoint.tensors)
     config, _ = with_available_ops(config, device, session.terminal.say, ranks)
     # There is no training: whatever batches and schedule the checkpoint claims, they take no memory.
@@ -723,7 +732,7 @@ def _perform_in(
     out: Path, request: Request, session: Session, config: Config, named: "Checkpoint | None"
 ) -> dict[str, Any]:
     """Train in `out`, which this process owns, as was asked, from the checkpoint that was `named`."""
-    from profiling.runlog import closing_lines
+    from profiling.runlog import closing_lines, counted
 
     terminal, found = session.terminal, None
     insist = any(setting.partition("=")[0].strip() == "ops" for setting in request.settings)
@@ -738,7 +747,7 @@ def _perform_in(
     ceilings = _ceilings(request.ceilings, session, config) if request.ceilings else None
     dataset, ranks = session.dataset, session.ranks
     terminal.say(
-        f"{config.preset}: {config.network} {'-'.join(map(str, config.widths))}, {config.epochs} epochs of "
+        f"{config.preset}: {config.network} {'-'.join(map(str, config.widths))}, {counted(config.epochs, 'epoch')} of "
         f"{len(dataset.train_images):,} images at batch {config.batch_size}, on {session.device}"
         + (f" x {ranks.world}" if ranks.world > 1 else "")
         + f"; data: {dataset.identity} ({dataset.source})"
@@ -918,11 +927,12 @@ def _guarded(read: Callable[[], Request]) -> int:
         return error.exit_code
     if request.profile_pass or "TORCHELASTIC_RUN_ID" in os.environ:
         follow(PARENT)
+    terminal = Terminal(request.json, speaks)
+    terminal.say("loading PyTorch and the images ...")
     from model.distributed import leave, report  # torch, while a signal still ends the process whatever it is doing
 
     interrupts = Interrupts(_note if speaks else lambda text: None)
     interrupts.install()
-    terminal = Terminal(request.json, speaks)
     code = 0
     try:
         summary = _perform(request, terminal, interrupts)

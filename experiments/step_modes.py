@@ -130,6 +130,9 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="default: generated images, which take the same time")
     parser.add_argument("--out", type=Path, help="a folder for step_modes.json")
     arguments, terminal = parser.parse_args(), Terminal()
+    for name, numbers in (("--batch", arguments.batch), ("--steps", [arguments.steps])):
+        if min(numbers) < 1:
+            parser.error(f"{name} {min(numbers)} is too small; it must be at least 1")
     try:
         report(arguments, terminal)
     except RunError as error:

@@ -117,10 +117,12 @@ def main() -> None:
         "--steps", type=int, default=4, help="steps per measurement; the fastest after the first counts"
     )
     arguments = parser.parse_args()
+    if arguments.steps < 2:
+        parser.error(f"--steps {arguments.steps} is too small; the first is not counted, so at least 2 are needed")
     if arguments.case:
         child(arguments.case, arguments.steps)
         return
-    terminal, steps = Terminal(), max(arguments.steps, 2)
+    terminal, steps = Terminal(), arguments.steps
     article = "article-256"
     turns = [(case, measure(case, steps)) for case in (article, "plain", "plain", article)]
     speed = {case: [m["images_per_s"] for c, m in turns if c == case] for case in (article, "plain")}

@@ -15,7 +15,7 @@ import rich.box
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 PLAIN_PROGRESS_S = 30.0
@@ -115,13 +115,14 @@ class Terminal:
         if not self.out.is_terminal or self.out.quiet:
             yield Meter(self, total, done, unit, None)
             return
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
+        bar = Progress(  # of a narrow terminal the words are cut, and not the numbers
+            TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             console=self.out,
             transient=True,
+            expand=True,
         )
         with bar:
             yield Meter(self, total, done, unit, bar)

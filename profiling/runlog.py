@@ -18,6 +18,11 @@ TIMED = ("preprocessing", "warm-up", "training", "evaluation")
 COLUMNS = ("epoch", "lr", "train s", "loss", "accuracy", "test loss", "test acc", "images/s", "total s")
 
 
+def counted(n: int, what: str) -> str:
+    """As in "1 epoch", "2 epochs"."""
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of the log under COLUMNS; train s and images/s are of the epoch, total s is training so far."""
     return [
@@ -41,7 +46,7 @@ def closing_lines(summary: dict[str, Any]) -> list[str]:
     if s["peak_reserved_bytes"] is not None:
         memory += f" in tensors, {s['peak_reserved_bytes'] / 1e6:,.0f} MB reserved"
     return [
-        f"test accuracy {s['test_accuracy']:.2%} after {s['epochs']} epochs ({what}, n = 1)",
+        f"test accuracy {s['test_accuracy']:.2%} after {counted(s['epochs'], 'epoch')} ({what}, n = 1)",
         f"training {s['train_s']:.2f} s (with preprocessing, as DAWNBench counts) + evaluation {s['eval_s']:.2f} s "
         f"= {s['train_plus_eval_s']:.2f} s; warm-up {s['warmup_s']:.2f} s; process {s['wall_s']:.2f} s",
         f"{s['images_per_s']:,.0f} images/s; {s['flops'] / s['train_s'] / 1e12:.3g} TFLOP/s, "

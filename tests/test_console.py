@@ -73,17 +73,19 @@ def test_the_rate_of_what_takes_seconds_is_not_zero(capsys, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-def test_a_bar_on_a_terminal():
+@pytest.mark.parametrize("columns", ["100", "80", "40"])
+def test_a_bar_on_a_terminal(columns):
+    """Of a narrow one the words are cut, and not the numbers."""
     import pty
 
     code = """
 from profiling.console import Terminal
-with Terminal().progress(100, 0, "images") as meter:
-    meter.advance(50, "epoch 1")
+with Terminal().progress(20000, 0, "images") as meter:
+    meter.advance(10240, "epoch 1/2  loss 1.2345")
     meter.bar.refresh()
 """
     leader, follower = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": columns}
     root = Path(__file__).parent.parent
     child = subprocess.Popen([sys.executable, "-c", code], stdout=follower, stderr=follower, env=environment, cwd=root)
     os.close(follower)
@@ -98,6 +100,6 @@ with Terminal().progress(100, 0, "images") as meter:
         seen += part
     os.close(leader)
     assert child.wait() == 0
-    assert b"epoch 1" in seen
-    assert b"50/100" in seen
-    assert b"images" in seen
+    assert b"10240/20000" in seen
+    assert b"epoch" in seen
+    assert columns == "40" or re.search(rb"epoch 1/2  loss 1.2345  [0-9,]+ images/s", seen)

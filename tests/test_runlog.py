@@ -112,7 +112,7 @@ def test_what_people_read(tmp_path):
     row = an_epoch(log, now)
     assert len(cells(row)) == len(COLUMNS)
     text = "\n".join(closing_lines(log.finish("complete", 0, 50, 1000, None)))
-    assert "50.00% after 1 epochs (copy data, n = 1)" in text
+    assert "50.00% after 1 epoch (copy data, n = 1)" in text
     assert "training 4.00 s" in text
     assert "unknown" in text
     log.facts["data_identity"] = "synthetic"

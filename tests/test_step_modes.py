@@ -33,6 +33,14 @@ def test_a_batch_of_more_images_than_there_are_is_refused():
         step_modes.measure(tiny_config(batch_size=99), tiny_dataset(), CPU, ("eager",), 1, QUICK)
 
 
+@pytest.mark.parametrize("words", [["--batch", "128", "0"], ["--steps", "0"]], ids=" ".join)
+def test_nothing_to_do_is_refused(monkeypatch, capsys, words):
+    monkeypatch.setattr("sys.argv", ["step_modes", *words])
+    with pytest.raises(SystemExit, match="2"):
+        step_modes.main()
+    assert f"{words[0]} 0 is too small" in capsys.readouterr().err
+
+
 def test_training_goes_on_without_an_end():
     trainer, reason = step_modes.prepare(tiny_config(epochs=1, lr_epochs=(0, 0.5, 1)), tiny_dataset(60), CPU)
     assert reason is None

@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from experiments import throughput
@@ -39,6 +40,14 @@ def test_the_comparison_takes_turns_and_prints_its_ratio(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "3.00 times" in out
     assert "1,074 MB" in out
+
+
+def test_a_single_step_is_refused(monkeypatch, capsys):
+    """It would be the one that is not counted."""
+    monkeypatch.setattr("sys.argv", ["throughput", "--steps", "1"])
+    with pytest.raises(SystemExit, match="2"):
+        throughput.main()
+    assert "--steps 1 is too small" in capsys.readouterr().err
 
 
 def test_ours_is_timed_through_train(monkeypatch):

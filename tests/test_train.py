@@ -24,7 +24,15 @@ from typer.testing import CliRunner
 import train
 from model import checkpoint, folder
 from model.distributed import Ranks
-from model.errors import CheckpointError, DeviceError, NonFiniteError, OutOfMemoryError, RunError, TargetMissedError
+from model.errors import (
+    CheckpointError,
+    DeviceError,
+    NonFiniteError,
+    OutOfMemoryError,
+    RunError,
+    TargetMissedError,
+    UsageError,
+)
 from model.evaluation import Evaluator
 from model.interrupts import Interrupted
 from model.step import TrainingStep
@@ -411,6 +419,20 @@ def test_no_memory_is_taken_for_what_a_checkpoint_claims(whole):
         train._require_fit(
             tiny_session(), dataclasses.replace(found, state=dataclasses.replace(found.state, config=wide)), wide
         )
+
+
+def test_a_batch_of_more_images_than_there_are_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="batch_size=71 is more than the 70 training images"):
+        train.run(tiny_session(), tiny_config(batch_size=71), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluating_on_other_images_is_said(whole, capsys):
+    found = checkpoint.load(whole)
+    train.evaluate(tiny_session(), tiny_config(), found)
+    assert "other images" not in capsys.readouterr().err
+    train.evaluate(tiny_session(tiny_dataset(60)), tiny_config(), found)
+    assert "was trained on other images than these (synthetic)" in capsys.readouterr().err
 
 
 # Several runs
