@@ -465,10 +465,8 @@ def evaluate(session: Session, config: Config, checkpoint: "Checkpoint", target:
     from profiling.environment import commit, device_name
 
     dataset, ranks, device = session.dataset, session.ranks, session.device
-    if ranks.is_first and checkpoint.state.data != dataset.fingerprint():
-        session.terminal.warn(
-            f"{checkpoint.path} was trained on other images than these ({dataset.identity}); name its own by --data-dir"
-        )
+    if ranks.is_first and (other := _other_images(session, checkpoint)):
+        session.terminal.warn(other)
     require_network(config, checkpoint.tensors)
     config, _ = with_available_ops(config, device, session.terminal.say, ranks)
     # There is no training: whatever batches and schedule the checkpoint claims, they take no memory.
@@ -632,6 +630,17 @@ def _find_checkpoint(session: Session, named: "Checkpoint | None", out: Path) ->
     return named
 
 
+def _other_images(session: Session, checkpoint: "Checkpoint") -> str | None:
+    """A sentence, unless the checkpoint was trained on the session's images."""
+    data = session.dataset
+    if checkpoint.state.data == data.fingerprint():
+        return None
+    return (
+        f"{checkpoint.path} was trained on other images than these ({data.identity}: {data.source}); name its own, by "
+        "--data-dir or --synthetic"
+    )
+
+
 def _require_fit(session: Session, checkpoint: "Checkpoint", config: Config) -> None:
     """Raise CheckpointError, with the difference, unless `config` on this data is what the checkpoint began."""
     from model.run_state import require_same
@@ -639,8 +648,9 @@ def _require_fit(session: Session, checkpoint: "Checkpoint", config: Config) -> 
 
     state, name = checkpoint.state, checkpoint.path.name
     require_same(state.config.learned(), config.learned(), f"configuration ({name})")
-    here = {"data": session.dataset.fingerprint(), "processes": session.ranks.world}
-    require_same({"data": state.data, "processes": state.world_size}, here, f"data set or launch ({name})")
+    if other := _other_images(session, checkpoint):
+        raise CheckpointError(other)
+    require_same({"processes": state.world_size}, {"processes": session.ranks.world}, f"launch ({name})")
     require_network(config, checkpoint.tensors)
     try:
         state.require_step(checkpoint.step, -(-len(session.dataset.train_images) // config.batch_size))

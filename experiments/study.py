@@ -7,6 +7,7 @@ begins, so that one that was killed goes on where it stopped, and ends with the 
 import datetime
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from model.config import Config, preset
 from model.errors import UsageError
+from model.folder import hold
 from profiling.console import Terminal
 from profiling.errors import ReportError
 from profiling.plot import Chart
@@ -98,13 +100,16 @@ class Study:
     """The folder `out` of the experiment `name`.
 
     `settings` are JSON values that identify it: a folder of other settings is refused with UsageError, in words that
-    name the difference. Of them finish() reads `device`, a torch device's name, and `data_identity`.
+    name the difference, and so is one that another process works in. Of them finish() reads `device`, a torch device's
+    name, and `data_identity`.
     """
 
     def __init__(self, name: str, out: Path, settings: dict[str, Any], terminal: Terminal):
         self.name, self.out, self.terminal = name, out, terminal
         self.settings = _as_read(settings)
         self._claim()
+        self._held = ExitStack()  # until the process ends, or the study is forgotten
+        self._held.enter_context(hold(out, terminal.warn))
         self.results: dict[str, dict[str, Any]] = {}
         if self._kept.exists():
             try:

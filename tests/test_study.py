@@ -1,7 +1,9 @@
 import json
 import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from model.errors import UsageError
 from profiling.console import Terminal
 from profiling.plot import Chart, axis, layout, trace
 
+ROOT = Path(__file__).parent.parent
 SETTINGS = {"small": True, "rungs": ("a", "b"), "device": "cpu", "data_identity": "synthetic"}
 QUIET = Terminal(speaks=False)
 
@@ -109,6 +112,22 @@ def test_the_folder_of_something_else_is_refused(tmp_path):
         Study("other", tmp_path / "a", SETTINGS, QUIET)
 
 
+def test_a_folder_that_another_process_works_in_is_refused(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from model.folder import hold\n"
+        "with hold(Path(sys.argv[1]), print): print('held', flush=True); sys.stdin.read()"
+    )
+    study(tmp_path / "a")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "a"], cwd=ROOT, **pipes) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UsageError, match=f"is in use by process {other.pid} "):
+            study(tmp_path / "a")
+        other.stdin.close()
+        other.wait(timeout=60)
+    study(tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     "damage", ["nonsense\n", "NaN\n", '{"key": "a", "result": 1e999}\n', "[" * 10**5 + "\n", '{"key": "a"}\n', "3\n"]
 )
@@ -137,7 +156,7 @@ def test_a_record_that_is_no_file_is_said_in_one_line(tmp_path, kind):
 def test_the_folder_holds_document_pictures_and_page(tmp_path):
     pytest.importorskip("matplotlib")
     finish(study(tmp_path))
-    names = {path.name for path in tmp_path.iterdir()}
+    names = {path.name for path in tmp_path.glob("[!.]*")}
     assert names == {"study.json", "results.jsonl", "sample.json", "sample.html", "line.svg", "line.png"}
     document = json.loads((tmp_path / "sample.json").read_text())
     assert document["version"] == 1

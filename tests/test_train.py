@@ -388,7 +388,7 @@ def test_a_checkpoint_of_another_run_is_refused(whole, changes, words):
 
 def test_a_checkpoint_of_other_data_or_another_number_of_processes_is_refused(whole):
     found = checkpoint.load(whole)
-    with pytest.raises(CheckpointError, match="data"):
+    with pytest.raises(CheckpointError, match=r"other images than these \(synthetic: made in a test\); name its own"):
         train._require_fit(tiny_session(tiny_dataset(71)), found, tiny_config())
     session = dataclasses.replace(tiny_session(), ranks=Ranks(0, 4))
     with pytest.raises(CheckpointError, match="processes: 1 in the checkpoint, 4"):
@@ -432,7 +432,7 @@ def test_evaluating_on_other_images_is_said(whole, capsys):
     train.evaluate(tiny_session(), tiny_config(), found)
     assert "other images" not in capsys.readouterr().err
     train.evaluate(tiny_session(tiny_dataset(60)), tiny_config(), found)
-    assert "was trained on other images than these (synthetic)" in capsys.readouterr().err
+    assert "was trained on other images than these (synthetic: made in a test)" in capsys.readouterr().err
 
 
 # Several runs
