@@ -103,9 +103,6 @@ def run(
     from profiling.runlog import RunLog
 
     ranks, device, ops_requested = session.ranks, session.device, config.ops
-    available = len(session.dataset.train_images)
-    if config.batch_size > available:
-        raise UsageError(f"batch_size={config.batch_size} is more than the {available:,} training images")
     config, reason = with_available_ops(config, device, session.terminal.say, ranks)
     if reason and insist:
         raise DeviceError(
@@ -630,6 +627,12 @@ def _find_checkpoint(session: Session, named: "Checkpoint | None", out: Path) ->
     return named
 
 
+def _require_batch(session: Session, config: Config) -> None:
+    count = len(session.dataset.train_images)
+    if config.batch_size > count:
+        raise UsageError(f"batch_size={config.batch_size} is more than the {count:,} training images")
+
+
 def _other_images(session: Session, checkpoint: "Checkpoint") -> str | None:
     """A sentence, unless the checkpoint was trained on the session's images."""
     data = session.dataset
@@ -747,6 +750,7 @@ def _perform_in(
     terminal, found = session.terminal, None
     insist = any(setting.partition("=")[0].strip() == "ops" for setting in request.settings)
     if request.runs > 1:
+        _require_batch(session, config)
         return repeat(session, config, out, request.runs, request.target_accuracy, bool(request.resume), insist)
     if request.resume:
         found = _find_checkpoint(session, named, out)
@@ -754,6 +758,7 @@ def _perform_in(
         if request.preset is None:
             config = request.configure(found.state.config)
         _require_fit(session, found, config)
+    _require_batch(session, config)
     ceilings = _ceilings(request.ceilings, session, config) if request.ceilings else None
     dataset, ranks = session.dataset, session.ranks
     terminal.say(

@@ -14,7 +14,6 @@ from profiling.plot import Chart, axis, layout, trace
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {"small": True, "rungs": ("a", "b"), "device": "cpu", "data_identity": "synthetic"}
-QUIET = Terminal(speaks=False)
 
 
 def chart(key: str = "line") -> Chart:
@@ -23,7 +22,7 @@ def chart(key: str = "line") -> Chart:
 
 
 def study(folder, **changes) -> Study:
-    return Study("sample", folder, {**SETTINGS, **changes}, QUIET)
+    return Study("sample", folder, {**SETTINGS, **changes}, Terminal(speaks=False))
 
 
 def finish(one: Study) -> dict:
@@ -109,7 +108,7 @@ def test_the_folder_of_something_else_is_refused(tmp_path):
         study(tmp_path)
     study(tmp_path / "a")
     with pytest.raises(UsageError, match="experiment: sample, now other"):
-        Study("other", tmp_path / "a", SETTINGS, QUIET)
+        Study("other", tmp_path / "a", SETTINGS, Terminal(speaks=False))
 
 
 def test_a_folder_that_another_process_works_in_is_refused(tmp_path):

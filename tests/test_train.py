@@ -24,15 +24,7 @@ from typer.testing import CliRunner
 import train
 from model import checkpoint, folder
 from model.distributed import Ranks
-from model.errors import (
-    CheckpointError,
-    DeviceError,
-    NonFiniteError,
-    OutOfMemoryError,
-    RunError,
-    TargetMissedError,
-    UsageError,
-)
+from model.errors import CheckpointError, DeviceError, NonFiniteError, OutOfMemoryError, RunError, TargetMissedError
 from model.evaluation import Evaluator
 from model.interrupts import Interrupted
 from model.step import TrainingStep
@@ -422,9 +414,9 @@ def test_no_memory_is_taken_for_what_a_checkpoint_claims(whole):
 
 
 def test_a_batch_of_more_images_than_there_are_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="batch_size=71 is more than the 70 training images"):
-        train.run(tiny_session(), tiny_config(batch_size=71), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    done = tiny("--set", "batch_size=71", "--out", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert done.stderr == b"error: batch_size=71 is more than the 70 training images\n"
 
 
 def test_evaluating_on_other_images_is_said(whole, capsys):
