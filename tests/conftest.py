@@ -8,6 +8,7 @@ import importlib.util
 import ipaddress
 import os
 import re
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where kernels run in this session: the GPU, or the CPU under the interpreter."""
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def not_under_nohup():
+    """SIGHUP is what it is at a terminal, in this process and its children: under nohup, as in a CI, it is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL) if hasattr(signal, "SIGHUP") else None
+    yield
+    if before is not None:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

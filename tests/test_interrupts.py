@@ -75,7 +75,7 @@ def handlers():
 
 @posix
 @pytest.mark.parametrize("signum", SIGNALS)
-def test_it_takes_over_the_signals(handlers, signum):
+def test_it_takes_over_the_signals(handlers, not_under_nohup, signum):
     interrupts = Interrupts()
     interrupts.install()
     interrupts.deferred = True
