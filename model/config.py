@@ -170,6 +170,8 @@ class Config:
         if peak is not None:
             if "lr_values" in values:
                 raise UsageError("lr and lr_values contradict each other; give one of them")
+            if max(self.lr_values) == 0:
+                raise UsageError("lr scales a schedule, and this one is 0 all along; give lr_values")
             values["lr_values"] = tuple(value * peak / max(self.lr_values) for value in self.lr_values)
         config = self
         if "epochs" in values and "lr_epochs" not in values:

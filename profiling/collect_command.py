@@ -5,6 +5,7 @@ seconds of single steps and the GPU's clocks are those of the run itself: withou
 the report says that it lacks them.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +65,8 @@ def profile(
     fails is warned of and said in the report; the run stands. Returns why the profiled pass failed, None if it did not.
     """
     out, folder = out.absolute(), out.absolute() / RECORDS
-    folder.mkdir(exist_ok=True)
+    with contextlib.suppress(OSError):  # what cannot be written is warned of below
+        folder.mkdir(exist_ok=True)
     terminal.say("profiling: a pass of its own in a fresh process ...")
     error = run_pass("the profiled pass", [*PROFILE_PASS, str(out), *data], ROOT, terminal.warn)
     if error:

@@ -120,6 +120,12 @@ def test_lr_is_the_peak_of_the_schedule():
     assert preset("article-256").with_settings(["lr=0.88"]).lr_values == pytest.approx((0, 0.88, 0.01, 0))
 
 
+def test_a_schedule_of_zeros_has_no_peak():
+    still = preset("article-256").with_settings(["lr_values=0,0,0,0"])
+    with pytest.raises(UsageError, match="give lr_values"):
+        still.with_settings(["lr=0.1"])
+
+
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(UsageError, match="article-256"):
         preset("article256")
