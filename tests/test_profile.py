@@ -237,6 +237,15 @@ def test_a_pass_that_fails_is_collect_s_exit_code(copy, monkeypatch):
         collect_command.run(copy, None, True, Terminal(speaks=False))
 
 
+def test_a_folder_of_records_that_cannot_be_made_is_a_line(copy, monkeypatch):
+    shutil.rmtree(copy / "records")
+    (copy / "records").touch()
+    for name in ("PROFILE_PASS", "MEASURE_CEILINGS"):
+        monkeypatch.setattr(collect_command, name, [sys.executable, "-c", "raise SystemExit('no room')"])
+    with pytest.raises(ReportError, match="could not be profiled: exit code 1: no room"):
+        collect_command.run(copy, None, True, Terminal(speaks=False))
+
+
 def test_profile_accounts_for_one_whole_run():
     done = subprocess.run([sys.executable, RUNS, "--profile", "--runs", "2"], capture_output=True, text=True)
     assert done.returncode == 2
