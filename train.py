@@ -35,6 +35,7 @@ from model.errors import (
     RunError,
     TargetMissedError,
     UsageError,
+    WorkerError,
 )
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def run(
     Raises Interrupted with the work saved, NonFiniteError, OutOfMemoryError, CheckpointError if the last checkpoint
     could not be written, TargetMissedError below the accuracy `target`; summary.json then says so too.
     """
-    from model.memory import lost_worker, out_of_memory, peak
+    from model.memory import out_of_memory, peak
     from model.trainer import build_network, choose_dtype, step_mode, triton_conv_share, with_available_ops
     from profiling.clock import Clock
     from profiling.environment import device_name, environment
@@ -160,7 +161,7 @@ def run(
                 raise TargetMissedError(f"test accuracy {accuracy:.2%} is below the target of {target:.2%}")
             status, error = "complete", None
         except BaseException as raised:  # whatever it is, the summary says so before it goes on
-            error = out_of_memory(raised, device, config.batch_size) or lost_worker(raised) or raised
+            error = out_of_memory(raised, device, config.batch_size) or raised
             status = _STATUS.get(type(error), "failed")
         steps, images, recorded = 0, 0, 0
         if trainer:
@@ -247,6 +248,14 @@ def _train(
             _save(session, trainer, out, log, final=True)
             raise Interrupted(requested)
 
+    def saved_without_workers(steps: Iterator[int]) -> Iterator[int]:
+        try:
+            yield from steps
+        except WorkerError:
+            if ranks.world == 1:  # of several, the others wait within the next step
+                _save(session, trainer, out, log, final=False)
+            raise
+
     saved_ns = time.monotonic_ns()
     interrupts.deferred = True
     total = config.epochs * trainer.batches.count
@@ -254,7 +263,7 @@ def _train(
         for epoch in range(len(log.history), config.epochs):
             text = f"epoch {epoch + 1}/{config.epochs}"
             clock.switch("training")
-            steps = trainer.train(epoch)
+            steps = saved_without_workers(trainer.train(epoch))
             for images in collection.steps.each(steps) if collection else steps:
                 if session.device.type == "cpu":  # on a GPU a read would hold up the queue
                     trainer.check_finite()

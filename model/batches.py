@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from model.choices import Augmentation, draw_choices, draw_order
 from model.config import Config
 from model.data import MEAN, STD
+from model.errors import WorkerError
 from model.memory import free_shared_bytes
 from model.network import implementation
 
@@ -118,7 +119,7 @@ class Batches:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[tuple]:
         """The batches of `epoch` (counted from 0) from `first_step` on, as operands of `load`, each to be loaded once.
 
-        They are (x, labels), or (Part,) where the images are on the device.
+        They are (x, labels), or (Part,) where the images are on the device. Raises WorkerError if a worker is gone.
         """
         order = draw_order(self.config.seed, epoch, self.count, self.device if self.on_device else "cpu")
         parts = [self._part(i) for i in range(first_step, self.steps_per_epoch)]
@@ -131,7 +132,7 @@ class Batches:
         batches = order.split(self.config.batch_size)[first_step:]
         indices = [batch[p.start : p.start + p.size] for batch, p in zip(batches, parts, strict=True)]
         self.sampler.batches = [(epoch * self.count + index).tolist() for index in indices]
-        for index, x in zip(indices, self.loader, strict=True):
+        for index, x in zip(indices, _from_workers(self.loader), strict=True):
             x = x.to(self.device, non_blocking=True).to(self.dtype, memory_format=torch.channels_last)
             yield x, self.labels[index.to(self.device)]
 
@@ -248,6 +249,26 @@ def _affordable(workers: int, batch_bytes: int, ranks: int, warn: Callable[[str]
             "(docker run --shm-size=1g), or --set preprocess=on_device --set workers=0"
         )
     return fitting
+
+
+def _from_workers(loader: DataLoader) -> Iterator[Tensor]:
+    """The loader's batches; raises WorkerError for a worker that is gone, here and nowhere else."""
+    child = getattr(signal, "SIGCHLD", None)  # Windows has none
+    before = child and signal.getsignal(child)
+    batches = iter(loader)
+    if child and signal.getsignal(child) is not before:
+        # torch's own handler raises wherever the run happens to be: in the midst of a step, or of writing its summary.
+        # Without it, torch looks after its workers whenever it has waited for a batch for some seconds.
+        signal.signal(child, before)
+    try:
+        yield from batches
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise WorkerError(
+            f"a process that makes batches has ended: {str(error).splitlines()[0].strip(' .')}. Unless somebody ended "
+            "it, this machine is short of memory: go on with --resume auto and fewer workers, such as --set workers=0"
+        ) from error
 
 
 def _collate(samples: list[Tensor]) -> Tensor:

@@ -7,6 +7,10 @@ class RunError(Exception):
     exit_code = 1
 
 
+class WorkerError(RunError):
+    """A process that makes batches has ended before its time; the step before is whole."""
+
+
 class UsageError(RunError):
     """The command line or a configuration contradicts itself."""
 

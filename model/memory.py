@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from model.errors import OutOfMemoryError, RunError
+from model.errors import OutOfMemoryError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
@@ -93,18 +93,4 @@ def out_of_memory(error: BaseException, device: torch.device, batch_size: int) -
         held = f" ({allocated / 1e6:,.0f} MB allocated, {reserved / 1e6:,.0f} MB reserved)"
     return OutOfMemoryError(
         f"{device} ran out of memory at batch_size={batch_size}{held}; try --set batch_size={max(batch_size // 2, 1)}"
-    )
-
-
-def lost_worker(error: BaseException) -> RunError | None:
-    """`error` in our words if it means that a process of the data loader is gone, else None.
-
-    torch raises it wherever the run happens to be, so that the step may be half done and is not to be saved.
-    """
-    if not isinstance(error, RuntimeError) or not str(error).startswith("DataLoader worker"):
-        return None
-    return RunError(
-        f"a process that makes batches has ended: {str(error).splitlines()[0].strip()} Unless somebody ended it, this "
-        "machine is short of memory: go on from the last checkpoint with --resume auto and fewer workers, such as "
-        "--set workers=0"
     )

@@ -307,14 +307,17 @@ def test_a_killed_worker_is_a_line_with_advice(tmp_path, monkeypatch):
         if self.number == 15:
             for worker in multiprocessing.active_children():
                 worker.kill()
+                os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # the signal of its end has arrived
         original(self, *batch)
 
     monkeypatch.setattr(TrainingStep, "__call__", faulty)
     session, config = tiny_session(tiny_dataset(200)), tiny_config(preprocess="once", workers=1)
-    with pytest.raises(RunError, match=r"makes batches has ended.*--resume auto.*workers=0"):
+    with pytest.raises(RunError, match=r"makes batches has ended: .*\) exited.*--resume auto.*workers=0"):
         train.run(session, config, tmp_path)
     assert read_json(tmp_path / "summary.json")["exit_code"] == 1
-    train._require_fit(session, checkpoint.load(tmp_path), dataclasses.replace(config, workers=0))
+    saved = checkpoint.load(tmp_path)
+    assert saved.step > 15  # the step in which the worker ended is whole
+    train._require_fit(session, saved, dataclasses.replace(config, workers=0))
 
 
 def test_out_of_memory_names_a_batch_to_try(tmp_path, monkeypatch):
