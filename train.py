@@ -37,6 +37,7 @@ from model.errors import (
     UsageError,
     WorkerError,
 )
+from profiling import command_line
 
 if TYPE_CHECKING:
     import torch
@@ -982,4 +983,4 @@ def _note(text: str) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    command_line.run(app)

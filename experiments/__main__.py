@@ -15,6 +15,7 @@ import typer
 from experiments.study import Request
 from model.errors import RunError
 from model.interrupts import Interrupted, Interrupts
+from profiling import command_line
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 
@@ -218,4 +219,4 @@ def _experiment(name: str, read: Callable[[], Request], **options: Any) -> None:
 
 
 if __name__ == "__main__":
-    app()
+    command_line.run(app)

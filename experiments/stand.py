@@ -163,9 +163,12 @@ def serve(connection: "Connection", assignment: Assignment) -> None:
         torch.set_num_threads(assignment.threads)
     device, stand = torch.device(assignment.device), None
     search_convolutions(device)
-    connection.send(("done", {}))
-    while True:
-        with suppress(EOFError, OSError):  # the ladder is over, or its process is no more
+    answer = "done", {}
+    with suppress(EOFError, OSError):  # the ladder is over, or its process is no more
+        while True:
+            connection.send(answer)
+            if answer[0] != "done":
+                return
             asked = connection.recv()
             try:
                 if asked == "set-up":
@@ -177,14 +180,8 @@ def serve(connection: "Connection", assignment: Assignment) -> None:
                 answer = "refused", str(error)
             except Exception as error:  # a driver has one for everything
                 error = out_of_memory(error, device, assignment.config.batch_size) or error
-                answer = (
-                    "failed",
-                    f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}",
-                )
-            connection.send(answer)
-            if answer[0] == "done":
-                continue
-        return
+                reason = (str(error).strip() or "no reason given").splitlines()[0]
+                answer = "failed", f"{type(error).__name__}: {reason}"
 
 
 def _tell(connection: "Connection", text: str) -> None:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from profiling import command_line
+
 if TYPE_CHECKING:
     from profiling.console import Terminal
 
@@ -174,4 +176,4 @@ def _end(command: Callable[[], int], terminal: "Terminal") -> None:
 
 
 if __name__ == "__main__":
-    app()
+    command_line.run(app)

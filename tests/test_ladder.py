@@ -12,7 +12,7 @@ import rung_processes
 import torch
 from runs import tiny_dataset, tiny_session
 
-from experiments import ladder, ladder_chart, ladder_report
+from experiments import ladder, ladder_chart, ladder_report, stand
 from experiments.rungs import HOST, RUNGS, WITHOUT_HOST, Rung, require_own
 from experiments.study import Request, Study
 from model.config import PRESETS, Config
@@ -140,6 +140,15 @@ def test_what_breaks_one_rung_leaves_the_others_alone(tmp_path, monkeypatch):
     assert [len(row["turns"]) for row in rows] == [4, 4, 4, 0, 4, 4, 4, 0]
     assert {row["name"] for row in rows if row["reason"]} == {"article-301", "eager"}
     assert {key: again.results[key] for key in one.results} == one.results
+
+
+def test_a_rung_s_process_ends_in_silence_when_the_ladder_is_over_before_it_has_started(tmp_path, capfd):
+    """torch takes seconds to import: an interruption in between finds nobody to answer to."""
+    worker = stand.Worker(stand.Assignment("eager", FEW[1].config(0, TINY), "cpu", tmp_path), QUIET.say)
+    worker.hang_up()
+    worker._process.join()
+    assert worker._process.exitcode == 0
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_rung_says_what_went_wrong_in_its_own_process(tmp_path):

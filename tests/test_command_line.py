@@ -1,0 +1,66 @@
+import re
+import sys
+
+import pytest
+import typer
+
+import experiments.__main__
+import profiling.__main__
+import train
+from profiling import command_line
+
+TRAIN, PROFILING, EXPERIMENTS = train.app, profiling.__main__.app, experiments.__main__.app
+REFUSED = {
+    "no_number": (TRAIN, "--epochs 1.5", "Invalid value for '--epochs': .*, not '1.5'"),
+    "joined": (TRAIN, "--target-accuracy=94%", "Invalid value for '--target-accuracy': .*, not '94%'"),
+    "unknown_option": (TRAIN, "--presett laptop", "No such option: --presett .*--preset.*"),
+    "no_value": (TRAIN, "--preset laptop --out", "Option '--out' requires an argument"),
+    "too_many": (PROFILING, "report a b", r"Got unexpected extra argument.* \(b\)"),
+    "unknown_command": (PROFILING, "repor a", "No such command 'repor'.*report.*"),
+    "missing": (EXPERIMENTS, "tritons", "Missing argument '.*'"),
+}
+EMPTY = {
+    "apart": (TRAIN, ["--out", "", "--synthetic"], "--out"),
+    "joined": (PROFILING, ["collect", "runs/a", "--data-dir="], "--data-dir"),
+    "argument": (PROFILING, ["report", ""], "an argument"),
+}
+
+
+def answer(monkeypatch, capsys, app, words):
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    with pytest.raises(SystemExit) as end:
+        command_line.run(app)
+    out, err = capsys.readouterr()
+    return end.value.code, out, err
+
+
+@pytest.mark.parametrize(("app", "words", "text"), REFUSED.values(), ids=REFUSED)
+def test_what_typer_refuses_is_one_line(monkeypatch, capsys, app, words, text):
+    code, out, err = answer(monkeypatch, capsys, app, words.split())
+    assert (code, out) == (2, "")
+    assert re.fullmatch(f"error: {text}; --help shows what there is\n", err), err
+
+
+@pytest.mark.parametrize(("app", "words", "name"), EMPTY.values(), ids=EMPTY)
+def test_an_empty_word_is_not_the_present_folder(monkeypatch, capsys, app, words, name):
+    """As of a shell variable that is not set."""
+    code, out, err = answer(monkeypatch, capsys, app, words)
+    assert (code, out, err) == (2, "", f"error: {name} is empty; give it a value, or leave it out\n")
+
+
+@pytest.mark.parametrize("app", [PROFILING, EXPERIMENTS], ids=["profiling", "experiments"])
+def test_without_a_word_there_is_help(monkeypatch, capsys, app):
+    code, out, err = answer(monkeypatch, capsys, app, [])
+    assert code == 2
+    assert "Usage: " in out + err
+    assert "error: " not in out + err
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    app = typer.Typer()
+
+    @app.command()
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert answer(monkeypatch, capsys, app, []) == (130, "", "")
