@@ -336,6 +336,23 @@ def test_out_of_memory_names_a_batch_to_try(tmp_path, monkeypatch):
     assert checkpoint.load(tmp_path).step == 4
 
 
+@pytest.mark.gpu
+def test_a_full_gpu_names_a_batch_to_try(tmp_path):
+    """By the device's own allocator, in whatever of warm-up, search, capture and step meets its end first."""
+    device = torch.device("cuda", 0)
+    session = dataclasses.replace(tiny_session(tiny_dataset(4000)), device=device)
+    config = tiny_config(batch_size=4000, widths=(64, 64, 64, 64), device="cuda")
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_reserved(device) + 2**28
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.mem_get_info(device)[1], device)
+    try:
+        with pytest.raises(OutOfMemoryError, match="batch_size=2000"):
+            train.run(session, config, tmp_path)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert read_json(tmp_path / "summary.json")["exit_code"] == 6
+
+
 def test_a_full_disk_is_a_warning_until_the_last_checkpoint(whole, tmp_path, monkeypatch, capsys):
     original = checkpoint.save
 
