@@ -135,7 +135,7 @@ def _figures(name: str, folder: Path, summary: Row, rows: Sequence[Row]) -> list
     losses = [rows[i]["train_loss"] if len(rows) > i else None for i in (0, 1)]
     last = rows[-1]["train_loss"] if len(rows) > 2 else None
     peaks = [summary.get(f"peak_{what}_bytes") for what in ("memory", "reserved")]
-    memory = "/".join(f"{peak / 2**20:,.0f}" for peak in peaks if peak is not None)
+    memory = "/".join(f"{peak / 1e6:,.0f}" for peak in peaks if peak is not None)
     return [
         name,
         shown(step_ms(folder) if rows else None, ".3f"),

@@ -244,7 +244,7 @@ def _affordable(workers: int, batch_bytes: int, ranks: int, warn: Callable[[str]
     if fitting < workers:
         needed = ranks * batch_bytes * (PREFETCHED * workers + 1)
         warn(
-            f"/dev/shm has {free / 2**20:,.1f} MB free and {workers} workers need {needed / 2**20:,.1f} MB there for "
+            f"/dev/shm has {free / 1e6:,.1f} MB free and {workers} workers need {needed / 1e6:,.1f} MB there for "
             f"their batches: {f'{fitting} of them work' if fitting else 'this process makes them itself'}. Enlarge it "
             "(docker run --shm-size=1g), or --set preprocess=on_device --set workers=0"
         )
