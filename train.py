@@ -868,10 +868,10 @@ def _version() -> str:
     return f"{project['name']} {project['version']}, commit {commit(ROOT)[0] or 'unknown'}"
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(**command_line.MANNERS)
 
 
-@app.command(help=__doc__.splitlines()[0], context_settings={"help_option_names": ["-h", "--help"]})
+@app.command(help=__doc__.splitlines()[0])
 def main(
     preset_name: Annotated[
         str | None, typer.Option("--preset", help="What to train; --list shows them. Default: by the device.")

@@ -17,7 +17,7 @@ from model.errors import RunError
 from model.interrupts import Interrupted, Interrupts
 from profiling import command_line
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
+app = typer.Typer(**command_line.MANNERS, no_args_is_help=True)
 
 Small = Annotated[bool, typer.Option("--small", help="Sizes that two CPU cores finish in minutes.")]
 Out = Annotated[
@@ -55,7 +55,10 @@ def ladder(
     full: Annotated[bool, typer.Option("--full", help="Train each rung to its end, and say its accuracy.")] = False,
     cutout: Annotated[int, typer.Option(help="Cut squares of so many pixels out, on every rung.")] = 0,
 ) -> None:
-    """Every rung from the article's 341 s to its 256 s and on to this project's kernels, in turns."""
+    """Time each of the article's steps, and this project's.
+
+    From the entry of 341 s to the last of 256 s, and on to the fused kernels: all in turns, on one machine.
+    """
     _experiment(
         "ladder",
         lambda: Request(small, out, data_dir, synthetic, tuple(settings or ()), seed, as_json),
@@ -75,7 +78,10 @@ def lr_finder(
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
-    """Sweep the learning rate exponentially over one epoch, and suggest one by two rules."""
+    """Sweep the learning rate over one epoch, and suggest one.
+
+    It rises exponentially; two rules read the curve.
+    """
     _experiment("lr_finder", lambda: Request(small, out, data_dir, synthetic, tuple(settings or ()), seed, as_json))
 
 
@@ -106,7 +112,10 @@ def batch_size(
         Path | None, typer.Option(help="Folder of a finished forgetting: say what limits each batch.")
     ] = None,
 ) -> None:
-    """Batch 128 to 1024 with the learning rate scaled linearly: time, accuracy, loss."""
+    """Time, accuracy and loss at batch sizes of 128 to 1024.
+
+    The learning rate is scaled linearly.
+    """
     _experiment(
         "batch_size",
         lambda: Request(small, out, data_dir, synthetic, tuple(settings or ()), seed, as_json),
@@ -135,7 +144,10 @@ def reproduce(
     seed: Seed = None,
     as_json: Json = False,
 ) -> None:
-    """What is worth doing on this device, most valuable first: does it work, how fast is it, what do others offer."""
+    """Everything worth measuring on this GPU, in one command.
+
+    The most valuable first: does it work, how fast is it, what do others offer.
+    """
     _experiment(
         "reproduce",
         lambda: Request(small, out, data_dir, synthetic, tuple(settings or ()), seed, as_json),
@@ -156,7 +168,10 @@ def predictions(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What every kernel and a step should take on an H100 and an H200, by model and compiled machine code."""
+    """Predict each kernel's time on an H100 and an H200.
+
+    And a step's: by a model, and by the machine code that the compiler makes.
+    """
     _experiment("predictions", lambda: Request(json=as_json), gpu=gpu, against=against, out=out)
 
 
@@ -167,7 +182,10 @@ def machine_code(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What the compiler makes of every layer's kernels, beside what it made of the first generation's."""
+    """Registers, spills and instructions of every kernel.
+
+    As the compiler makes them of each layer, beside those of the first generation.
+    """
     _experiment("machine_code", lambda: Request(json=as_json), out=out)
 
 
@@ -182,7 +200,10 @@ def tritons(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """What other versions of Triton make of every kernel: compiled for each architecture, and interpreted."""
+    """Compile every kernel with other versions of Triton.
+
+    For each architecture; and interpret some.
+    """
     _experiment("tritons", lambda: Request(json=as_json), tritons=versions, architectures=tuple(arch or ()), out=out)
 
 

@@ -16,7 +16,7 @@ from profiling import command_line
 if TYPE_CHECKING:
     from profiling.console import Terminal
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
+app = typer.Typer(**command_line.MANNERS, no_args_is_help=True)
 CRASHED = 70
 """The exit code of what nobody foresaw (EX_SOFTWARE of sysexits.h): by 1, Python's own, `bench` says that a kernel is
 wrong."""
@@ -67,7 +67,7 @@ def bench(
         typer.Option(help="With --check: seconds without a result until a process is ended; 90, on a CPU 1800."),
     ] = None,
 ) -> None:
-    """Time every op at every layer shape of both networks, beside the best that PyTorch offers.
+    """Time every op at every layer's shape, beside PyTorch's best.
 
     Without a GPU PyTorch is timed on the CPU, and of the kernels what the compiler says is reported.
     """
@@ -102,7 +102,10 @@ def device(
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON; the lines go to stderr.")] = False,
 ) -> None:
-    """What this machine has for training and profiling, what it lacks, and the remedy. Always exits with 0."""
+    """What this machine lacks for training and profiling.
+
+    And what it has, and the remedy. Always exits with 0.
+    """
     from profiling.console import Terminal
     from profiling.doctor import run
 
@@ -119,7 +122,10 @@ def report(
         ),
     ] = False,
 ) -> None:
-    """Write report.html, report.md and report.json into a profiled run's folder, from its records."""
+    """Account for a profiled run: report.html, .md and .json.
+
+    Written into the run's folder, from its records.
+    """
     from profiling.console import Terminal
     from profiling.report_command import run as make
 
@@ -135,7 +141,10 @@ def collect(
     ] = None,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="Take generated images.")] = False,
 ) -> None:
-    """Profile a run that has ended: one without records, or whose profiled pass was interrupted. Then report."""
+    """Profile a run that has ended, and report.
+
+    One without records, or whose profiled pass was interrupted.
+    """
     from profiling.collect_command import run as profile
     from profiling.console import Terminal
 

@@ -1,9 +1,17 @@
 """The manners of every command: what typer refuses is one line and exit code 2, as any other bad input is."""
 
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+
+MANNERS: dict[str, Any] = {
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+"""What every program's `typer.Typer` is made with."""
 
 _UsageError = typer.BadParameter.__base__  # typer has a click of its own from 0.26 on, and exports this class only
 

@@ -56,6 +56,14 @@ def test_without_a_word_there_is_help(monkeypatch, capsys, app):
     assert "error: " not in out + err
 
 
+@pytest.mark.parametrize("app", [TRAIN, PROFILING, EXPERIMENTS], ids=["train", "profiling", "experiments"])
+def test_help_fits_a_terminal(monkeypatch, capsys, app):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = answer(monkeypatch, capsys, app, ["-h"])
+    assert (code, err) == (0, "")
+    assert "..." not in out.replace("[ARGS]...", "")
+
+
 def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
     app = typer.Typer()
 
