@@ -255,12 +255,12 @@ def _from_workers(loader: DataLoader) -> Iterator[Tensor]:
     """The loader's batches; raises WorkerError for a worker that is gone, here and nowhere else."""
     child = getattr(signal, "SIGCHLD", None)  # Windows has none
     before = child and signal.getsignal(child)
-    batches = iter(loader)
-    if child and signal.getsignal(child) is not before:
-        # torch's own handler raises wherever the run happens to be: in the midst of a step, or of writing its summary.
-        # Without it, torch looks after its workers whenever it has waited for a batch for some seconds.
-        signal.signal(child, before)
     try:
+        batches = iter(loader)
+        if child and signal.getsignal(child) is not before:
+            # torch's own handler raises wherever the run happens to be: in the midst of a step, or of writing its
+            # summary. Without it, torch looks after its workers whenever it has waited for some seconds.
+            signal.signal(child, before)
         yield from batches
     except (RuntimeError, ConnectionError, EOFError) as error:
         if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):

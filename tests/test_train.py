@@ -300,11 +300,12 @@ def test_a_signal_saves_nothing_that_is_not_finite(tmp_path, monkeypatch, what):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forks on Linux only")
-def test_a_killed_worker_is_a_line_with_advice(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [15, 9], ids=["within_an_epoch", "in_its_last_step"])
+def test_a_killed_worker_is_a_line_with_advice(tmp_path, monkeypatch, step):
     original = TrainingStep.__call__
 
     def faulty(self, *batch):
-        if self.number == 15:
+        if self.number == step:
             for worker in multiprocessing.active_children():
                 worker.kill()
                 os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # the signal of its end has arrived
@@ -316,7 +317,7 @@ def test_a_killed_worker_is_a_line_with_advice(tmp_path, monkeypatch):
         train.run(session, config, tmp_path)
     assert read_json(tmp_path / "summary.json")["exit_code"] == 1
     saved = checkpoint.load(tmp_path)
-    assert saved.step > 15  # the step in which the worker ended is whole
+    assert saved.step > step  # the step in which the worker ended is whole
     train._require_fit(session, saved, dataclasses.replace(config, workers=0))
 
 
