@@ -178,9 +178,13 @@ def _end(command: Callable[[], int], terminal: "Terminal") -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
-    except Exception:
-        traceback.print_exc()
-        code = CRASHED
+    except Exception as error:
+        line = command_line.refused_path(error) if isinstance(error, OSError) else None
+        if line:
+            terminal.error(line)
+        else:
+            traceback.print_exc()
+        code = 2 if line else CRASHED
     sys.exit(code)
 
 

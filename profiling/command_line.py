@@ -1,6 +1,8 @@
-"""The manners of every command: what typer refuses is one line and exit code 2, as any other bad input is."""
+"""The manners of every command: what typer or the file system refuses is one line, as any other bad input is."""
 
+import os
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -33,9 +35,29 @@ def run(app: typer.Typer) -> NoReturn:
         else:
             error.show()  # the help
         code = error.exit_code
+    except OSError as error:
+        line = refused_path(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        code = 2
     except typer.Abort:  # Ctrl-C
         code = 130
     sys.exit(code)
+
+
+def refused_path(error: OSError) -> str | None:
+    """What to say where the file system refuses a path of the command line: too long, forbidden, a loop of links.
+
+    None where `error` is not about any of them: then it is a fault of the program.
+    """
+    if not isinstance(error.filename, str | bytes):
+        return None
+    name = os.fsdecode(error.filename)
+    given = [word.partition("=")[2] if word.startswith("--") else word for word in sys.argv[1:]]
+    if not any(word and Path(name).absolute().is_relative_to(Path(word).absolute()) for word in given):
+        return None
+    return f"{name}: {error.strerror}; name another path"
 
 
 def _value(error: Exception, words: list[str]) -> str:

@@ -19,6 +19,12 @@ REFUSED = {
     "unknown_command": (PROFILING, "repor a", "No such command 'repor'.*report.*"),
     "missing": (EXPERIMENTS, "tritons", "Missing argument '.*'"),
 }
+LONG = "a" * 300
+TOO_LONG = {
+    "train": (TRAIN, ["--synthetic", f"--out={LONG}"]),
+    "profiling": (PROFILING, ["compare", LONG, "runs/b"]),
+    "experiments": (EXPERIMENTS, ["lr-finder", "--synthetic", "--out", LONG]),
+}
 EMPTY = {
     "apart": (TRAIN, ["--out", "", "--synthetic"], "--out"),
     "joined": (PROFILING, ["collect", "runs/a", "--data-dir="], "--data-dir"),
@@ -46,6 +52,26 @@ def test_an_empty_word_is_not_the_present_folder(monkeypatch, capsys, app, words
     """As of a shell variable that is not set."""
     code, out, err = answer(monkeypatch, capsys, app, words)
     assert (code, out, err) == (2, "", f"error: {name} is empty; give it a value, or leave it out\n")
+
+
+@pytest.mark.parametrize(("app", "words"), TOO_LONG.values(), ids=TOO_LONG)
+def test_a_path_that_the_system_refuses_is_one_line(monkeypatch, capsys, app, words):
+    code, out, err = answer(monkeypatch, capsys, app, words)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(f"error: {LONG}(/report.json)?: File name too long; name another path\n", err), err
+
+
+def test_an_error_about_another_file_is_a_fault_of_the_program(monkeypatch, capsys):
+    app = typer.Typer()
+
+    @app.command()
+    def faulty(path: str):
+        open("/nowhere/at/all")
+
+    monkeypatch.setattr(sys, "argv", ["program", "/nowhere/else"])
+    with pytest.raises(FileNotFoundError):
+        command_line.run(app)
+    assert answer(monkeypatch, capsys, app, ["/nowhere/at"])[0] == 2
 
 
 @pytest.mark.parametrize("app", [PROFILING, EXPERIMENTS], ids=["profiling", "experiments"])
