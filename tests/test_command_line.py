@@ -1,5 +1,6 @@
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -66,7 +67,7 @@ def test_an_error_about_another_file_is_a_fault_of_the_program(monkeypatch, caps
 
     @app.command()
     def faulty(path: str):
-        open("/nowhere/at/all")
+        Path("/nowhere/at/all").read_bytes()
 
     monkeypatch.setattr(sys, "argv", ["program", "/nowhere/else"])
     with pytest.raises(FileNotFoundError):
