@@ -113,8 +113,11 @@ class Study:
         self.results: dict[str, dict[str, Any]] = {}
         if self._kept.exists():
             try:
-                self.results = {row["key"]: dict(row["result"]) for row in read_jsonl(self._kept)}
-            except (OSError, ValueError, TypeError, KeyError) as error:
+                for row in read_jsonl(self._kept):
+                    if not isinstance(row, dict) or not isinstance(row.get("result"), dict) or "key" not in row:
+                        raise ValueError(f"{self._kept} has a line that is no key and result")
+                    self.results[str(row["key"])] = row["result"]
+            except (OSError, ValueError) as error:
                 raise UsageError(f"--out {out} holds a damaged record: {error}; name a new folder") from None
             terminal.say(f"{out} holds {len(self.results)} results already: going on from there")
 

@@ -128,12 +128,22 @@ def test_a_folder_that_another_process_works_in_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["nonsense\n", "NaN\n", '{"key": "a", "result": 1e999}\n', "[" * 10**5 + "\n", '{"key": "a"}\n', "3\n"]
+    ("damage", "reason"),
+    [
+        ("nonsense", "not JSON"),
+        ("NaN", "not JSON"),
+        ('{"key": "a", "result": 1e999}', "not JSON"),
+        ("[" * 10**5, "not JSON"),
+        ('{"key": "a"}', "no key and result"),
+        ('{"key": "a", "result": "ab"}', "no key and result"),
+        ("[1, 2]", "no key and result"),
+        ("3", "no key and result"),
+    ],
 )
-def test_a_damaged_record_is_said_in_one_line(tmp_path, damage):
+def test_a_damaged_record_is_said_in_one_line(tmp_path, damage, reason):
     study(tmp_path)
-    (tmp_path / "results.jsonl").write_text(damage)
-    with pytest.raises(UsageError, match=r"damaged record: [^\n]*$"):
+    (tmp_path / "results.jsonl").write_text(damage + "\n")
+    with pytest.raises(UsageError, match=rf"damaged record: [^\n]*{reason}[^\n]*$"):
         study(tmp_path)
 
 
