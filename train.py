@@ -795,7 +795,13 @@ def _perform_in(
         terminal.say(line)
     terminal.say(f"written to {out}")
     if request.profile:
-        profile(session, config, out, request.data_again(dataset.identity), request.ncu, ceilings)
+        again = request.data_again(dataset.identity)
+        try:
+            profile(session, config, out, again, request.ncu, ceilings)
+        except Interrupted:
+            command = ["python", "-m", "profiling", "collect", str(out), *again]
+            terminal.say(f"stopped; the training is complete, and its profile is not: {shlex.join(command)}")
+            raise
     return summary
 
 

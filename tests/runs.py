@@ -74,6 +74,7 @@ FAULTS = {
     "preprocessing": "model.batches:Batches.__init__",
     "evaluation": "model.trainer:Trainer.evaluate",
     "save": "model.checkpoint:save",
+    "profile": "train:profile",
 }
 
 

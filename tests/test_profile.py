@@ -1,6 +1,8 @@
 """`train.py --profile` from the run to the report, on a CPU and very small."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -202,11 +204,16 @@ def test_a_run_that_was_not_profiled_is_profiled_afterwards(tmp_path, quick):
     assert (out / "report.html").exists()
 
 
-def test_a_profile_that_was_interrupted_is_taken_up(copy, quick):
-    for name in ("trace.json.gz", "profile.json", "work.json", "ceilings.json"):
-        (copy / "records" / name).unlink()
-    assert collect_command.run(copy, None, True, Terminal(speaks=False)) == 0
-    assert but_for_noise(read_json(copy / "report.json")["lacks"]) == []
+def test_a_profile_that_was_interrupted_is_taken_up_as_it_says(tmp_path, quick):
+    """Ctrl-C after the training, before its profile."""
+    out = tmp_path / "run"
+    command = [sys.executable, RUNS, "--preset", "laptop", "--epochs", "1", "--profile", "--out", out]
+    done = subprocess.run(command, env={**os.environ, "FAULT": "INT@profile"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
+    said = re.search("its profile is not: python -m profiling collect (.*)", done.stdout.replace("\n", " "))[1]
+    assert said.split() == [str(out), "--synthetic"]
+    assert collect_command.run(out, None, True, Terminal(speaks=False)) == 0
+    assert but_for_noise(read_json(out / "report.json")["lacks"]) == []
 
 
 @pytest.mark.parametrize(
