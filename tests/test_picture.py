@@ -1,3 +1,6 @@
+import re
+from xml.etree import ElementTree
+
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -48,6 +51,48 @@ def test_the_same_chart_makes_the_same_files(name, tmp_path):
         first, second = ((tmp_path / folder / f"chart.v1.{suffix}").read_bytes() for folder in ("a", "b"))
         assert first == second
         assert len(first) > 1000
+
+
+def svg(name: str, folder) -> ElementTree.Element:
+    picture.save(CHARTS[name], "Time & <loss>", folder / "chart", "Five of 7 < 9 & more.")
+    return ElementTree.parse(folder / "chart.svg").getroot()
+
+
+def test_a_picture_can_be_read_aloud_searched_and_copied(tmp_path):
+    """It is an image with a title and a description, and its words are text."""
+    name = "{http://www.w3.org/2000/svg}"
+    root = svg("bars", tmp_path)
+    assert root.get("role") == "img"
+    assert [root.findtext(f"{name}{tag}") for tag in ("title", "desc")] == ["Time & <loss>", "Five of 7 < 9 & more."]
+    texts = {text.text for text in root.iter(f"{name}text")}
+    assert {"Time & <loss>", "a", "b", "$5 & more", "x"} <= texts
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_a_picture_is_dark_where_its_reader_prefers_that(name, tmp_path):
+    """Each of the page's colours in it has the page's dark one, paper and words among them."""
+    svg(name, tmp_path)
+    drawn = (tmp_path / "chart.svg").read_text()
+    style, rest = re.fullmatch(r"(?s).*prefers-color-scheme: dark\) \{(.*)\}</style>(.*)", drawn).groups()
+    light, dark = picture._palette(), picture._palette("dark")
+    of = {f"{paint}: {light[key]}": f"{paint}: {dark[key]}" for key in dark for paint in ("fill", "stroke")}
+    used = {plain: instead for plain, instead in of.items() if plain in rest}
+    assert {"fill: #ffffff", "fill: #15181d", "fill: #525965", "stroke: #e2e5ea"} <= used.keys()
+    for plain, instead in used.items():
+        assert f'[style*="{plain}"] {{ {instead} !important }}' in style
+
+
+def test_no_word_touches_the_picture_s_edge():
+    names = {"tickvals": [0, 1], "ticktext": ["a name that is long", "another"], "range": [1.6, -0.6]}
+    figure = picture.draw(chart(BARS, yaxis=axis("", **names)), "A title")
+    figure.draw_without_rendering()
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(box.x0, box.y0, width - box.x1, height - box.y1) >= 0.1
+
+
+def test_a_gap_before_a_word_is_kept():
+    """SVG drops spaces at the front of a text."""
+    assert picture.words("  5 $") == "\u00a0\u00a05 \\$"
 
 
 def test_axes_are_the_chart_s():
