@@ -189,6 +189,7 @@ def _scatter(axes: Axes, trace: dict[str, Any], lower: dict[str, Any] | None, or
             markerfacecolor=drawn if many else colour(colours),
             elinewidth=1.2,
             capsize=2.5,
+            alpha=trace.get("opacity"),
             zorder=3 + 0.01 * order,
         )
         if many and "markers" in mode:

@@ -127,6 +127,11 @@ def test_colours_are_the_page_s_light_ones(name, expected):
     assert picture.colour(name) == expected
 
 
+def test_faint_points_are_faint():
+    faint = picture.draw(chart(line(opacity=0.35), line()), "t").axes[0].lines
+    assert [drawn.get_alpha() for drawn in faint] == [0.35, None]
+
+
 def test_a_kind_of_trace_that_is_not_drawn_is_refused():
     with pytest.raises(ValueError, match="'pie'"):
         picture.draw(chart(trace("pie", values=[1])), "t")
