@@ -41,7 +41,7 @@ BLOWN_UP = 4.0
 
 CAPTION = (
     "One epoch, in which each batch takes a higher rate than the one before. The line is the loss smoothed over half a "
-    "decade of rates; the bar under it are the rates at which it is as low as at its minimum, within noise."
+    "decade of rates; the bar spans the rates at which that is as low as at its minimum, within noise."
 )
 
 
