@@ -35,8 +35,8 @@ SAME = 0.1
 """Losses that differ by no more than this share are said to be the same."""
 CAPTION = (
     "The weights are frozen; the batches are those of the last epochs. An image is seen once an epoch, so batches "
-    "older than one have been seen again since. The fit, plateau - drop x exp(-age / memory), is to the last epoch: after "
-    "as many steps as its memory 63 % of the drop is forgotten, 1 - 1/e."
+    "older than one have been seen again since. The fit, plateau - drop x exp(-age / memory), is to the last epoch: "
+    "after as many steps as its memory 63 % of the drop is forgotten, 1 - 1/e."
 )
 
 

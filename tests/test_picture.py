@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -7,6 +8,8 @@ pytest.importorskip("matplotlib")
 
 from experiments import picture
 from profiling.plot import Chart, axis, layout, trace
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def chart(*data, **properties) -> Chart:
@@ -66,6 +69,15 @@ def test_a_picture_can_be_read_aloud_searched_and_copied(tmp_path):
     assert [root.findtext(f"{name}{tag}") for tag in ("title", "desc")] == ["Time & <loss>", "Five of 7 < 9 & more."]
     texts = {text.text for text in root.iter(f"{name}text")}
     assert {"Time & <loss>", "a", "b", "$5 & more", "x"} <= texts
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.svg")), ids=lambda path: path.name)
+def test_the_document_s_pictures_are_such_ones(path):
+    drawn, name = path.read_text(), "{http://www.w3.org/2000/svg}"
+    root = ElementTree.fromstring(drawn)
+    assert all(root.findtext(f"{name}{tag}") for tag in ("title", "desc"))
+    assert root.findtext(f"{name}title") in [text.text for text in root.iter(f"{name}text")]
+    assert "prefers-color-scheme: dark" in drawn
 
 
 @pytest.mark.parametrize("name", CHARTS)
