@@ -41,7 +41,8 @@ BLOWN_UP = 4.0
 
 CAPTION = (
     "One epoch, in which each batch takes a higher rate than the one before. The line is the loss smoothed over half a "
-    "decade of rates; the bar spans the rates at which that is as low as at its minimum, within noise."
+    "decade of rates; a bar, where there is one, spans the rates at which that is as low as at its minimum, within "
+    "noise."
 )
 
 
@@ -291,8 +292,8 @@ def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dic
     caveats = []
     if request.small:
         caveats.append(
-            f"--small: these rates are for a narrow network, that of the preset {config.preset}, at batch "
-            f"{config.batch_size}; another network or batch needs a sweep of its own."
+            f"--small: a sweep of a narrow network, that of the preset {config.preset}, at batch {config.batch_size}; "
+            "another network or batch has other rates, and needs its own."
         )
     caveats.append(
         "One sweep with one seed. A sweep sees an untrained network for an epoch, not a schedule to its end."

@@ -239,8 +239,8 @@ def test_the_experiment_writes_its_folder_and_goes_on(monkeypatch, tmp_path):
     assert written["result"] == result
     assert f"{min(result['suggestion'][rule] for rule in ('steepest', 'tenth')):.2g}" in document["sentences"][0]
     assert document["caveats"][0] == (
-        "--small: these rates are for a narrow network, that of the preset laptop, at batch 20; another network or "
-        "batch needs a sweep of its own."
+        "--small: a sweep of a narrow network, that of the preset laptop, at batch 20; another network or batch has "
+        "other rates, and needs its own."
     )
     assert (tmp_path / "a" / "lr-finder.html").exists()
     monkeypatch.setattr(lr_finder, "sweep", None)  # nothing is measured again
