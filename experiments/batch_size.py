@@ -26,7 +26,7 @@ CASES = {
     "128": (128, 1.0),
     "256": (256, 1.0),
     "512": (512, 1.0),
-    "512 + 10 %": (512, 1.1),
+    "512 at rate + 10 %": (512, 1.1),
     "768": (768, 1.0),
     "1024": (1024, 1.0),
 }
@@ -67,13 +67,8 @@ def run(
     reason = unfit(found, config)
     limited = {} if found is None or reason else {name: limit(found, row) for name, row in rows.items()}
     result = {"epochs": epochs, "cases": rows, "limits": limited, "evidence": found and found._asdict()}
-    plots = [
-        Plot("accuracy", "Test accuracy against batch size", chart(rows, "test_accuracy", "test accuracy")),
-        Plot("loss", "Loss against batch size", chart(rows, "test_loss", "loss", "train_loss")),
-        Plot("time", "Seconds of training against batch size", chart(rows, "train_s", "seconds of training")),
-    ]
     said = [*sentences(rows), *limit_sentences(found, reason, limited)]
-    return study.finish(result, plots, said, tables(rows, limited), caveats(request, config, found))
+    return study.finish(result, plots(rows, limited), said, tables(rows, limited), caveats(request, config, found))
 
 
 def plan(request: Request, session: "train.Session", config: Config) -> dict[str, int]:
@@ -101,7 +96,7 @@ def measure(study: "Study", session: "train.Session", config: Config, name: str)
     import train
     from model import checkpoint
 
-    folder = study.out / f"batch-{name.replace(' + 10 %', '-plus-10')}"
+    folder = study.out / f"batch-{name.replace(' at rate + 10 %', '-plus-10')}"
     session.terminal.say(f"batch {name}, peak rate {max(config.lr_values):.3g}", "bold")
     try:
         summary = train.run(session, config, folder, checkpoint.newest(folder, session.terminal.warn))
@@ -149,8 +144,8 @@ def sentences(rows: dict[str, dict[str, Any]]) -> list[str]:
         best = max(finished, key=lambda name: finished[name]["test_accuracy"])
         quick = min(finished, key=lambda name: finished[name]["train_s"])
         said.append(f"The most accurate was batch {best}, the fastest batch {quick}.")
-    if {"512", "512 + 10 %"} <= finished.keys():
-        gain = finished["512 + 10 %"]["test_accuracy"] - finished["512"]["test_accuracy"]
+    if {"512", "512 at rate + 10 %"} <= finished.keys():
+        gain = finished["512 at rate + 10 %"]["test_accuracy"] - finished["512"]["test_accuracy"]
         said.append(f"At batch 512 a rate 10 % higher changed test accuracy by {100 * gain:+.2f} points.")
     if blown:
         said.append(f"At batch {' and '.join(blown)} a gradient was not finite: the run ended there.")
@@ -180,39 +175,91 @@ def limit_sentences(found: Evidence | None, reason: str | None, limited: dict[st
     return [sentence, "The article has batch 128 limited by forgetting and 512 by curvature (quoted)."]
 
 
-def chart(rows: dict[str, dict[str, Any]], key: str, name: str, second: str | None = None) -> Chart:
-    """A figure of the cases in their order; the second one beside it."""
-    data = []
+def plots(rows: dict[str, dict[str, Any]], limited: dict[str, dict[str, Any]]) -> list[Plot]:
+    """Accuracy, loss and time of each case."""
+    caption = "One run for each point. A diamond has the rate of its batch, scaled linearly, and 10 % more."
+    if limited:
+        caption += " Under each batch stands the limit that its rate is nearer to, by the evidence of forgetting."
+    of_accuracy = f"{caption} Runs of one recipe differ by a standard deviation of {100 * RUN_SD:.2f} points (quoted)."
+    return [
+        Plot(
+            "accuracy",
+            "Test accuracy against batch size, one run each",
+            chart(rows, limited, "test_accuracy", "test accuracy"),
+            of_accuracy,
+        ),
+        Plot(
+            "loss",
+            "Loss against batch size, one run each",
+            chart(rows, limited, "test_loss", "loss", "train_loss"),
+            caption,
+        ),
+        Plot(
+            "time",
+            "Seconds of training against batch size, one run each",
+            chart(rows, limited, "train_s", "seconds of training"),
+            caption,
+        ),
+    ]
+
+
+def chart(
+    rows: dict[str, dict[str, Any]],
+    limited: dict[str, dict[str, Any]],
+    key: str,
+    name: str,
+    second: str | None = None,
+) -> Chart:
+    """A figure of each batch, the second one beside it: a line where the rate is scaled linearly, and a diamond."""
+    batches, data = list(dict.fromkeys(row["batch"] for row in rows.values())), []
     for field, paint in ((key, "series-1"), (second, "series-2")):
-        known = [(place, row[field]) for place, row in enumerate(rows.values()) if field and row[field] is not None]
-        if known:
-            x, y = (list(values) for values in zip(*known, strict=True))
-            words = field.replace("_", " ").replace("train_s", "seconds")
+        words = (field or "").replace("_", " ").replace("train s", "seconds")
+        for factor in (1.0, 1.1):
+            known = [
+                (batches.index(row["batch"]), row[field], case)
+                for case, row in rows.items()
+                if field and row[field] is not None and CASES[case][1] == factor
+            ]
+            if not known:
+                continue
+            x, y, cases = (list(values) for values in zip(*known, strict=True))
+            plain = factor == 1
+            label = "rate scaled linearly" if plain else "rate 10 % higher"
             data.append(
                 trace(
                     "scatter",
                     x=x,
                     y=y,
-                    name=words,
-                    showlegend=second is not None,
-                    mode="lines+markers",
+                    name=f"{words}, {label}" if second else label,
+                    showlegend=True,
+                    mode="lines+markers" if plain else "markers",
                     line=line(paint, 2),
-                    marker={"size": 7, "color": colour(paint)},
-                    hovertext=[f"batch {list(rows)[i]}, {words} {v:.4g}" for i, v in known],
+                    marker={
+                        "size": 7 if plain else 10,
+                        "symbol": "circle" if plain else "diamond",
+                        "color": colour(paint),
+                    },
+                    hovertext=[f"batch {case}, {words} {v:.4g}" for v, case in zip(y, cases, strict=True)],
                     hoverinfo="text",
                 )
             )
     if not data:
         return Chart(key, name, reason="no run came to its end")
-    scale: dict[str, Any] = {"tickformat": ".1%"} if key == "test_accuracy" else {}
     if key == "train_s":
-        scale = {"range": [0, 1.1 * max(data[0]["y"])]}  # from zero, so that no difference looks larger than it is
+        scale: dict[str, Any] = {"range": [0, 1.1 * max(max(one["y"]) for one in data)]}
+    else:
+        name, scale = f"{name} (axis not from 0)", {"tickformat": ".1%"} if key == "test_accuracy" else {}
+    nearer = {batch: limited.get(str(batch), {}).get("by") for batch in batches}
     whole = layout(
-        xaxis=axis("batch size", tickvals=list(range(len(rows))), ticktext=list(rows)),
+        xaxis=axis(
+            f"batch size{', and what limits its rate' if limited else ''}",
+            tickvals=list(range(len(batches))),
+            ticktext=[f"{batch}<br>{by}" if by else str(batch) for batch, by in nearer.items()],
+        ),
         yaxis=axis(name, **scale),
         hovermode="closest",
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        margin=margin(left=64, top=36 if second else 8),
+        margin=margin(left=64, top=36, bottom=60),
     )
     return Chart(key, name, 320, data, whole)
 

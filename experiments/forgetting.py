@@ -88,7 +88,14 @@ def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dic
     plots = [Plot("limits", "Final loss against learning rate", limits_chart(result), limits_caption(chosen))]
     for rate in retention.RATES:
         chart = retention.chart(rate, result["memory"], fits)
-        plots.append(Plot(f"memory-{rate}", f"Loss against age at the {rate} rate", chart, retention.CAPTION))
+        plots.append(
+            Plot(
+                f"memory-{rate}",
+                f"Loss of past batches against their age, at the {rate} rate",
+                chart,
+                retention.CAPTION,
+            )
+        )
     return study.finish(
         result,
         plots,

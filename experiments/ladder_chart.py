@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 def plots(ladder: Row) -> list[Plot]:
     """The time of each rung, and what each step changes, beside the article's."""
-    able = [rung for rung in ladder["rungs"] if rung["reason"] is None]
+    able, device = [rung for rung in ladder["rungs"] if rung["reason"] is None], ladder["device"]
     times = Chart("ladder", "time of each rung", reason="no rung can run here")
     if able:
         first = able[0]["article_s"]
@@ -22,6 +22,7 @@ def plots(ladder: Row) -> list[Plot]:
             [100 * rung["article_s"] / first if first and rung["article_s"] else None for rung in able],
             f"training and validation, % of {able[0]['name']}",
             [f"{rung['seconds_35_epochs']['median']:,.0f} s" for rung in able],
+            device,
         )
     changes = Chart("steps", "what each step changes", reason="there are no two rungs to compare")
     if ladder["steps"]:
@@ -30,31 +31,38 @@ def plots(ladder: Row) -> list[Plot]:
             [step["to"] for step in ladder["steps"]],
             [step["percent"] for step in ladder["steps"]],
             [step["article_percent"] for step in ladder["steps"]],
-            "change of training and validation, %",
+            "change in the time of training and validation, % (negative is faster)",
             [step["verdict"] for step in ladder["steps"]],
+            device,
         )
     return [
         Plot(
             "ladder",
             "The ladder",
             times,
-            "Bars: here, with the 95 % interval of the median over the turns; beside them the seconds for 35 epochs, "
-            "extrapolated. Diamonds: the article's V100 (quoted).",
+            f"Bars: {device}, with the 95 % interval of the median over the turns; beside them the seconds for 35 "
+            "epochs, extrapolated. Diamonds: the article's V100 (quoted).",
         ),
         Plot(
             "steps",
             "What each step changes",
             changes,
-            "Against the rung before, turn by turn, with the 95 % interval of the median. Left of zero pays. "
+            "Against the rung before, turn by turn, with the 95 % interval of the median. Left of zero is faster. "
             "Diamonds: what the article credits it with (quoted).",
         ),
     ]
 
 
 def _bars(
-    key: str, names: list[str], spread: list[Row], quoted: list[float | None], title: str, labels: list[str]
+    key: str,
+    names: list[str],
+    spread: list[Row],
+    quoted: list[float | None],
+    title: str,
+    labels: list[str],
+    device: str,
 ) -> Chart:
-    """Horizontal bars with intervals from the top down, the article's as diamonds, and a word behind each."""
+    """Horizontal bars of `device` with intervals, the article's as diamonds, and a word behind each."""
     places, middles = list(range(len(names))), [s["median"] for s in spread]
     above = [s["high"] - s["median"] for s in spread]
     below = [s["median"] - s["low"] for s in spread]
@@ -79,7 +87,7 @@ def _bars(
             y=places,
             orientation="h",
             width=0.62,
-            name="here",
+            name=f"{clip(device, 48)} (measured)",
             showlegend=True,
             marker={"color": colour("term-convolution")},
             error_x=errors,

@@ -17,7 +17,7 @@ from profiling.specifications import specification
 from profiling.timing import FEWEST, summarise
 
 Row = dict[str, Any]
-PAYS, NOISE, COSTS = "pays", "within noise", "costs time"
+FASTER, NOISE, SLOWER = "faster", "within noise", "slower"
 
 
 def analyse(measured: Sequence[Row], device: str) -> Row:
@@ -90,7 +90,7 @@ def _step(one: tuple[Row, Row], other: tuple[Row, Row]) -> Row | None:
     if len(both) < FEWEST:
         return None
     seconds = _interval([b - a for a, b in both])
-    verdict = PAYS if seconds["high"] < 0 else COSTS if seconds["low"] > 0 else NOISE
+    verdict = FASTER if seconds["high"] < 0 else SLOWER if seconds["low"] > 0 else NOISE
     neighbours = before["article_s"] and after["credited_s"]
     return {
         "from": before["name"],
@@ -109,16 +109,16 @@ def sentences(ladder: Row) -> list[str]:
     able = [rung for rung in ladder["rungs"] if rung["reason"] is None]
     said = [_headline(ladder["device"], [rung for rung in able if rung["name"] != HOST] or able)] if able else []
     for verdict, words in (
-        (PAYS, "Steps that still pay on this device"),
-        (NOISE, "Within noise here"),
-        (COSTS, "Steps that cost time here"),
+        (FASTER, "Steps that save time (a negative change is faster)"),
+        (NOISE, "Steps whose change is within noise"),
+        (SLOWER, "Steps that cost time"),
     ):
         found = [_step_in_words(step) for step in ladder["steps"] if step["verdict"] == verdict]
         said.append(f"{words}: {'; '.join(found)}." if found else f"{words}: none.")
     said += [text for text in (_order(ladder), _input_share(able), _host_share(ladder), _accuracies(able)) if text]
     for reason in dict.fromkeys(rung["reason"] for rung in ladder["rungs"] if rung["reason"]):
         names = [rung["name"] for rung in ladder["rungs"] if rung["reason"] == reason]
-        said.append(f"Not measured here, {', '.join(names)}: {reason}.")
+        said.append(f"Not measured, {', '.join(names)}: {reason}.")
     return said
 
 
@@ -251,7 +251,7 @@ def tables(ladder: Row) -> list[Table]:
         ]
         for s in [*ladder["steps"], *([ladder["host"]] if ladder["host"] else [])]
     ]
-    heads = ["step", "here", "35 epochs, s", "verdict", "article, s", "article"]
+    heads = ["step", "change of time", "of 35 epochs, s", "verdict", "the article's, s", "the article's"]
     return [
         Table("The rungs", columns, rows, statuses),
         Table("The steps", heads, steps, ["", "measured", "modelled", "", "quoted", "quoted"]),

@@ -2,9 +2,11 @@
 
     python -m experiments lr-finder --data-dir DIR
 
-It runs on a copy of the network. The loss may blow up: that ends the sweep, and is part of its result. At each step the
-loss is smoothed by a straight line through the steps around it, which has no lag, unlike a running mean, so the minimum
-is not shifted to higher rates. The slope of such a line, through more steps, is the descent.
+The sweep is L. N. Smith's range test (arXiv:1506.01186), the two rules are fastai's; the smaller of their rates is the
+one to start with. It runs on a copy of the network. The loss may blow up: that ends the sweep, and is part of its
+result. At each step the loss is smoothed by a straight line through the steps around it, which has no lag, unlike a
+running mean, so the minimum is not shifted to higher rates. The slope of such a line, through more steps, is the
+descent.
 """
 
 import dataclasses
@@ -37,6 +39,13 @@ BLOWN_UP = 4.0
 """A sweep ends at a batch whose loss is so many times that of the first, or is not finite."""
 
 
+CAPTION = (
+    "One epoch, in which each batch takes a higher rate than the one before. The line is the loss smoothed over half a "
+    "decade of rates; a bar, where there is one, spans the rates at which that is as low as at its minimum, within "
+    "noise."
+)
+
+
 class Sweep(NamedTuple):
     """`losses` are the mean loss of each step's batch, `rates` its learning rate; `stopped` says why it ended early."""
 
@@ -58,6 +67,11 @@ class Suggestion(NamedTuple):
     low: float
     high: float
     at_end: bool
+
+    @property
+    def first(self) -> float:
+        """The rate to start with: too low a one costs time, too high a one the run."""
+        return min(self.steepest, self.tenth)
 
 
 def sweep_config(config: Config, steps: int, low: float = LOW, high: float = HIGH) -> Config:
@@ -142,28 +156,42 @@ def suggest(rates: Sequence[float], losses: Sequence[float]) -> Suggestion | Non
 
 def sentences(found: Sweep, suggested: Suggestion | None, config: Config) -> list[str]:
     """What the sweep says, the first being the conclusion."""
-    peak = max(config.lr_values)
-    said = []
     if suggested is None:
         few = len(found.rates) < 3
         why = f"its {len(found.rates)} steps are too few" if few else "its loss never fell by more than its noise"
-        said.append(f"The sweep suggests no learning rate: {why}.")
+        return [f"The sweep suggests no learning rate: {why}.", _end(found)]
+    s = suggested
+    if s.steepest <= s.tenth:
+        why, other, more = "the loss falls fastest there", "a tenth of the rate at its minimum", s.tenth
     else:
-        s = suggested
+        why, other, more = "it is a tenth of the rate at the loss's minimum", "where the loss falls fastest", s.steepest
+    said = [
+        f"Start with a learning rate of {s.first:.2g}: {why}, and the other rule, {other}, says more, {more:.2g}.",
+        "Of the two the smaller is the safe one: too low a rate costs time, too high a one the run.",
+    ]
+    if s.high > 2 * s.low:
         said.append(
-            f"The loss falls fastest at a learning rate of {s.steepest:.2g}, and a tenth of the rate at its minimum is "
-            f"{s.tenth:.2g}; the schedule of {config.preset} peaks at {peak:.3g}, which is {peak / s.steepest:.2g} and "
-            f"{peak / s.tenth:.2g} times these."
+            f"The minimum is flat: within the noise of its batches the smoothed loss is as low anywhere from "
+            f"{s.low:.2g} to {s.high:.2g}, and a tenth of it could be anything from {s.low / 10:.2g} to "
+            f"{s.high / 10:.2g}."
         )
-        if s.high > 2 * s.low:
-            said.append(
-                f"Within the noise of its batches the smoothed loss is as low anywhere from {s.low:.2g} to "
-                f"{s.high:.2g}: the second rule could as well say {s.low / 10:.2g} or {s.high / 10:.2g}."
-            )
-        if s.at_end:
-            said.append("The loss was lowest at the sweep's last step, so the second rule is a lower bound.")
-    said.append(_end(found))
-    return said
+    if s.at_end:
+        said.append("The loss was lowest at the sweep's last step, so a tenth of its rate is a lower bound.")
+    return [*said, _of_peak(found, s, config), _end(found)]
+
+
+def _of_peak(found: Sweep, suggested: Suggestion, config: Config) -> str:
+    """What the curve says of the highest rate of the schedule."""
+    peak = max(config.lr_values)
+    if peak > found.rates[-1]:
+        verdict = "which the sweep did not reach"
+    elif peak > suggested.high:
+        verdict = "where the loss has risen again: lower it"
+    elif peak < suggested.low:
+        verdict = "below the rates at which the loss is lowest: a higher peak may train faster"
+    else:
+        verdict = "where the loss is as low as anywhere: the sweep has nothing against it"
+    return f"The schedule of {config.preset} peaks at {peak:.3g}, {verdict}."
 
 
 def _end(found: Sweep) -> str:
@@ -202,25 +230,44 @@ def chart(found: Sweep, suggested: Suggestion | None, config: Config) -> Chart:
             **curve,
         ),
     ]
-    marks = [] if suggested is None else [("steepest descent", suggested.steepest, "series-2")]
-    marks += [] if suggested is None else [("a tenth of the minimum's rate", suggested.tenth, "series-3")]
-    marks += [(f"peak of {config.preset}", max(config.lr_values), "ink")]
-    for (name, rate, paint), dash in zip(marks[::-1], ("dot", "dash", "dashdot"), strict=False):
-        properties = {"name": escape(f"{name}: {rate:.2g}"), "showlegend": True, "hoverinfo": "skip"}
+    marks = [(f"peak of {config.preset}: {max(config.lr_values):.2g}", max(config.lr_values), "ink")]
+    if suggested is not None:
+        for (name, rate), paint in zip(rules(suggested).items(), ("series-2", "series-3"), strict=True):
+            use = ", start with it" if rate == suggested.first else ""
+            marks.append((f"{name}: {rate:.2g}{use}", rate, paint))
+    for (name, rate, paint), dash in zip(marks, ("dot", "dashdot", "dash"), strict=False):
+        properties = {"name": escape(name), "showlegend": True, "hoverinfo": "skip"}
         ends = {"x": [rate, rate], "y": [bottom, top]}
         data.append(trace("scatter", mode="lines", line=line(paint, 1.5, dash), **ends, **properties))
     if suggested is not None and suggested.high > suggested.low:
-        level, flat = min(values), {"name": "as low, within noise", "showlegend": True, "hoverinfo": "skip"}
+        name = f"lowest loss, within noise: {suggested.low:.2g} to {suggested.high:.2g}"
+        level, flat = min(values), {"name": name, "showlegend": True, "hoverinfo": "skip"}
         ends = {"x": [suggested.low, suggested.high], "y": [level, level]}
         data.append(trace("scatter", mode="lines", line=line("series-3", 3), **ends, **flat))
     whole = layout(
-        xaxis=axis("learning rate", type="log", tickformat="~g"),
+        xaxis=axis("learning rate", type="log", tickformat="~g", dtick=1),
         yaxis=axis("loss of a batch", range=[bottom, top]),
         hovermode="closest",
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         margin=margin(left=56, top=48),
     )
     return Chart("sweep", "loss against learning rate", 420, data, whole)
+
+
+def rules(suggested: Suggestion) -> dict[str, float]:
+    """The two rates by the names of their rules."""
+    return {"steepest descent": suggested.steepest, "a tenth of the minimum's rate": suggested.tenth}
+
+
+def tables(suggested: Suggestion | None) -> list[Table]:
+    """The two rates; nothing where there are none."""
+    if suggested is None:
+        return []
+    rows = [
+        [f"{name}: start with it" if rate == suggested.first else name, f"{rate:.3g}"]
+        for name, rate in rules(suggested).items()
+    ]
+    return [Table("Learning rates", ["rule", "learning rate"], rows, ["", "modelled"])]
 
 
 def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dict[str, Any]:
@@ -242,25 +289,19 @@ def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dic
 
     found = Sweep(**study.once("sweep", measure))
     suggested = suggest(found.rates, found.losses)
-    rows = []
-    if suggested:
-        rows = [
-            ["steepest descent", f"{suggested.steepest:.3g}"],
-            ["a tenth of the minimum's rate", f"{suggested.tenth:.3g}"],
-        ]
-    rows.append([f"peak of {config.preset}", f"{max(config.lr_values):.3g}"])
     caveats = []
     if request.small:
         caveats.append(
-            f"--small: the narrow network of {config.preset} at batch {config.batch_size}. Another has other rates."
+            f"--small: a sweep of a narrow network, that of the preset {config.preset}, at batch {config.batch_size}; "
+            "another network or batch has other rates, and needs its own."
         )
     caveats.append(
         "One sweep with one seed. A sweep sees an untrained network for an epoch, not a schedule to its end."
     )
     return study.finish(
         {"sweep": found._asdict(), "suggestion": suggested and suggested._asdict(), "peak": max(config.lr_values)},
-        [Plot("sweep", "Loss against learning rate", chart(found, suggested, config))],
+        [Plot("sweep", "Loss against learning rate", chart(found, suggested, config), CAPTION)],
         sentences(found, suggested, config),
-        [Table("Learning rates", ["rule", "learning rate"], rows)],
+        tables(suggested),
         caveats,
     )

@@ -2,10 +2,13 @@
 
 A chart is plotly's data (`profiling.plot`). Read here is the part of it that the experiments draw: traces `scatter` and
 `bar` with error bars, `fill: tonexty`, linear and log axes, shapes that are lines, annotations, a legend.
+
+The SVG has text as text, a title and a description, and takes the page's dark colours where its reader prefers them.
 """
 
 import functools
 import html
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -18,28 +21,57 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from profiling import page
 from profiling.plot import Chart
 
-WIDTH_IN, DPI = 9.0, 150
+WIDTH_IN, PAD_IN, DPI = 9.0, 0.12, 150
+RC = {
+    "svg.hashsalt": "experiments",
+    "svg.fonttype": "none",  # text that can be found, copied and read aloud
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial"],  # the first is drawn by; a reader without it has the others
+}
 DASHES = {"solid": "-", "dot": ":", "dash": "--", "dashdot": "-."}
 SYMBOLS = {"circle": "o", "square": "s", "diamond": "D", "cross": "P", "x": "X", "triangle-up": "^", "star": "*"}
 VERTICAL = {"top": "bottom", "middle": "center", "bottom": "top"}
 HORIZONTAL = {"left": "right", "center": "center", "right": "left"}
 
 
-def save(chart: Chart, title: str, stem: Path) -> None:
-    """Write `stem`.svg and `stem`.png, in the page's light colours. The same chart makes the same files."""
-    with matplotlib.rc_context({"svg.hashsalt": "experiments", "font.size": 9, "font.family": "sans-serif"}):
-        figure = draw(chart, title)
-        figure.savefig(stem.with_name(f"{stem.name}.svg"), metadata={"Date": None})
+def save(chart: Chart, title: str, stem: Path, caption: str = "") -> None:
+    """Write `stem`.svg and, in the page's light colours, `stem`.png. The same chart makes the same files."""
+    with matplotlib.rc_context(RC):
+        figure, drawn = draw(chart, title), io.StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None, "Title": title})
+        stem.with_name(f"{stem.name}.svg").write_text(_described(drawn.getvalue(), caption), encoding="utf-8")
         figure.savefig(stem.with_name(f"{stem.name}.png"), dpi=DPI, metadata={"Software": None})
+
+
+def _described(svg: str, caption: str) -> str:
+    """matplotlib's SVG as an image with the caption as its description, and with dark colours."""
+    described = f"</title>\n <desc>{html.escape(caption, quote=False)}</desc>" if caption else "</title>"
+    svg = svg.replace("<svg ", '<svg role="img" ', 1).replace("</title>", described, 1)
+    return svg.replace("</style>", f"\n{_dark_rules(svg)}</style>", 1)
+
+
+def _dark_rules(svg: str) -> str:
+    """The page's dark colours for the light ones that are in the picture, as a rule each.
+
+    The light ones stay in the elements' own styles, for programs that know no media queries.
+    """
+    light, dark = _palette(), _palette("dark")
+    found = {(p, light[name], dark[name]) for name in dark for p in ("fill", "stroke") if f"{p}: {light[name]}" in svg}
+    rules = [f'[style*="{p}: {bright}"] {{ {p}: {dim} !important }}' for p, bright, dim in sorted(found)]
+    return "\n".join(["@media (prefers-color-scheme: dark) {", *rules, "}"])
 
 
 def draw(chart: Chart, title: str) -> Figure:
     """The figure; raises ValueError for a kind of trace that this does not draw."""
-    figure = Figure(figsize=(WIDTH_IN, max(chart.height, 200) / 100 + 0.4), layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
+    paper, height = colour("var(--paper)"), max(chart.height, 200) / 100 + 0.4
+    figure = Figure(figsize=(WIDTH_IN, height), layout="constrained", facecolor=paper)
+    figure.get_layout_engine().set(w_pad=PAD_IN, h_pad=PAD_IN)
+    axes = figure.add_subplot(facecolor="none")
     axes.set_title(title, loc="left", color=colour("var(--ink)"), fontsize=11, fontweight="bold")
-    for spine in ("top", "right"):
-        axes.spines[spine].set_visible(False)
+    for name, spine in axes.spines.items():
+        spine.set_visible(name in ("left", "bottom"))
+        spine.set_color(colour("var(--soft)"))
     for name in ("x", "y"):
         _axis(axes, name, chart.layout.get(f"{name}axis", {}), before=True)
     lower = None
@@ -63,10 +95,10 @@ def draw(chart: Chart, title: str) -> Figure:
 
 
 @functools.cache
-def _palette() -> dict[str, str]:
+def _palette(scheme: str = "light") -> dict[str, str]:
     css = (page.HERE / "report.css").read_text(encoding="utf-8")
-    light = css[: css.index("@media")]
-    return dict(re.findall(r"--([\w-]+):\s*([^;]+);", light))
+    light, dark, *_ = re.findall(r":root[^{]*\{([^}]*)\}", css)
+    return dict(re.findall(r"--([\w-]+):\s*([^;]+);", light if scheme == "light" else dark))
 
 
 def colour(name: str | None) -> Any:
@@ -83,9 +115,10 @@ def colour(name: str | None) -> Any:
 
 
 def words(markup: str) -> str:
-    """A text of plotly's without its markup; a dollar sign is one."""
+    """A text of plotly's without its markup; a dollar sign is one, and spaces at the front keep their width."""
     plain = html.unescape(re.sub(r"<[^>]+>", "", markup.replace("<br>", "\n")))
-    return plain.replace("$", r"\$")
+    indent = len(plain) - len(plain.lstrip(" "))
+    return "\u00a0" * indent + plain[indent:].replace("$", r"\$")
 
 
 def _axis(axes: Axes, name: str, spec: dict[str, Any], before: bool) -> None:
@@ -156,6 +189,7 @@ def _scatter(axes: Axes, trace: dict[str, Any], lower: dict[str, Any] | None, or
             markerfacecolor=drawn if many else colour(colours),
             elinewidth=1.2,
             capsize=2.5,
+            alpha=trace.get("opacity"),
             zorder=3 + 0.01 * order,
         )
         if many and "markers" in mode:

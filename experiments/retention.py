@@ -35,7 +35,8 @@ SAME = 0.1
 """Losses that differ by no more than this share are said to be the same."""
 CAPTION = (
     "The weights are frozen; the batches are those of the last epochs. An image is seen once an epoch, so batches "
-    "older than one have been seen again since. The fit, plateau - drop x exp(-age / memory), is to the last epoch."
+    "older than one have been seen again since. The fit, plateau - drop x exp(-age / memory), is to the last epoch: "
+    "after as many steps as its memory 63 % of the drop is forgotten, 1 - 1/e."
 )
 
 
@@ -126,7 +127,7 @@ def _of_climbs(words: str, fits: dict[str, climb.Climb | None]) -> str:
         else:
             parts.append(
                 f"at the {rate} rate the last batch's loss is {fit.drop:.3f} ± {fit.error:.3f} below that of old ones, "
-                f"{fit.plateau:.3f}, and climbs back with a memory of {_memory(fit)} steps"
+                f"{fit.plateau:.3f}, and 63 % of the difference is forgotten after {_memory(fit)} steps"
             )
     sentence = f"On {words}, {'; '.join(parts)}"
     high, low = fits["high"], fits["low"]
@@ -134,11 +135,11 @@ def _of_climbs(words: str, fits: dict[str, climb.Climb | None]) -> str:
         slower = low.memory / high.memory
         if slower > limits.APART:
             least = "at least " if low.bounded else ""
-            verdict = f"at the low rate the climb is more gradual, {least}{slower:.1f} times the memory"
+            verdict = f"at the low rate the climb is more gradual, {least}{slower:.1f} times as long"
         elif low.bounded:
             verdict = "whether the climb is more gradual at the low rate cannot be told from one epoch"
         else:
-            verdict = f"at the low rate the climb is not more gradual, {slower:.1f} times the memory"
+            verdict = f"at the low rate the climb is not more gradual, {slower:.1f} times as long"
         sentence += f": {verdict} (the article: more gradual)"
     return sentence + "."
 
@@ -170,13 +171,13 @@ def chart(rate: str, memory: dict[str, Any], fits: dict[str, climb.Climb]) -> Ch
             )
         )
         epoch = ages[: row["epoch_steps"]]
-        label = f"its last epoch: memory {_memory(fit)} steps" if fit.clear else "its last epoch: no climb"
+        forgotten = f"63 % forgotten after {_memory(fit)} steps" if fit.clear else "no forgetting told from noise"
         data.append(
             trace(
                 "scatter",
                 x=epoch,
                 y=climb.curve(fit, epoch),
-                name=label,
+                name=f"fit to the last epoch: {forgotten}",
                 showlegend=True,
                 mode="lines",
                 line=line("ink", 1.5, "dash" if name == "half" else "dot"),
@@ -212,7 +213,15 @@ def table(memory: dict[str, Any], fits: dict[str, climb.Climb]) -> Table:
         rows.append([key, *cells])
     return Table(
         "Loss of batches seen before, by the last weights",
-        ["run", "rate", "last epoch, as seen", "its newest tenth", "its oldest tenth", "drop", "memory, steps"],
+        [
+            "run",
+            "rate",
+            "last epoch, as seen",
+            "its newest tenth",
+            "its oldest tenth",
+            "drop",
+            "63 % forgotten after, steps",
+        ],
         rows,
         ["", "measured", "measured", "measured", "measured", "modelled", "modelled"],
     )

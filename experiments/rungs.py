@@ -49,11 +49,11 @@ RUNGS = (
     Rung("article-256", "batch 512", "article-256", article_s=256, credited_s=-41),
     Rung("on-device", "augmentation on the device", "article-256", _DEVICE),
     Rung("batch-norm", "fused batch norm", "article-256", (*_DEVICE, ("ops", "batchnorm"))),
-    Rung("convolutions", "fused convolutions", "article-256", _KERNELS),
+    Rung("fused", "fused convolutions, as the preset has it", "article-256", _KERNELS),
     Rung("eager", "launched by the host, kernel by kernel", "article-256", (*_KERNELS, ("step", "eager"))),
 )
 """Each makes one step on from the one before, but for the last, which is the one before without its CUDA graph."""
-HOST, WITHOUT_HOST = "eager", "convolutions"
+HOST, WITHOUT_HOST = "eager", "fused"
 """The rung that shows the host's share, which is no step of the ladder, and the one that it is compared with."""
 
 VARIED = frozenset(

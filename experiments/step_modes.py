@@ -3,136 +3,42 @@
     python -m experiments.step_modes --out FOLDER                 # batches 128, 512 and 2048 of what `train.py` trains
     python -m experiments.step_modes --batch 32 --modes eager --set widths=8,8,8,8    # a look, on a CPU
 
-The modes take turns within one process, A B C, C B A, on the same images, so that a drift of the machine does not read
-as a difference. A sample is some steps, the host's work for them included, until the device has done them. The idle
-share is what of that the device's own time does not account for: the same step timed by the device, behind a kernel
-that keeps it busy until everything is launched.
+`experiments.step_speeds` measures them; arguments are checked before it imports torch.
 """
 
-import argparse
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
-import torch
-
-import train
-from model.batches import Batches
-from model.config import Config, preset
-from model.data import Dataset, load
-from model.distributed import Ranks
-from model.errors import RunError
-from model.memory import out_of_memory
-from model.trainer import Trainer, choose_device, choose_dtype, search_convolutions, with_available_ops
-from profiling.console import Terminal
-from profiling.environment import environment
-from profiling.records import write_json
-from profiling.timing import QUICK, CpuTimer, CudaTimer, Plan, interleave, summarise, verdict
+from experiments.arguments import Parser, at_least
+from experiments.study import Request
+from model.config import preset
+from model.errors import RunError, UsageError
 
 MODES = ("eager", "compiled", "captured")
-PLAN = Plan(min_samples=10, max_samples=200, relative_error=0.005, seconds=10.0)
-
-
-def prepare(config: Config, dataset: Dataset, device: torch.device) -> tuple[Trainer, str | None]:
-    """A trainer that is warmed up, and why it does not run its steps as `config.step` asks, if so."""
-    dtype = choose_dtype(config.dtype, device, config.ops)
-    batches = Batches(dataset.train_images, dataset.train_labels, config, device, dtype)
-    trainer = Trainer(batches, dataset, Ranks())
-    return trainer, trainer.warm_up()
-
-
-def endless(trainer: Trainer) -> Iterator[int]:
-    """Training that goes on after the last epoch, at its last learning rate."""
-    trainer.network.train()
-    return itertools.chain.from_iterable(trainer.train(epoch) for epoch in itertools.count())
-
-
-def measure(
-    config: Config, dataset: Dataset, device: torch.device, modes: tuple[str, ...], steps: int, plan: Plan
-) -> list[dict[str, Any]]:
-    """A row for each mode at `config.batch_size`; a mode that cannot run has a `reason` and no figures."""
-    batch = config.batch_size
-    usable = len(dataset.train_images) // batch * batch  # every step is a whole batch
-    if not usable:
-        raise RunError(f"batch {batch} is more than the {len(dataset.train_images)} images")
-    dataset = dataclasses.replace(
-        dataset, train_images=dataset.train_images[:usable], train_labels=dataset.train_labels[:usable]
-    )
-    rows, streams, runs = [], {}, {}
-    for mode in modes:
-        try:
-            trainer, reason = prepare(dataclasses.replace(config, step=mode), dataset, device)
-        except Exception as error:  # memory that ran out, or a driver's: the other modes may yet run
-            error = out_of_memory(error, device, batch) or error
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        rows.append({"batch": batch, "step": mode, "ops": config.ops, "reason": reason})
-        if reason is None:
-            streams[mode] = endless(trainer)
-            runs[mode] = run_of(streams[mode], steps, device)
-    taken = interleave(runs, CpuTimer().for_mode("hot"), plan)
-    baseline = next(iter(runs), None)
-    for row in rows:
-        mode = row["step"]
-        if row["reason"] is None:
-            wall = summarise(taken[mode].us)
-            images = 1e6 * batch * steps
-            row |= {"images_per_s": images / wall.median, "low": images / wall.high, "high": images / wall.low}
-            row |= {"n": wall.n, "ratio": list(verdict(taken[mode].us, taken[baseline].us)), "against": baseline}
-            row["idle_share"] = idle_share(streams[mode], wall.median / steps, device)
-    return rows
-
-
-def as_many_as_cifar10(dataset: Dataset) -> Dataset:
-    """The training images again and again, so that an epoch begins as seldom as it does with 50,000."""
-    again = torch.arange(50_000) % len(dataset.train_images)
-    return dataclasses.replace(
-        dataset, train_images=dataset.train_images[again], train_labels=dataset.train_labels[again]
-    )
-
-
-def run_of(stream: Iterator[int], steps: int, device: torch.device) -> Callable[[], None]:
-    """So many steps, and the wait for the device to have done them."""
-
-    def run() -> None:
-        for _ in range(steps):
-            next(stream)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return run
-
-
-def idle_share(stream: Iterator[int], wall_us: float, device: torch.device) -> float | None:
-    """1 - device time / wall time of a step, by the median of some steps; None where the device cannot time them.
-
-    It cannot where there is no GPU, and where a step is more launches than the driver queues.
-    """
-    if device.type != "cuda":
-        return None
-    timer = CudaTimer(device).for_mode("hot")
-    try:
-        device_us = summarise([timer(lambda: next(stream)) for _ in range(11)]).median
-    except RuntimeError:
-        return None
-    return max(0.0, 1 - device_us / wall_us)
+VARIED = {"batch_size": "--batch", "step": "--modes"}
+"""Settings, and the options that list their values."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--preset", help="what to train; default: fused on a GPU, laptop on a CPU")
-    parser.add_argument("--batch", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--batch", type=at_least(1), nargs="+", default=[128, 512, 2048])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--steps", type=int, default=20, help="steps of one sample")
+    parser.add_argument("--steps", type=at_least(1), default=20, help="steps of one sample")
     parser.add_argument("--quick", action="store_true", help="few samples: a look, not a measurement to quote")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as train.py's")
     parser.add_argument("--data-dir", type=Path, help="default: generated images, which take the same time")
     parser.add_argument("--out", type=Path, help="a folder for step_modes.json")
-    arguments, terminal = parser.parse_args(), Terminal()
-    for name, numbers in (("--batch", arguments.batch), ("--steps", [arguments.steps])):
-        if min(numbers) < 1:
-            parser.error(f"{name} {min(numbers)} is too small; it must be at least 1")
+    arguments = parser.parse_args()
+    try:
+        check(arguments)
+    except UsageError as error:
+        parser.fail(str(error))
+    from experiments.step_speeds import report
+    from profiling.console import Terminal
+
+    terminal = Terminal()
     try:
         report(arguments, terminal)
     except RunError as error:
@@ -140,41 +46,16 @@ def main() -> None:
         raise SystemExit(error.exit_code) from None
 
 
-def report(arguments: argparse.Namespace, terminal: Terminal) -> list[dict[str, Any]]:
-    """Measure, and print a table; returns its rows. After each batch size step_modes.json has all until then."""
+def check(arguments: Namespace) -> None:
+    """Raise UsageError for what cannot be measured, as far as that is known without torch."""
+    Request(out=arguments.out)
     config = preset(arguments.preset or "laptop").with_settings(arguments.set)
-    device = choose_device(config.device)
-    search_convolutions(device)
-    if arguments.preset is None and device.type == "cuda":
-        config = preset("fused").with_settings(arguments.set)
-    config, reason = with_available_ops(config, device)
-    if reason:
-        terminal.warn(f"the kernels cannot run here ({reason}): reference ops")
-    dataset = load(arguments.data_dir, synthetic=arguments.data_dir is None, say=terminal.say)
-    if dataset.identity == "synthetic":
-        dataset = as_many_as_cifar10(dataset)
-    plan, rows, machine = QUICK if arguments.quick else PLAN, [], environment(device, train.ROOT)
     for batch in arguments.batch:
-        changed = dataclasses.replace(config, batch_size=batch)
-        rows += measure(changed, dataset, device, tuple(arguments.modes), arguments.steps, plan)
-        if arguments.out:
-            arguments.out.mkdir(parents=True, exist_ok=True)
-            write_json(arguments.out / "step_modes.json", {"environment": machine, "rows": rows})
-    title = f"{config.preset}, ops={config.ops}, on {device}; images/s, median with its 95 % interval"
-    columns = ["batch", "step", "images/s", "against the first", "idle share of the device"]
-    terminal.table(title, columns, [cells(row) for row in rows])
-    return rows
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table."""
-    head = [str(row["batch"]), row["step"]]
-    if row["reason"]:
-        return [*head, f"unavailable: {row['reason']}", "", ""]
-    word, ratio, low, high = row["ratio"]
-    idle = "unavailable" if row["idle_share"] is None else f"{row['idle_share']:.1%}"
-    speed = f"{row['images_per_s']:,.0f} ({row['low']:,.0f} to {row['high']:,.0f})"
-    return [*head, speed, f"{ratio:.2f} ({low:.2f} to {high:.2f}) {word}", idle]
+        dataclasses.replace(config, batch_size=batch)
+    for setting in arguments.set:
+        key = setting.partition("=")[0].strip().replace("-", "_")
+        if key in VARIED:
+            raise UsageError(f"--set {key} is what this measures several of; give {VARIED[key]} instead")
 
 
 if __name__ == "__main__":

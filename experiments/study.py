@@ -63,7 +63,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Plot:
-    """A chart for the page, and for OUT/key.svg and OUT/key.png; `caption` stands above it, on the page."""
+    """A chart for the page, and for OUT/key.svg and OUT/key.png; `caption` stands above it, and is the SVG's `desc`."""
 
     key: str
     title: str
@@ -230,7 +230,7 @@ class Study:
             return
         for plot in plots:
             if plot.chart.data:
-                save(plot.chart, plot.title, self.out / plot.key)
+                save(plot.chart, plot.title, self.out / plot.key, plot.caption)
 
 
 def open_study(name: str, request: Request, session: "train.Session", extra: dict[str, Any] | None = None) -> Study:

@@ -15,7 +15,7 @@ SETTINGS = ("widths=8,8,16,16", "dtype=float32", "device=cpu", "epochs=1", "chec
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setattr(train, "open_session", lambda *args, **kwargs: tiny_session())
-    monkeypatch.setattr(batch_size, "CASES", {"8": (8, 1.0), "16": (16, 1.0), "16 + 10 %": (16, 1.1)})
+    monkeypatch.setattr(batch_size, "CASES", {"8": (8, 1.0), "16": (16, 1.0), "16 at rate + 10 %": (16, 1.1)})
 
 
 def experiment(folder, evidence=None, settings=SETTINGS):
@@ -38,7 +38,7 @@ def evidence(folder, rises=2.0, blows_up=8.0, **recipe):
 def test_each_batch_is_a_run_with_its_rate_scaled_linearly(tmp_path):
     document = experiment(tmp_path / "a")
     cases = document["result"]["cases"]
-    assert {name: row["batch"] for name, row in cases.items()} == {"8": 8, "16": 16, "16 + 10 %": 16}
+    assert {name: row["batch"] for name, row in cases.items()} == {"8": 8, "16": 16, "16 at rate + 10 %": 16}
     rates = [row["rate"] for row in cases.values()]
     assert rates == pytest.approx([0.3 / 16, 0.3 / 8, 1.1 * 0.3 / 8])
     assert [row["steps"] for row in cases.values()] == [9, 5, 5]
@@ -148,6 +148,42 @@ def test_sentences_follow_the_data(last, expected):
     assert "2.00 times as fast" in said[0]
     assert expected in said[0]
     assert f"most accurate was batch {'128' if last < 0.9 else '1024'}" in said[1]
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """Cases 8, 16 and 16 at a higher rate, the last of which blew up."""
+    rows = {name: {"batch": batch, **row(0.8, 3.0)} for name, (batch, _) in batch_size.CASES.items()}
+    rows["16 at rate + 10 %"]["test_accuracy"] = 0.7
+    return rows
+
+
+def test_a_picture_says_which_limit_binds_each_batch(three):
+    limited = {"8": {"by": "forgetting"}, "16": {"by": "curvature"}, "16 at rate + 10 %": {"by": "curvature"}}
+    axes = [batch_size.chart(three, known, "test_accuracy", "accuracy").layout["xaxis"] for known in (limited, {})]
+    assert [one["ticktext"] for one in axes] == [["8<br>forgetting", "16<br>curvature"], ["8", "16"]]
+    assert [one["title"]["text"] for one in axes] == ["batch size, and what limits its rate", "batch size"]
+
+
+def test_a_higher_rate_is_a_point_of_its_own_at_its_batch_with_a_name(three):
+    """Not a batch size between two others, and no part of their line."""
+    line, higher = batch_size.chart(three, {}, "test_accuracy", "accuracy").data
+    assert (line["x"], line["y"], line["mode"]) == ([0, 1], [0.8, 0.8], "lines+markers")
+    assert (higher["x"], higher["y"], higher["mode"]) == ([1], [0.7], "markers")
+    assert [one["name"] for one in (line, higher)] == ["rate scaled linearly", "rate 10 % higher"]
+    both = batch_size.chart(three, {}, "test_accuracy", "accuracy", "train_s").data
+    assert both[-1]["name"] == "seconds, rate 10 % higher"
+
+
+def test_a_picture_says_how_many_runs_and_where_its_axis_begins(tmp_path):
+    plots = batch_size.plots(
+        {name: row(0.8, 3.0) | {"batch": 8, "test_loss": 1.0, "train_loss": 1.0} for name in "8"}, {}
+    )
+    titles = [plot.chart.layout["yaxis"]["title"]["text"] for plot in plots]
+    assert [title.endswith("(axis not from 0)") for title in titles] == [True, True, False]
+    assert plots[2].chart.layout["yaxis"]["range"][0] == 0
+    assert all("one run each" in plot.title for plot in plots)
+    assert "standard deviation of 0.15 points (quoted)" in plots[0].caption
 
 
 def test_small_trains_as_many_epochs_as_there_is_time_for(monkeypatch):

@@ -213,29 +213,29 @@ def test_an_unfinished_ladder_says_what_it_has():
     assert [(step["to"], step["seconds"]["n"]) for step in found["steps"]] == [("article-323", 3)]
     assert found["rungs"][2]["percent_of_first"]["low"] is None
     said = ladder_report.sentences(found)
-    assert "Not measured here, article-301: none of its turns has been timed yet." in said
+    assert "Not measured, article-301: none of its turns has been timed yet." in said
     cells = ladder_report.tables(found)[0].rows[2]
     assert cells[:3] == ["article-308", "captured", "8"]
     assert not ladder_report.sentences(ladder_report.analyse([row("article-341", [])], "a CPU"))[0].startswith("On a")
 
 
 def test_the_hosts_share_is_said_beside_the_ladder():
-    rows = [row("article-256", [2.0] * 4), row("convolutions", [1.0] * 4), row("eager", [3.0] * 4)]
+    rows = [row("article-256", [2.0] * 4), row("fused", [1.0] * 4), row("eager", [3.0] * 4)]
     found = ladder_report.analyse(rows, "an H100")
-    assert [step["to"] for step in found["steps"]] == ["convolutions"]
+    assert [step["to"] for step in found["steps"]] == ["fused"]
     host = found["host"]
-    assert (host["from"], host["to"]) == ("convolutions", "eager")
+    assert (host["from"], host["to"]) == ("fused", "eager")
     assert host["seconds"]["median"] == pytest.approx(35 * 2)
     said = ladder_report.sentences(found)
-    assert "with convolutions it is" in said[0]
+    assert "with fused it is" in said[0]
     share = 100 * 70 / (1 + 35 * 1.5)
-    assert any(f"Without its CUDA graph convolutions takes {share:+.1f} %" in sentence for sentence in said)
+    assert any(f"Without its CUDA graph fused takes {share:+.1f} %" in sentence for sentence in said)
     alone = ladder_report.analyse([rows[0], rows[2]], "an H100")
     assert alone["host"] is None
     assert alone["steps"] == []
 
 
-def test_a_step_pays_costs_or_is_noise_by_the_interval_of_its_turns():
+def test_a_step_is_faster_slower_or_noise_by_the_interval_of_its_turns():
     rows = [
         row("article-341", [10.0, 10.1, 9.9, 10.0]),
         row("article-323", [9.0, 9.1, 8.9, 9.0]),
@@ -244,17 +244,17 @@ def test_a_step_pays_costs_or_is_noise_by_the_interval_of_its_turns():
         missing("eager"),
     ]
     found = ladder_report.analyse(rows, "a CPU")
-    assert [step["verdict"] for step in found["steps"]] == ["pays", "within noise", "costs time"]
+    assert [step["verdict"] for step in found["steps"]] == ["faster", "within noise", "slower"]
     first = found["steps"][0]
     assert first["seconds"]["median"] == pytest.approx(-35)
     assert first["percent"]["median"] == pytest.approx(100 * -35 / (1 + 35 * 10.5), rel=1e-2)
     assert first["article_s"] == -18
     assert first["article_percent"] == pytest.approx(-18 / 341 * 100)
     said = " ".join(ladder_report.sentences(found))
-    assert "Steps that still pay on this device: article-323" in said
-    assert "Within noise here: article-308" in said
-    assert "Steps that cost time here: article-301" in said
-    assert "Not measured here, eager: no GPU." in said
+    assert "Steps that save time (a negative change is faster): article-323" in said
+    assert "Steps whose change is within noise: article-308" in said
+    assert "Steps that cost time: article-301" in said
+    assert "Not measured, eager: no GPU." in said
     assert "not the article's" in said
 
 
@@ -263,7 +263,25 @@ def test_drift_that_all_rungs_share_is_no_difference():
     drift = [1.0, 2.0, 3.0, 4.0]
     rows = [row("article-341", [10 * d for d in drift]), row("article-323", [9 * d for d in drift])]
     step = ladder_report.analyse(rows, "a CPU")["steps"][0]
-    assert step["verdict"] == "pays"
+    assert step["verdict"] == "faster"
+
+
+def test_a_chart_says_which_direction_is_faster_and_whose_times_it_shows():
+    """Read alone, without the page around it."""
+    rows = [row("article-341", [10.0] * 4), row("article-323", [9.0] * 4), row("article-308", [12.0] * 4)]
+    for plot in ladder_chart.plots(ladder_report.analyse(rows, "a CPU of 1 GHz")):
+        bars, article, words = plot.chart.data
+        assert bars["name"] == "a CPU of 1 GHz (measured)"
+        assert article["name"] == "the article's V100 (quoted)"
+        assert "here" not in plot.caption.split()
+    assert plot.chart.layout["xaxis"]["title"]["text"].endswith("% (negative is faster)")
+    assert [text.strip() for text in words["text"]] == ["faster", "slower"]
+
+
+def test_the_last_rung_of_a_captured_step_is_the_preset_of_its_name():
+    """People know it as `fused`, and look for this name among the sentences."""
+    fused = next(rung for rung in RUNGS if rung.name == WITHOUT_HOST)
+    assert dataclasses.replace(fused.config(), preset="fused") == PRESETS[fused.name]()
 
 
 def test_figures_of_a_rung():

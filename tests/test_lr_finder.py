@@ -114,8 +114,65 @@ def test_how_sure_the_minimum_is_follows_from_the_noise():
     unsure, sure = (
         " ".join(lr_finder.sentences(lr_finder.Sweep([1.0], [1.0], None), s, tiny_config())) for s in (found, exact)
     )
-    assert f"the second rule could as well say {found.low / 10:.2g} or {found.high / 10:.2g}" in unsure
-    assert "could as well" not in sure
+    assert f"a tenth of it could be anything from {found.low / 10:.2g} to {found.high / 10:.2g}" in unsure
+    assert "The minimum is flat" not in sure
+
+
+SHALLOW = lr_finder.Suggestion(steepest=0.036, tenth=0.29, minimum=2.9, low=0.14, high=4.4, at_end=False)
+SWEPT = lr_finder.Sweep([1e-4, 1e-2, 1.0, 100.0], [2.3, 2.0, 1.6, 9.0], None)
+
+
+@pytest.mark.parametrize(
+    ("found", "headline"),
+    [
+        (
+            SHALLOW,
+            "Start with a learning rate of 0.036: the loss falls fastest there, and the other rule, a tenth of the "
+            "rate at its minimum, says more, 0.29.",
+        ),
+        (
+            SHALLOW._replace(steepest=0.5, tenth=0.1, minimum=1.0),
+            "Start with a learning rate of 0.1: it is a tenth of the rate at the loss's minimum, and the other rule, "
+            "where the loss falls fastest, says more, 0.5.",
+        ),
+    ],
+    ids=["steepest", "tenth"],
+)
+def test_a_sweep_says_which_of_its_rates_to_use_and_why(found, headline):
+    """The smaller, in a sentence, in the chart's legend and in the table."""
+    said = lr_finder.sentences(SWEPT, found, tiny_config())
+    assert said[0] == headline
+    assert said[1] == "Of the two the smaller is the safe one: too low a rate costs time, too high a one the run."
+    used = ("steepest descent", "a tenth of the minimum's rate")[found.tenth < found.steepest]
+    legend = [one["name"] for one in lr_finder.chart(SWEPT, found, tiny_config()).data]
+    assert [name for name in legend if "start with it" in name] == [f"{used}: {found.first:.2g}, start with it"]
+    assert f"lowest loss, within noise: {found.low:.2g} to {found.high:.2g}" in legend
+    (table,) = lr_finder.tables(found)
+    assert [row[0] for row in table.rows if row[1] == f"{found.first:.3g}"] == [f"{used}: start with it"]
+
+
+@pytest.mark.parametrize(
+    ("peak", "expected"),
+    [
+        (0.01, "below the rates at which the loss is lowest: a higher peak may train faster"),
+        (0.6, "where the loss is as low as anywhere: the sweep has nothing against it"),
+        (20.0, "where the loss has risen again: lower it"),
+        (200.0, "which the sweep did not reach"),
+    ],
+)
+def test_what_is_said_of_the_schedule_s_peak_agrees_with_the_curve(peak, expected):
+    config = tiny_config(lr_epochs=(0, 1, 3), lr_values=(0, peak, 0))
+    said = next(text for text in lr_finder.sentences(SWEPT, SHALLOW, config) if "peaks at" in text)
+    assert said == f"The schedule of {config.preset} peaks at {peak:.3g}, {expected}."
+
+
+def test_without_a_suggestion_there_is_no_table_of_them():
+    assert lr_finder.tables(None) == []
+
+
+def test_the_axis_of_rates_has_a_tick_for_each_decade():
+    """Those between touch each other."""
+    assert lr_finder.chart(SWEPT, SHALLOW, tiny_config()).layout["xaxis"]["dtick"] == 1
 
 
 def test_a_dip_elsewhere_is_no_part_of_the_floor():
@@ -180,8 +237,11 @@ def test_the_experiment_writes_its_folder_and_goes_on(monkeypatch, tmp_path):
     document = lr_finder.run(request, Terminal(speaks=False), tiny_session().interrupts)
     result, written = document["result"], json.loads((tmp_path / "a" / "lr-finder.json").read_text())
     assert written["result"] == result
-    assert f"{result['suggestion']['steepest']:.2g}" in document["sentences"][0]
-    assert any("--small" in caveat for caveat in document["caveats"])
+    assert f"{min(result['suggestion'][rule] for rule in ('steepest', 'tenth')):.2g}" in document["sentences"][0]
+    assert document["caveats"][0] == (
+        "--small: a sweep of a narrow network, that of the preset laptop, at batch 20; another network or batch has "
+        "other rates, and needs its own."
+    )
     assert (tmp_path / "a" / "lr-finder.html").exists()
     monkeypatch.setattr(lr_finder, "sweep", None)  # nothing is measured again
     assert lr_finder.run(request, Terminal(speaks=False), tiny_session().interrupts)["result"] == result

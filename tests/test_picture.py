@@ -1,9 +1,15 @@
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
 import pytest
 
 pytest.importorskip("matplotlib")
 
 from experiments import picture
 from profiling.plot import Chart, axis, layout, trace
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def chart(*data, **properties) -> Chart:
@@ -50,6 +56,57 @@ def test_the_same_chart_makes_the_same_files(name, tmp_path):
         assert len(first) > 1000
 
 
+def svg(name: str, folder) -> ElementTree.Element:
+    picture.save(CHARTS[name], "Time & <loss>", folder / "chart", "Five of 7 < 9 & more.")
+    return ElementTree.parse(folder / "chart.svg").getroot()
+
+
+def test_a_picture_can_be_read_aloud_searched_and_copied(tmp_path):
+    """It is an image with a title and a description, and its words are text."""
+    name = "{http://www.w3.org/2000/svg}"
+    root = svg("bars", tmp_path)
+    assert root.get("role") == "img"
+    assert [root.findtext(f"{name}{tag}") for tag in ("title", "desc")] == ["Time & <loss>", "Five of 7 < 9 & more."]
+    texts = {text.text for text in root.iter(f"{name}text")}
+    assert {"Time & <loss>", "a", "b", "$5 & more", "x"} <= texts
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.svg")), ids=lambda path: path.name)
+def test_the_document_s_pictures_are_such_ones(path):
+    drawn, name = path.read_text(), "{http://www.w3.org/2000/svg}"
+    root = ElementTree.fromstring(drawn)
+    assert all(root.findtext(f"{name}{tag}") for tag in ("title", "desc"))
+    assert root.findtext(f"{name}title") in [text.text for text in root.iter(f"{name}text")]
+    assert "prefers-color-scheme: dark" in drawn
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_a_picture_is_dark_where_its_reader_prefers_that(name, tmp_path):
+    """Each of the page's colours in it has the page's dark one, paper and words among them."""
+    svg(name, tmp_path)
+    drawn = (tmp_path / "chart.svg").read_text()
+    style, rest = re.fullmatch(r"(?s).*prefers-color-scheme: dark\) \{(.*)\}</style>(.*)", drawn).groups()
+    light, dark = picture._palette(), picture._palette("dark")
+    of = {f"{paint}: {light[key]}": f"{paint}: {dark[key]}" for key in dark for paint in ("fill", "stroke")}
+    used = {plain: instead for plain, instead in of.items() if plain in rest}
+    assert {"fill: #ffffff", "fill: #15181d", "fill: #525965", "stroke: #e2e5ea"} <= used.keys()
+    for plain, instead in used.items():
+        assert f'[style*="{plain}"] {{ {instead} !important }}' in style
+
+
+def test_no_word_touches_the_picture_s_edge():
+    names = {"tickvals": [0, 1], "ticktext": ["a name that is long", "another"], "range": [1.6, -0.6]}
+    figure = picture.draw(chart(BARS, yaxis=axis("", **names)), "A title")
+    figure.draw_without_rendering()
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert min(box.x0, box.y0, width - box.x1, height - box.y1) >= 0.1
+
+
+def test_a_gap_before_a_word_is_kept():
+    """SVG drops spaces at the front of a text."""
+    assert picture.words("  5 $") == "\u00a0\u00a05 \\$"
+
+
 def test_axes_are_the_chart_s():
     drawn = picture.draw(CHARTS["log_axes"], "t").axes[0]
     assert drawn.get_xscale() == "log"
@@ -80,6 +137,11 @@ def test_a_legend_is_of_the_traces_that_ask_for_a_place():
 )
 def test_colours_are_the_page_s_light_ones(name, expected):
     assert picture.colour(name) == expected
+
+
+def test_faint_points_are_faint():
+    faint = picture.draw(chart(line(opacity=0.35), line()), "t").axes[0].lines
+    assert [drawn.get_alpha() for drawn in faint] == [0.35, None]
 
 
 def test_a_kind_of_trace_that_is_not_drawn_is_refused():

@@ -110,6 +110,28 @@ def test_sentences_on_the_climb_follow_the_data(high, low, noise, expected):
         assert expected in sentence
 
 
+@pytest.mark.parametrize(
+    ("high", "noise", "expected"),
+    [
+        (5, 0.0, "fit to the last epoch: 63 % forgotten after 5 steps"),
+        (1000, 0.0, "fit to the last epoch: 63 % forgotten after at least 100 steps"),
+        (1e-3, 0.1, "fit to the last epoch: no forgetting told from noise"),
+    ],
+    ids=["within_an_epoch", "longer_than_an_epoch", "nothing_but_noise"],
+)
+def test_a_fit_is_named_by_what_it_says(high, noise, expected):
+    """In the picture, in the table and in a sentence, by words that need no definition."""
+    made = rows(high, high, noise)
+    fits = retention.fits(made)
+    assert {t["name"] for t in retention.chart("high", made, fits).data[2::3]} == {expected}
+    table = retention.table(made, fits)
+    assert table.columns[-1] == "63 % forgotten after, steps"
+    if not noise:
+        assert (
+            f"63 % of the difference is forgotten after {table.rows[0][-1]} steps" in retention.sentences(made, fits)[2]
+        )
+
+
 @pytest.mark.parametrize(("seen", "expected"), [((1.0, 1.05), ": the same"), ((0.5, 1.0), ": not the same")])
 def test_sentences_on_the_last_loss_follow_the_data(seen, expected):
     made = rows(5, 40, seen=seen)

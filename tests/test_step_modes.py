@@ -4,7 +4,7 @@ import pytest
 import torch
 from runs import tiny_config, tiny_dataset
 
-from experiments import step_modes
+from experiments import step_modes, step_speeds
 from model.errors import RunError
 from profiling.timing import QUICK
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 def test_modes_take_turns_on_whole_batches(monkeypatch):
     """On a CPU nothing is captured, and the row says so."""
     monkeypatch.setattr("model.step.COMPILER", "eager")
-    rows = step_modes.measure(tiny_config(), tiny_dataset(), CPU, step_modes.MODES, 3, QUICK)
+    rows = step_speeds.measure(tiny_config(), tiny_dataset(), CPU, step_modes.MODES, 3, QUICK)
     assert [row["step"] for row in rows] == list(step_modes.MODES)
     eager, compiled, captured = rows
     for row in (eager, compiled):
@@ -24,34 +24,26 @@ def test_modes_take_turns_on_whole_batches(monkeypatch):
         assert row["against"] == "eager"
     assert "needs a CUDA GPU" in captured["reason"]
     assert "images_per_s" not in captured
-    assert "unavailable: a CUDA graph" in step_modes.cells(captured)[2]
+    assert "unavailable: a CUDA graph" in step_speeds.cells(captured)[2]
     json.dumps(rows)
 
 
 def test_a_batch_of_more_images_than_there_are_is_refused():
     with pytest.raises(RunError, match="batch 99 is more than the 70 images"):
-        step_modes.measure(tiny_config(batch_size=99), tiny_dataset(), CPU, ("eager",), 1, QUICK)
-
-
-@pytest.mark.parametrize("words", [["--batch", "128", "0"], ["--steps", "0"]], ids=" ".join)
-def test_nothing_to_do_is_refused(monkeypatch, capsys, words):
-    monkeypatch.setattr("sys.argv", ["step_modes", *words])
-    with pytest.raises(SystemExit, match="2"):
-        step_modes.main()
-    assert f"{words[0]} 0 is too small" in capsys.readouterr().err
+        step_speeds.measure(tiny_config(batch_size=99), tiny_dataset(), CPU, ("eager",), 1, QUICK)
 
 
 def test_training_goes_on_without_an_end():
-    trainer, reason = step_modes.prepare(tiny_config(epochs=1, lr_epochs=(0, 0.5, 1)), tiny_dataset(60), CPU)
+    trainer, reason = step_speeds.prepare(tiny_config(epochs=1, lr_epochs=(0, 0.5, 1)), tiny_dataset(60), CPU)
     assert reason is None
-    stream = step_modes.endless(trainer)
+    stream = step_speeds.endless(trainer)
     assert [next(stream) for _ in range(7)] == [20] * 7
     assert trainer.step.number == 7
 
 
 def test_the_command_prints_a_table_and_writes_what_it_measured(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(step_modes, "load", lambda *args, **kwargs: tiny_dataset())
-    monkeypatch.setattr(step_modes, "as_many_as_cifar10", lambda dataset: dataset)
+    monkeypatch.setattr(step_speeds, "load", lambda *args, **kwargs: tiny_dataset())
+    monkeypatch.setattr(step_speeds, "as_many_as_cifar10", lambda dataset: dataset)
     settings = ["--set", "widths=8,8,8,8", "--set", "device=cpu", "--set", "dtype=float32"]
     command = ["step_modes", "--batch", "20", "35", "--modes", "eager", "--steps", "2", "--quick", "--preset", "laptop"]
     monkeypatch.setattr("sys.argv", [*command, *settings, "--out", str(tmp_path / "out")])
@@ -65,7 +57,7 @@ def test_the_command_prints_a_table_and_writes_what_it_measured(monkeypatch, tmp
 
 def test_a_batch_that_fails_leaves_what_was_measured(monkeypatch, tmp_path):
     """One mode that runs out of memory is a row with its reason; an error that nobody expects comes after the rows."""
-    original, batches = step_modes.prepare, []
+    original, batches = step_speeds.prepare, []
 
     def prepare(config, *rest):
         batches.append(config.batch_size)
@@ -77,10 +69,10 @@ def test_a_batch_that_fails_leaves_what_was_measured(monkeypatch, tmp_path):
         if len(batches) > 2:
             raise RuntimeError("an illegal memory access")
 
-    monkeypatch.setattr(step_modes, "prepare", prepare)
-    monkeypatch.setattr(step_modes, "idle_share", breaks)
-    monkeypatch.setattr(step_modes, "load", lambda *args, **kwargs: tiny_dataset())
-    monkeypatch.setattr(step_modes, "as_many_as_cifar10", lambda dataset: dataset)
+    monkeypatch.setattr(step_speeds, "prepare", prepare)
+    monkeypatch.setattr(step_speeds, "idle_share", breaks)
+    monkeypatch.setattr(step_speeds, "load", lambda *args, **kwargs: tiny_dataset())
+    monkeypatch.setattr(step_speeds, "as_many_as_cifar10", lambda dataset: dataset)
     settings = ["--set", "widths=8,8,8,8", "--set", "device=cpu", "--set", "dtype=float32"]
     command = ["step_modes", "--batch", "20", "35", "--modes", "eager", "captured", "--steps", "2", "--quick"]
     monkeypatch.setattr("sys.argv", [*command, "--preset", "laptop", *settings, "--out", str(tmp_path)])
@@ -92,6 +84,6 @@ def test_a_batch_that_fails_leaves_what_was_measured(monkeypatch, tmp_path):
 
 
 def test_synthetic_images_are_as_many_as_cifar_10_s():
-    data = step_modes.as_many_as_cifar10(tiny_dataset())
+    data = step_speeds.as_many_as_cifar10(tiny_dataset())
     assert len(data.train_images) == len(data.train_labels) == 50_000
     assert torch.equal(data.train_images[140:210], tiny_dataset().train_images)
