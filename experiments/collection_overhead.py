@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from experiments.arguments import Parser, at_least
 from profiling import sampler, telemetry
 from profiling.console import Terminal
 from profiling.nvml import GpuSample
@@ -155,9 +156,9 @@ def sample_nothing(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=30, help=f"turns; at least {FEWEST}")
-    parser.add_argument("--steps", type=int, default=50, help="steps per training")
+    parser = Parser(__doc__)
+    parser.add_argument("--pairs", type=at_least(FEWEST), default=30, help=f"turns; at least {FEWEST}")
+    parser.add_argument("--steps", type=at_least(1), default=50, help="steps per training")
     parser.add_argument("--json", action="store_true", help="print the result as JSON; the table goes to stderr")
     parser.add_argument("--sampler", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -167,7 +168,7 @@ def main() -> None:
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pairs, steps = max(arguments.pairs, FEWEST), max(arguments.steps, 1)
+    pairs, steps = arguments.pairs, arguments.steps
     found, sampled = measure(pairs, steps, device)
     terminal = Terminal(json=arguments.json)
     terminal.table(

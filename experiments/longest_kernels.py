@@ -4,12 +4,14 @@ The words after RUN name its data, as for train.py. The run's steps are profiled
 kernel the time in a step, of those steps that `profiling.cross_check` believes, is written to RUN/kernels.json.
 """
 
+import argparse
 import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from experiments.arguments import Parser
 from profiling.attribution import per_step
 from profiling.collect_command import PROFILE_PASS, ROOT
 from profiling.collection import RECORDS, run_pass
@@ -52,7 +54,13 @@ def longest(trace: Trace, profile: dict[str, Any], timed_ms: float | None) -> di
 
 
 def main() -> None:
-    run, data = Path(sys.argv[1]).absolute(), sys.argv[2:]
+    parser = Parser(__doc__)
+    parser.add_argument("run", type=Path, help="the folder of a finished run")
+    parser.add_argument("data", nargs=argparse.REMAINDER, help="train.py's words for its images, as --synthetic")
+    arguments = parser.parse_args()
+    run, data = arguments.run.absolute(), arguments.data
+    if not (run / "summary.json").is_file():
+        parser.fail(f"{arguments.run} is not the folder of a run: it has no summary.json; name one that train.py wrote")
     (run / RECORDS).mkdir(exist_ok=True)
     error = run_pass("the profiled pass", [*PROFILE_PASS, str(run), *data], ROOT, print)
     if error:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
         ("throughput --steps 1", "argument --steps: 1 is too small; it must be at least 2"),
         ("throughput --steps x", "argument --steps: 'x' is not a whole number"),
         ("throughput --batch 8", "unrecognized arguments: --batch 8"),
+        ("collection_overhead --pairs 1", "argument --pairs: 1 is too small; it must be at least"),
         ("step_modes --batch 128 0", "argument --batch: 0 is too small; it must be at least 1"),
         ("step_modes --batch 99999999999999999999", "batch_size=99999999999999999999 is too large"),
         ("step_modes --steps 0", "argument --steps: 0 is too small; it must be at least 1"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from traces import EAGER, PASS_KERNELS, PASS_STEP_NS, profiled_pass
 
-from experiments.longest_kernels import longest, step_ms
+from experiments.longest_kernels import longest, main, step_ms
 from profiling.records import append_jsonl, read_json
 from profiling.trace import read
 
@@ -73,3 +73,15 @@ def test_a_run_s_kernels_are_profiled_and_kept(tmp_path):
     assert (run / "records" / "trace.json.gz").exists()
     failing = driver.replace("'tests/runs.py'", "'no-such-file.py'")
     assert subprocess.run([sys.executable, "-c", failing], cwd=ROOT, capture_output=True).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [([], "required: run; "), (["nowhere", "--synthetic"], "nowhere is not the folder of a run")]
+)
+def test_what_is_no_run_is_a_line(monkeypatch, capsys, words, expected):
+    monkeypatch.setattr("sys.argv", ["longest_kernels", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    err = capsys.readouterr().err
+    assert (end.value.code, err.count("\n")) == (2, 1)
+    assert expected in err
