@@ -76,7 +76,7 @@ def test_a_run_s_kernels_are_profiled_and_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"), [([], "required: run; "), (["nowhere", "--synthetic"], "nowhere is not the folder of a run")]
+    ("words", "expected"), [([], "required: run"), (["nowhere", "--synthetic"], "nowhere is not the folder of a run")]
 )
 def test_what_is_no_run_is_a_line(monkeypatch, capsys, words, expected):
     monkeypatch.setattr("sys.argv", ["longest_kernels", *words])
