@@ -58,8 +58,8 @@ def line(name: str, width: float, dash: str = "solid") -> dict[str, Any]:
     return {"color": colour(name), "width": width, "dash": dash}
 
 
-def outline(name: str, width: float) -> dict[str, Any]:
-    """The line around a marker, which has no dash."""
+def outline(name: str, width: float | list[float]) -> dict[str, Any]:
+    """The line around a marker, or around each, which has no dash."""
     return {"color": colour(name), "width": width}
 
 
