@@ -28,18 +28,19 @@ STATUSES = {
     "quoted": "said by somebody else",
     "unavailable": "not known, with the reason",
 }
-SECTIONS = (
-    ("account", "Account"),
-    ("next", "What next"),
-    ("phases", "Phases"),
-    ("roofline", "Roofline"),
-    ("timeline", "Clocks, power, activity"),
-    ("kernels", "Kernels"),
-    ("floors", "Floors and levers"),
-    ("learning", "Learning curve"),
-    ("lacks", "Lacks"),
-    ("environment", "Environment"),
-)
+SECTIONS = {
+    "account": "From ideal to measured",
+    "next": "What to do next",
+    "phases": "Phases of the process",
+    "roofline": "Roofline",
+    "timeline": "Clocks, power, activity",
+    "kernels": "Kernels",
+    "floors": "Floors and levers",
+    "learning": "Learning curve",
+    "lacks": "What this account lacks",
+    "environment": "Run and environment",
+}
+"""Headings, which the navigation repeats."""
 HEAD = ("preset", "device", "dtype", "ops", "data_identity", "epochs", "batch_size", "seed", "git_sha", "date")
 """Of `run`, what stands below the headline."""
 

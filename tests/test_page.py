@@ -138,7 +138,10 @@ def test_below_the_headline_stands_what_is_known_of_the_run():
 
 def test_sections_are_in_order(pages):
     ids = re.findall(r'<section id="(\w+)"', pages["gpu"])
-    assert ids == re.findall(r'<a href="#(\w+)"', pages["gpu"])
+    nav = re.search(r"<nav.*?</nav>", pages["gpu"])[0]
+    named = re.findall(r'<section id="(\w+)">\s*<h2>(.*?)</h2>', pages["gpu"])
+    assert re.findall(r'<a href="#(\w+)">(.*?)</a>', nav) == named
+    assert [key for key, _ in named] == ids
     assert ids[:3] == ["account", "next", "phases"]
 
 
