@@ -106,7 +106,7 @@ def test_the_curve_skips_what_was_not_logged():
 def test_the_target_is_drawn_where_it_is_near():
     names = {"test_accuracy": "test", "train_accuracy": "training"}
     near, far = ({"epochs": [{"epoch": 1, "test_accuracy": a}]} for a in (0.93, 0.5))
-    assert [s["y0"] for s in learning_curve(near, "accuracy", names).layout["shapes"]] == [0.94]
+    assert [s["y0"] for s in learning_curve(near, "accuracy", names).layout["shapes"]] == [94]
     assert not learning_curve(far, "accuracy", names).layout["shapes"]
 
 
