@@ -1,9 +1,10 @@
 """The report's charts: the waterfalls, the learning curve, and the list of all."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from profiling.content import Record, provenance
-from profiling.plot import PAINT, Chart, axis, clip, colour, escape, layout, line, margin, trace
+from profiling.plot import PAINT, Chart, axis, clip, colour, cut, escape, layout, line, margin, trace
 from profiling.quantities import column, show
 from profiling.roofline_chart import roofline
 from profiling.timeline_chart import timeline
@@ -107,7 +108,10 @@ def waterfall(key: str, title: str, terms: Sequence[Record], order: Mapping[str,
         xaxis=seconds_axis, yaxis=rows_axis | longer, hovermode="y", bargap=0, margin=margin(left=10, right=4)
     )
     narrow = {"xaxis": roomy, "yaxis": rows_axis, "height": 30 * len(bars) + 56}  # a name may be two lines there
-    return Chart(key, title, 24 * len(bars) + 56, data, whole, narrow)
+    largest = sorted(terms, key=lambda term: -abs(term["ns"]))[:3]
+    parts = ", ".join(f"{cut(term['name'], 60)} {show(term['ns'], 'ns')}" for term in largest)
+    says = f"Waterfall of {cut(title, 60)}, {show(total, 'ns')}; its largest terms are {parts}."
+    return Chart(key, title, 24 * len(bars) + 56, data, whole, narrow, says=says)
 
 
 def difference(compared: Record) -> Chart:
@@ -119,14 +123,14 @@ def difference(compared: Record) -> Chart:
         for row in compared["terms"]
     ]
     order = {term["key"]: term["name"] for term in [start, *gained]}
-    return waterfall("difference", last, [start, *gained], order)
+    return replace(waterfall("difference", last, [start, *gained], order), says=f"Waterfall: {compared['sentence']}")
 
 
 def learning_curve(report: Record, key: str, names: dict[str, str]) -> Chart:
     """What the log says under the keys of `names`, over epochs; an accuracy in per cent."""
     log, of_share = report["epochs"], key == "accuracy"
     scale = 100 if of_share else 1
-    data = []
+    data, said = [], []
     for (field, name), paint in zip(names.items(), ("series-2", "series-1"), strict=True):
         known = [row for row in log if row.get(field) is not None]
         if known:
@@ -136,6 +140,7 @@ def learning_curve(report: Record, key: str, names: dict[str, str]) -> Chart:
                 f"epoch {e}, {name}: {show(v, 'share' if of_share else '', 4)}" for e, v in zip(x, values, strict=True)
             ]
             y = [scale * value for value in values]
+            said += dict.fromkeys((hover[0], hover[-1]))
             data.append(
                 trace("scatter", x=x, y=y, name=name, showlegend=True, hovertext=hover, hoverinfo="text", **style)
             )
@@ -154,7 +159,7 @@ def learning_curve(report: Record, key: str, names: dict[str, str]) -> Chart:
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         margin=margin(left=56, top=30),
     )
-    return Chart(key, key, 280, data, whole)
+    return Chart(key, key, 280, data, whole, says=f"Curve of the {key}: {'; '.join(said)}.")
 
 
 def _of_term(term: Record, total: float) -> str:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from profiling.content import Record, details, longest_first, provenance
-from profiling.plot import CLEAR, PAINT, Chart, axis, clip, colour, escape, layout, line, margin, outline, trace
+from profiling.plot import CLEAR, PAINT, Chart, axis, clip, colour, cut, escape, layout, line, margin, outline, trace
 from profiling.quantities import show
 
 LARGEST_POINT_PX = 32
@@ -72,7 +72,29 @@ def roofline(report: Record) -> Chart:
     shown = tuple(group for group, members in groups.items() if members)
     # on a phone the slope has no room for its label, which the tables and the tips have too
     narrow = {"annotations": whole["annotations"][:1]}
-    return Chart("roofline", "Roofline", 480, data, whole, narrow, groups=shown)
+    return Chart(
+        "roofline",
+        "Roofline",
+        480,
+        data,
+        whole,
+        narrow,
+        groups=shown,
+        says=_says(groups[first] if first else [], roofs),
+    )
+
+
+def _says(points: list[Record], roofs: list[tuple[float, float, str, str]]) -> str:
+    said = "FLOP/s over FLOP per byte, below no known roof"
+    if roofs:
+        rate, bandwidth, *_ = roofs[0]
+        said = f"FLOP/s over FLOP per byte, below {show(rate, 'FLOP/s')} and {show(bandwidth, 'B/s')}"
+    if not points:
+        return f"Roofline: {said}."
+    row = max(points, key=lambda row: row["ns_per_step"])
+    at = f"{show(row['flops_per_s'], 'FLOP/s')} at {show(row['intensity'], 'FLOP/B')}"
+    of_roof = "" if row["roof_fraction"] is None else f", {show(row['roof_fraction'], 'share')} of its roof"
+    return f"Roofline: {said}; the longest, {cut(row['name'], 60)}, reached {at}{of_roof}."
 
 
 def _symbol(row: Record, group: str) -> str:

@@ -141,6 +141,7 @@ def test_it_can_be_drawn(pair, tmp_path):
     assert bars["x"][0] == pytest.approx(sum(t["ns"] for t in pair[0]["terms"]) / 1e9)
     assert bars["x"][-1] == pytest.approx(sum(t["ns"] for t in pair[1]["terms"]) / 1e9)
     assert bars["x"][1:3] == [-1, 0.5]
+    assert 'aria-label="Waterfall: B is 0.5 s faster than A: ' in page
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page
 

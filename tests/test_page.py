@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from report_sample import HOSTILE, cpu, empty, gpu, hostile
 
+from profiling.charts import charts
 from profiling.markdown import render_markdown
 from profiling.page import HERE, data_warning, head, render_html
 
@@ -143,6 +144,12 @@ def test_sections_are_in_order(pages):
     assert re.findall(r'<a href="#(\w+)">(.*?)</a>', nav) == named
     assert [key for key, _ in named] == ids
     assert ids[:3] == ["account", "next", "phases"]
+
+
+def test_every_chart_says_what_it_shows(pages):
+    for name, make in (("gpu", gpu), ("hostile", hostile)):
+        labels = [value for key, value in Reader(pages[name]).attributes if key == "aria-label"]
+        assert {chart.says for chart in charts(make()) if chart.data} <= set(labels)
 
 
 def test_every_number_has_its_provenance(pages):
