@@ -109,7 +109,7 @@ def waterfall(key: str, title: str, terms: Sequence[Record], order: Mapping[str,
     )
     narrow = {"xaxis": roomy, "yaxis": rows_axis, "height": 30 * len(bars) + 56}  # a name may be two lines there
     largest = sorted(terms, key=lambda term: -abs(term["ns"]))[:3]
-    parts = ", ".join(f"{cut(term['name'], 60)} {show(term['ns'], 'ns')}" for term in largest)
+    parts = "; ".join(f"{cut(term['name'], 60)} {show(term['ns'], 'ns')}" for term in largest)
     says = f"Waterfall of {cut(title, 60)}, {show(total, 'ns')}; its largest terms are {parts}."
     return Chart(key, title, 24 * len(bars) + 56, data, whole, narrow, says=says)
 

@@ -114,8 +114,8 @@ def test_the_target_is_drawn_where_it_is_near():
 def test_each_chart_says_what_it_shows_with_its_main_figures():
     said = {key: chart.says.replace("\xa0", " ") for key, chart in of(gpu()).items()}
     assert said["waterfall"] == (
-        "Waterfall of this run, 9.73 s; its largest terms are ideal at the data sheet's peak 4.87 s, convolutions "
-        "below their roof 1.90 s, peak that this device does not sustain 1.23 s."
+        "Waterfall of this run, 9.73 s; its largest terms are ideal at the data sheet's peak 4.87 s; convolutions "
+        "below their roof 1.90 s; peak that this device does not sustain 1.23 s."
     )
     assert said["article"].startswith(
         "Waterfall of The article's V100, 256 s, 256 s; its largest terms are not attributed"
