@@ -88,8 +88,8 @@ def head(report: Record) -> list[tuple[str, str]]:
     return [(name, value[:12] if name == "git sha" else value) for name, value in known]
 
 
-def render_comparison(compared: Record) -> str:
-    """The page of what `profiling.compare.compare` returned."""
+def render_comparison(compared: Record, addresses: Sequence[str | None] = (None, None)) -> str:
+    """The page of what `profiling.compare.compare` returned; `addresses` are those of the two runs' own pages."""
     chart = difference(compared)
     training = {"name": "training", "a_ns": compared["a_ns"], "b_ns": compared["b_ns"]}
     phases = [{**phase, "name": f"phase {phase['name']}"} for phase in compared["phases"]]
@@ -98,6 +98,7 @@ def render_comparison(compared: Record) -> str:
         chart=chart,
         names=compared["names"],
         titles=compared["titles"],
+        addresses=addresses,
         doubts=compared["doubts"],
         figures=compared["figures"],
         sentence=compared["sentence"],

@@ -1,12 +1,17 @@
 import copy
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import report_sample
 
+from profiling import compare as compare_module
 from profiling.compare import compare, lines, load
+from profiling.console import Terminal
 from profiling.errors import RefusedError, ReportError
 from profiling.page import render_comparison
 
@@ -41,6 +46,13 @@ def test_what_is_slower_is_said_to_be_slower():
     b["terms"][0]["ns"] *= 4
     assert "times slower" in compare(a, b)["sentence"]
     assert "as fast" not in compare(a, b)["sentence"]
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_factor(pair):
+    a, b = pair
+    b["terms"] = copy.deepcopy(a["terms"])
+    b["terms"][0]["ns"] += 1_000_000
+    assert compare(a, b)["sentence"].startswith("B is 0.001 s slower than A: 9.732 to 9.733 s; ")
 
 
 def test_a_data_sheets_ideal_is_not_compared_with_a_measured_one(pair):
@@ -144,6 +156,22 @@ def test_it_can_be_drawn(pair, tmp_path):
     assert 'aria-label="Waterfall: B is 0.5 s faster than A: ' in page
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page
+
+
+def test_the_page_leads_to_the_reports_that_there_are(pair, tmp_path):
+    """From wherever it is, whatever the folders are called: a relative address, which a copy of them all keeps."""
+    folders = [tmp_path / "runs" / name for name in ("javascript:a#b?c %20\"'><b>", "two")]
+    for folder, report in zip(folders, pair, strict=True):
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(json.dumps(report))
+    (folders[0] / "report.html").write_text("")
+    out = tmp_path / "pages" / "c.html"
+    out.parent.mkdir()
+    for given in (folders, [folder / "report.json" for folder in folders]):
+        compare_module.run(*given, out, False, Terminal(speaks=False))
+        (href,) = re.findall(r'<a href="([^"]*)">', out.read_text())
+        assert re.fullmatch(r"\.\./runs/[\w%.]+/report\.html", href)
+        assert Path(out.parent, unquote(href)).resolve() == folders[0] / "report.html"
 
 
 def test_a_report_file_or_its_folder_is_taken(pair, tmp_path):
