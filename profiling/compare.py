@@ -56,7 +56,7 @@ SOFTWARE = ("python", "torch", "triton", "numpy", "gpu driver", "cpu", "cores", 
 def load(run: Path) -> dict[str, Any]:
     """The report of a run: its report.json, or built from its records. Raises ReportError."""
     path = run if run.suffix == ".json" else run / "report.json"
-    if path.exists():
+    if os.path.exists(path):
         try:
             return read_json(path, REPORT)
         except (OSError, ValueError) as error:
@@ -248,7 +248,7 @@ def run(run_a: Path, run_b: Path, out: Path | None, as_json: bool, terminal: "Te
         try:
             write_text(out, render_comparison(compared, [_address(run, out) for run in (run_a, run_b)]))
         except OSError as error:
-            raise CommandError(f"--out {out}: {error}") from None
+            raise CommandError(f"the page cannot be written to {out}: {error.strerror}; name another --out") from None
     if as_json:
         terminal.put(json.dumps(compared, indent=2))
     for line in lines(compared):

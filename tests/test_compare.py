@@ -12,8 +12,9 @@ import report_sample
 from profiling import compare as compare_module
 from profiling.compare import compare, lines, load
 from profiling.console import Terminal
-from profiling.errors import RefusedError, ReportError
+from profiling.errors import CommandError, RefusedError, ReportError
 from profiling.page import render_comparison
+from profiling.report import build
 
 
 @pytest.fixture
@@ -178,6 +179,22 @@ def test_a_report_file_or_its_folder_is_taken(pair, tmp_path):
     path = tmp_path / "report.json"
     path.write_text(json.dumps(pair[0]))
     assert compare(load(path), load(tmp_path)) == compare(pair[0], pair[0])
+
+
+@pytest.mark.parametrize("name", ["none", "x" * 300, "none/report.json", "nul\0"], ids=lambda name: name[:16])
+def test_a_folder_that_is_not_there_is_one_clear_line(tmp_path, name):
+    for read in (load, build):
+        with pytest.raises(ReportError, match="is not the folder of a run: it has no summary") as caught:
+            read(tmp_path / name)
+        assert not re.search(r"\n|Errno", str(caught.value))
+
+
+@pytest.mark.parametrize("name", ["none/page.html", "x" * 300, "."], ids=lambda name: name[:16])
+def test_a_page_that_cannot_be_written_is_one_clear_line(pair, tmp_path, name):
+    (tmp_path / "report.json").write_text(json.dumps(pair[0]))
+    with pytest.raises(CommandError, match="the page cannot be written to") as caught:
+        compare_module.run(tmp_path, tmp_path, tmp_path / name, False, Terminal(speaks=False))
+    assert not re.search(r"\n|Errno|\.tmp-", str(caught.value))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 99, "terms": [], "run": {}}', "\x00"])
