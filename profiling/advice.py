@@ -20,11 +20,11 @@ NEXT = {
 """What to try against a term."""
 
 NEXT_IDLE = {
-    "waiting for data": "more workers, or `--set preprocess=on_device --set workers=0`",
-    "waiting in a synchronisation": "fewer `.item()` and synchronisations: keep results on the device for an epoch",
-    "in the optimiser's step": "a captured step (`--set step=captured`), whose optimiser is launched with the rest",
-    "launching kernels": "a larger batch, or a captured step (`--set step=captured`), which is one launch",
-    "in Python": "a captured step (`--set step=captured`), or less Python between the operations of a step",
+    "waiting for data": "more workers, or --set preprocess=on_device --set workers=0",
+    "waiting in a synchronisation": "fewer .item() and synchronisations: keep results on the device for an epoch",
+    "in the optimiser's step": "a captured step (--set step=captured), whose optimiser is launched with the rest",
+    "launching kernels": "a larger batch, or a captured step (--set step=captured), which is one launch",
+    "in Python": "a captured step (--set step=captured), or less Python between the operations of a step",
     "between queued kernels": "nothing in this program: kernels were queued, and waited for another stream or the GPU",
 }
 """By the largest part of the idle time."""

@@ -1,9 +1,10 @@
 """The report's charts: the waterfalls, the learning curve, and the list of all."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from profiling.content import Record, provenance
-from profiling.plot import PAINT, Chart, axis, clip, colour, escape, layout, line, margin, trace
+from profiling.plot import PAINT, Chart, axis, clip, colour, cut, escape, layout, line, margin, trace
 from profiling.quantities import column, show
 from profiling.roofline_chart import roofline
 from profiling.timeline_chart import timeline
@@ -90,7 +91,7 @@ def waterfall(key: str, title: str, terms: Sequence[Record], order: Mapping[str,
     rows_axis = {
         "range": [len(bars) - 0.4, -0.6],
         "tickvals": positions,
-        "ticktext": [*(escape(name, 19, 38) for name in names), "<b>sum</b>"],
+        "ticktext": [*(escape(name, 22, 44) for name in names), "<b>sum</b>"],
         "automargin": True,
         "ticks": "",
         "showgrid": False,
@@ -106,7 +107,11 @@ def waterfall(key: str, title: str, terms: Sequence[Record], order: Mapping[str,
     whole = layout(
         xaxis=seconds_axis, yaxis=rows_axis | longer, hovermode="y", bargap=0, margin=margin(left=10, right=4)
     )
-    return Chart(key, title, 24 * len(bars) + 56, data, whole, narrow={"xaxis": roomy, "yaxis": rows_axis})
+    narrow = {"xaxis": roomy, "yaxis": rows_axis, "height": 30 * len(bars) + 56}  # a name may be two lines there
+    largest = sorted(terms, key=lambda term: -abs(term["ns"]))[:3]
+    parts = "; ".join(f"{cut(term['name'], 60)} {show(term['ns'], 'ns')}" for term in largest)
+    says = f"Waterfall of {cut(title, 60)}, {show(total, 'ns')}; its largest terms are {parts}."
+    return Chart(key, title, 24 * len(bars) + 56, data, whole, narrow, says=says)
 
 
 def difference(compared: Record) -> Chart:
@@ -118,40 +123,43 @@ def difference(compared: Record) -> Chart:
         for row in compared["terms"]
     ]
     order = {term["key"]: term["name"] for term in [start, *gained]}
-    return waterfall("difference", last, [start, *gained], order)
+    return replace(waterfall("difference", last, [start, *gained], order), says=f"Waterfall: {compared['sentence']}")
 
 
 def learning_curve(report: Record, key: str, names: dict[str, str]) -> Chart:
-    """What the log says under the keys of `names`, over epochs."""
-    log = report["epochs"]
-    data = []
+    """What the log says under the keys of `names`, over epochs; an accuracy in per cent."""
+    log, of_share = report["epochs"], key == "accuracy"
+    scale = 100 if of_share else 1
+    data, said = [], []
     for (field, name), paint in zip(names.items(), ("series-2", "series-1"), strict=True):
         known = [row for row in log if row.get(field) is not None]
         if known:
-            x, y = [row["epoch"] for row in known], [row[field] for row in known]
+            x, values = [row["epoch"] for row in known], [row[field] for row in known]
             style = {"line": line(paint, 2), "mode": "lines+markers", "marker": {"size": 4}}
             hover = [
-                f"epoch {e}, {name}: {show(v, 'share' if key == 'accuracy' else '', 4)}"
-                for e, v in zip(x, y, strict=True)
+                f"epoch {e}, {name}: {show(v, 'share' if of_share else '', 4)}" for e, v in zip(x, values, strict=True)
             ]
+            y = [scale * value for value in values]
+            said += dict.fromkeys((hover[0], hover[-1]))
             data.append(
                 trace("scatter", x=x, y=y, name=name, showlegend=True, hovertext=hover, hoverinfo="text", **style)
             )
     if not data:
         return Chart(key, key, reason="no epoch was logged")
     shapes = []
-    if key == "accuracy" and max(max(curve["y"]) for curve in data) > TARGET_ACCURACY - 0.1:
-        ends = {"xref": "paper", "x0": 0, "x1": 1, "y0": TARGET_ACCURACY, "y1": TARGET_ACCURACY}
+    if of_share and max(max(curve["y"]) for curve in data) > scale * (TARGET_ACCURACY - 0.1):
+        ends = {"xref": "paper", "x0": 0, "x1": 1, "y0": scale * TARGET_ACCURACY, "y1": scale * TARGET_ACCURACY}
         shapes = [{"type": "line", **ends, "line": line("faint", 1, "dot")}]
     whole = layout(
         xaxis=axis("epoch", tick0=0, dtick=max(1, 5 * round(len(log) / 35)), tickformat="d"),
-        yaxis=axis("", tickformat=".3~p" if key == "accuracy" else ".4~g", nticks=6, automargin=True),
+        # with as many digits as tell its ticks apart, which a format of our own would cut
+        yaxis=axis("", ticksuffix=" %" if of_share else "", exponentformat="none", nticks=6, automargin=True),
         hovermode="x",
         shapes=shapes,
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         margin=margin(left=56, top=30),
     )
-    return Chart(key, key, 280, data, whole)
+    return Chart(key, key, 280, data, whole, says=f"Curve of the {key}: {'; '.join(said)}.")
 
 
 def _of_term(term: Record, total: float) -> str:

@@ -6,8 +6,10 @@ that lacks a part.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from profiling.errors import CommandError, RefusedError, ReportError
 from profiling.forms import COUNT, FACT, NUMBER, Number, clean
@@ -54,7 +56,7 @@ SOFTWARE = ("python", "torch", "triton", "numpy", "gpu driver", "cpu", "cores", 
 def load(run: Path) -> dict[str, Any]:
     """The report of a run: its report.json, or built from its records. Raises ReportError."""
     path = run if run.suffix == ".json" else run / "report.json"
-    if path.exists():
+    if os.path.exists(path):
         try:
             return read_json(path, REPORT)
         except (OSError, ValueError) as error:
@@ -170,10 +172,9 @@ def _sentence(c: dict[str, Any]) -> str:
     if not difference or not c["terms"] or not total_a or not total_b:
         return "The two runs took the same time."
     word, times = ("faster", total_a / total_b) if difference < 0 else ("slower", total_b / total_a)
-    text = (
-        f"{name_b} is {seconds(abs(difference))} s {word} than {name_a}: {seconds(total_a)} to {seconds(total_b)} s, "
-        f"{times:.3g} times {word}"
-    )
+    text = f"{name_b} is {seconds(abs(difference))} s {word} than {name_a}: {seconds(total_a)} to {seconds(total_b)} s"
+    factor = f"{times:.3g}"
+    text += "" if factor == "1" else f", {factor} times {word}"
     known = [t for t in c["terms"] if t["key"] != "residual"]
     same = [t for t in known if t["difference_ns"] * difference > 0]
     against = [t for t in known if t["difference_ns"] * difference < 0]
@@ -229,6 +230,12 @@ def lines(c: dict[str, Any]) -> list[str]:
     return [*text, "", c["sentence"], c["uncertainty"]]
 
 
+def _address(run: Path, out: Path) -> str | None:
+    """Of a run's page, as seen from the comparison's in `out`; None where there is none."""
+    page = (run.parent if run.suffix == ".json" else run) / "report.html"
+    return quote(os.fsencode(os.path.relpath(page.resolve(), out.resolve().parent))) if page.exists() else None
+
+
 def run(run_a: Path, run_b: Path, out: Path | None, as_json: bool, terminal: "Terminal") -> int:
     """Say how two runs differ, and draw it to `out`; the exit code. Raises ReportError, RefusedError, CommandError."""
     names = [path.parent.name if path.suffix == ".json" else path.resolve().name for path in (run_a, run_b)]
@@ -239,9 +246,9 @@ def run(run_a: Path, run_b: Path, out: Path | None, as_json: bool, terminal: "Te
         from profiling.page import render_comparison
 
         try:
-            write_text(out, render_comparison(compared))
+            write_text(out, render_comparison(compared, [_address(run, out) for run in (run_a, run_b)]))
         except OSError as error:
-            raise CommandError(f"--out {out}: {error}") from None
+            raise CommandError(f"the page cannot be written to {out}: {error.strerror}; name another --out") from None
     if as_json:
         terminal.put(json.dumps(compared, indent=2))
     for line in lines(compared):

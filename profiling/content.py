@@ -266,10 +266,15 @@ def epochs(report: Record) -> Table:
 
 
 def unplaced(report: Record) -> str:
-    """How many kernels have no place on a roofline, and their share of the time; "" if all have."""
+    """How many kernels have no place on a roofline, and their share of the time, as a sentence; "" if all have."""
     out = [row for row in report["kernels"] if not (row["intensity"] and row["flops_per_s"])]
-    share = _sum(out, "share")
-    return f"{len(out)} of {len(report['kernels'])} kernels, {show(share, 'share')} of the time" if out else ""
+    if not out:
+        return ""
+    share = show(_sum(out, "share"), "share")
+    return (
+        f"Not shown are {len(out)} of {len(report['kernels'])} kernels, {share} of the time: copies and casts, which "
+        "do no arithmetic, and kernels whose bytes or FLOPs are not known."
+    )
 
 
 def environment(report: Record) -> list[tuple[str, str]]:

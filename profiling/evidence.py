@@ -4,6 +4,7 @@ Whatever is missing or damaged is said in `lacks` and left out of the account; o
 run.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import pairwise
@@ -118,7 +119,7 @@ def read(folder: Path) -> Run:
         return read_json(records / f"{of}.json", FORMS[of])
 
     name = clean(str(folder))
-    if not (folder / "summary.json").exists():
+    if not os.path.exists(folder / "summary.json"):  # unlike a Path's own, it raises nothing for too long a name
         raise ReportError(
             f"{name} is not the folder of a run: it has no summary.json; expected one that train.py wrote"
         )

@@ -28,18 +28,19 @@ STATUSES = {
     "quoted": "said by somebody else",
     "unavailable": "not known, with the reason",
 }
-SECTIONS = (
-    ("account", "Account"),
-    ("next", "What next"),
-    ("phases", "Phases"),
-    ("roofline", "Roofline"),
-    ("timeline", "Clocks, power, activity"),
-    ("kernels", "Kernels"),
-    ("floors", "Floors and levers"),
-    ("learning", "Learning curve"),
-    ("lacks", "Lacks"),
-    ("environment", "Environment"),
-)
+SECTIONS = {
+    "account": "From ideal to measured",
+    "next": "What to do next",
+    "phases": "Phases of the process",
+    "roofline": "Roofline",
+    "timeline": "Clocks, power, activity",
+    "kernels": "Kernels",
+    "floors": "Floors and levers",
+    "learning": "Learning curve",
+    "lacks": "What this account lacks",
+    "environment": "Run and environment",
+}
+"""Headings, which the navigation repeats."""
 HEAD = ("preset", "device", "dtype", "ops", "data_identity", "epochs", "batch_size", "seed", "git_sha", "date")
 """Of `run`, what stands below the headline."""
 
@@ -87,8 +88,8 @@ def head(report: Record) -> list[tuple[str, str]]:
     return [(name, value[:12] if name == "git sha" else value) for name, value in known]
 
 
-def render_comparison(compared: Record) -> str:
-    """The page of what `profiling.compare.compare` returned."""
+def render_comparison(compared: Record, addresses: Sequence[str | None] = (None, None)) -> str:
+    """The page of what `profiling.compare.compare` returned; `addresses` are those of the two runs' own pages."""
     chart = difference(compared)
     training = {"name": "training", "a_ns": compared["a_ns"], "b_ns": compared["b_ns"]}
     phases = [{**phase, "name": f"phase {phase['name']}"} for phase in compared["phases"]]
@@ -97,6 +98,7 @@ def render_comparison(compared: Record) -> str:
         chart=chart,
         names=compared["names"],
         titles=compared["titles"],
+        addresses=addresses,
         doubts=compared["doubts"],
         figures=compared["figures"],
         sentence=compared["sentence"],

@@ -35,7 +35,7 @@ class Chart:
     """A figure `height` pixels tall. Without traces it is not drawn, for `reason`.
 
     `narrow` replaces parts of the layout on a phone; `groups` are the values of the traces' `meta` of which one at a
-    time can be shown.
+    time can be shown. `says` is what it shows, with its main figures, in a plain sentence for who cannot see it.
     """
 
     key: str
@@ -46,6 +46,7 @@ class Chart:
     narrow: dict[str, Any] = field(default_factory=dict)
     groups: tuple[str, ...] = ()
     reason: str = ""
+    says: str = ""
 
 
 def colour(name: str) -> str:
@@ -58,8 +59,8 @@ def line(name: str, width: float, dash: str = "solid") -> dict[str, Any]:
     return {"color": colour(name), "width": width, "dash": dash}
 
 
-def outline(name: str, width: float) -> dict[str, Any]:
-    """The line around a marker, which has no dash."""
+def outline(name: str, width: float | list[float]) -> dict[str, Any]:
+    """The line around a marker, or around each, which has no dash."""
     return {"color": colour(name), "width": width}
 
 
@@ -104,11 +105,15 @@ def layout(**properties: Any) -> dict[str, Any]:
 
 def escape(words: str, width: int = 52, limit: int = 300) -> str:
     """A text as plotly's HTML: nothing in it is markup or a template, long ones are broken into lines and cut."""
-    words = words if len(words) <= limit else words[: limit - 1] + "…"
-    lines = textwrap.wrap(words, width) or [""]
+    lines = textwrap.wrap(cut(words, limit), width) or [""]
     return "<br>".join(html.escape(line, quote=False).replace("{", "&#123;") for line in lines)
 
 
 def clip(words: str, length: int) -> str:
     """`escape` in one line, cut to `length` characters."""
-    return escape(words if len(words) <= length else words[: length - 1] + "…", width=10**6)
+    return escape(cut(words, length), width=10**6)
+
+
+def cut(words: str, length: int) -> str:
+    """The words as they are, to `length` characters."""
+    return words if len(words) <= length else words[: length - 1] + "…"

@@ -47,6 +47,7 @@ function draw(chart) {
   const style = getComputedStyle(root);
   const layout = { ...chart.layout, width: place.clientWidth, height: chart.height, uirevision: "kept" };
   if (matchMedia("(max-width: 760px)").matches || root.classList.contains("paper")) Object.assign(layout, chart.narrow);
+  place.style.height = layout.height + "px";
   if (matchMedia("(hover: hover)").matches) layout.dragmode = "zoom";
   const data = chart.data.map((trace) =>
     chosen[chart.key] && trace.meta ? { ...trace, visible: trace.meta === chosen[chart.key] } : trace

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from profiling.account import RESIDUAL_LIMIT
+from profiling.collection import RECORDS
 from profiling.errors import InconsistentError, ReportError
 from profiling.report import residual_share, write
 
@@ -30,7 +31,7 @@ def run(folder: Path, strict: bool, terminal: "Terminal") -> int:
 
 
 def say(report: dict[str, Any], file: Path, terminal: "Terminal") -> None:
-    """The report in sentences, and the file that it is in."""
+    """The report in sentences, the file that it is in, and where its trace can be looked at."""
     for line in report["doubts"]:
         terminal.warn(line)
     terminal.say(report["headline"], "bold")
@@ -39,6 +40,9 @@ def say(report: dict[str, Any], file: Path, terminal: "Terminal") -> None:
     for line in report["lacks"]:
         terminal.warn(line)
     terminal.say(f"report: {file}")
+    trace = file.parent / RECORDS / "trace.json.gz"
+    if trace.exists():
+        terminal.say(f"trace: {trace}, which opens in ui.perfetto.dev")
 
 
 def _require_consistent(report: dict[str, Any]) -> None:

@@ -11,6 +11,24 @@ from profiling.work import Dims, Work, family
 
 NEARLY_ALL = 0.9
 """Share of an op's time in one kernel above which that kernel did the op's work."""
+MOST = 0.5
+"""The same on a CPU, where the rest is of the op's wrappers."""
+
+PER_ELEMENT = {
+    "batch norm": 6,
+    "batch norm backward": 9,
+    "relu": 1,
+    "relu backward": 1,
+    "add": 1,
+    "max_pool2d_with_indices": 1,
+    "max_pool2d_with_indices_backward": 1,
+}
+"""FLOPs for each element of the largest operand of an op that nothing counts the FLOPs of, a comparison being one.
+
+Batch norm's are those of `kernels.bn_stats`, `bn_apply` and `bn_backward` without ReLU: Welford's update 4, the affine
+map 2; the two sums 4, the gradient's map 5. A copy or a cast does none, so that it has no place on a roofline, and
+neither has the arithmetic of PyTorch's augmentation, much of which is on indices.
+"""
 
 
 class Timed(NamedTuple):
@@ -39,6 +57,7 @@ class Row:
     """A kernel or a layer. Times are per step, FLOPs and bytes per call; None is not known.
 
     roof_fraction is the time that the roofs allow over the time taken; `bound` names the roof that is the lower one.
+    `per_element` is the entry of PER_ELEMENT that the FLOPs are modelled by, None where they are counted.
     """
 
     name: str
@@ -55,6 +74,7 @@ class Row:
     intensity: float | None
     bound: str | None
     roof_fraction: float | None
+    per_element: int | None
     status: str
     source: str
 
@@ -85,11 +105,13 @@ class _Ops:
     def done_by(self, t: Timed) -> list[Work]:
         """The part of it that is this kernel's; nothing where the op's kernels cannot be told apart.
 
-        They can by their names, or where one takes nearly all of the time: on a CPU an op's wrappers take some too.
+        They can by their names, or where one takes nearly all of the time. On a CPU, where an op is its own kernel, the
+        one of it and its wrappers that takes most did the work.
         """
-        rows = self.of(t)
-        named = [w for w in rows if w.family in t.name.lower()]
-        return named or (rows if t.ns > NEARLY_ALL * self.ns[_key(t.op, t.dims), t.category] else [])
+        rows, on_cpu = self.of(t), t.name == t.op
+        named = [w for w in rows if w.family in t.name.lower() and not on_cpu]
+        enough = (MOST if on_cpu else NEARLY_ALL) * self.ns[_key(t.op, t.dims), t.category]
+        return named or (rows if t.ns > enough else [])
 
 
 def kernel_rows(timed: Sequence[Timed], work: Sequence[Work], steps: float, roofs: Roofs) -> list[Row]:
@@ -141,6 +163,9 @@ def _row(
     """`per_step` is (calls, ns); `work` is what is done in a step, in `work_calls` calls of the op."""
     calls, ns = per_step
     flops = sum(w.flops for w in work) // work_calls if work else 0
+    per_element = PER_ELEMENT.get(work[0].family) if work and work[0].dims and not flops else None
+    if per_element:
+        flops = per_element * max(map(math.prod, work[0].dims))
     moved = sum(w.bytes for w in work) // work_calls if work else 0
     seconds = ns / calls / 1e9
     needs = {}
@@ -149,6 +174,9 @@ def _row(
     if moved and roofs.bytes_per_s:
         needs["memory"] = moved / roofs.bytes_per_s
     bound = max(needs, key=needs.__getitem__) if needs else None
+    modelled = "FLOPs and bytes: modelled"
+    if per_element:
+        modelled = f"FLOPs: modelled, {per_element} for each element; bytes: modelled"
     return Row(
         name=name,
         op=op,
@@ -164,8 +192,9 @@ def _row(
         intensity=flops / moved if flops and moved else None,
         bound=bound,
         roof_fraction=needs[bound] / seconds if bound and seconds else None,
+        per_element=per_element,
         status="measured",
-        source="time: torch.profiler; FLOPs and bytes: modelled, each operand and result once",
+        source=f"time: torch.profiler; {modelled}, each operand and result once",
     )
 
 

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from profiling.content import Record, details, longest_first, provenance
-from profiling.plot import CLEAR, PAINT, Chart, axis, clip, colour, escape, layout, line, margin, outline, trace
+from profiling.plot import CLEAR, PAINT, Chart, axis, clip, colour, cut, escape, layout, line, margin, outline, trace
 from profiling.quantities import show
 
 LARGEST_POINT_PX = 32
@@ -13,7 +13,8 @@ LARGEST_POINT_PX = 32
 def roofline(report: Record) -> Chart:
     """FLOP/s over FLOPs per byte, both logarithmic, below what was measured and what the data sheet says.
 
-    Kernels and layers with FLOPs and bytes are points; their area is the time that they take.
+    Kernels and layers with FLOPs and bytes are points; their area is the time that they take. Of a ring the FLOPs are
+    modelled, so many for each element.
     """
     chart = Chart("roofline", "Roofline", reason="no kernel with known FLOPs and bytes, and no roof")
     groups = {key: [row for row in longest_first(report, key) if _placed(row)] for key in ("kernels", "layers")}
@@ -50,8 +51,8 @@ def roofline(report: Record) -> Chart:
                         "sizemin": 3,
                         "color": colour(f"term-{PAINT.get(category, 'other')}"),
                         "opacity": 0.72,
-                        "symbol": "circle" if group == "kernels" else "diamond",
-                        "line": outline("paper", 1),
+                        "symbol": [_symbol(row, group) for row in inside],
+                        "line": outline("paper", [2 if row.get("per_element") else 1 for row in inside]),
                     },
                     hovertext=[_of_kernel(row) for row in inside],
                     hoverinfo="text",
@@ -71,7 +72,33 @@ def roofline(report: Record) -> Chart:
     shown = tuple(group for group, members in groups.items() if members)
     # on a phone the slope has no room for its label, which the tables and the tips have too
     narrow = {"annotations": whole["annotations"][:1]}
-    return Chart("roofline", "Roofline", 480, data, whole, narrow, groups=shown)
+    return Chart(
+        "roofline",
+        "Roofline",
+        480,
+        data,
+        whole,
+        narrow,
+        groups=shown,
+        says=_says(groups[first] if first else [], roofs),
+    )
+
+
+def _says(points: list[Record], roofs: list[tuple[float, float, str, str]]) -> str:
+    said = "FLOP/s over FLOP per byte, below no known roof"
+    if roofs:
+        rate, bandwidth, *_ = roofs[0]
+        said = f"FLOP/s over FLOP per byte, below {show(rate, 'FLOP/s')} and {show(bandwidth, 'B/s')}"
+    if not points:
+        return f"Roofline: {said}."
+    row = max(points, key=lambda row: row["ns_per_step"])
+    at = f"{show(row['flops_per_s'], 'FLOP/s')} at {show(row['intensity'], 'FLOP/B')}"
+    of_roof = "" if row["roof_fraction"] is None else f", {show(row['roof_fraction'], 'share')} of its roof"
+    return f"Roofline: {said}; the longest, {cut(row['name'], 60)}, reached {at}{of_roof}."
+
+
+def _symbol(row: Record, group: str) -> str:
+    return ("circle" if group == "kernels" else "diamond") + ("-open" if row.get("per_element") else "")
 
 
 def _of_kernel(row: Record) -> str:

@@ -1,11 +1,11 @@
 """The timeline: what the device's sensors said under the run's phases."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from profiling.content import Record
-from profiling.plot import Chart, axis, clip, colour, layout, line, margin, trace
-from profiling.quantities import SAME, scale
+from profiling.plot import Chart, axis, clip, colour, cut, layout, line, margin, trace
+from profiling.quantities import SAME, scale, show
 
 SAMPLES = 400
 """Buckets of a series of samples, in each of which the lowest and the highest are drawn."""
@@ -56,7 +56,7 @@ def timeline(report: Record) -> Chart:
             )
     last = axes[f"yaxis{len(series)}" if len(series) > 1 else "yaxis"]
     last["domain"] = [0.0, last["domain"][1]]
-    shapes, wide, narrow = _shades(record["phases"])
+    shapes, wide, few = _shades(record["phases"])
     whole = layout(
         xaxis=axis("seconds since the process began", anchor=f"y{len(series)}" if len(series) > 1 else "y"),
         **axes,
@@ -66,7 +66,17 @@ def timeline(report: Record) -> Chart:
         annotations=wide,
         margin=margin(left=56, top=44),
     )
-    return Chart("timeline", "Timeline", 130 * len(series) + 90, data, whole, narrow={"annotations": narrow})
+    narrow = {"annotations": few}
+    return Chart("timeline", "Timeline", 130 * len(series) + 90, data, whole, narrow, says=_says(series))
+
+
+def _says(series: Mapping[str, Sequence[tuple[str, Sequence[Any]]]]) -> str:
+    ranges = []
+    for unit, members in series.items():
+        for label, values in members:
+            known = [v for v in values if _is_number(v)]
+            ranges.append(cut(f"{cut(label, 40)} {show(min(known), unit)} to {show(max(known), unit)}", 80))
+    return f"Curves of the sensors over the run: {', '.join(ranges)}."
 
 
 def thin(times: Sequence[Any], values: Sequence[Any], buckets: int = SAMPLES) -> tuple[list[float], list[Any]]:

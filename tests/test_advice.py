@@ -52,6 +52,11 @@ def test_the_advice_for_idle_time_is_of_its_largest_part(cause):
     assert f"for the largest part, {cause} (2e-09 s), {NEXT_IDLE[cause]}." in said
 
 
+def test_no_sentence_has_markup_which_markdown_would_escape():
+    """A command stands as it is typed: the page and the terminal show a back tick, and report.md one behind a slash."""
+    assert not [words for words in (*NEXT.values(), *NEXT_IDLE.values()) if "`" in words or "*" in words]
+
+
 def test_a_negative_term_is_spoken_of():
     said = sentences(report(**{"ideal": 8 * S, "idle": -2 * S, "residual": S}))
     assert any(line.startswith("Idle is -2 s: ") for line in said)

@@ -30,7 +30,8 @@ def test_plotly_accepts_every_figure(make):
         for layout in (chart.layout, chart.layout | chart.narrow):
             go.Figure({"data": chart.data, "layout": layout})  # raises for a property that it does not know
         json.dumps([chart.data, chart.layout], allow_nan=False)
-        assert bool(chart.data) != bool(chart.reason)
+        assert bool(chart.data) == bool(chart.says) != bool(chart.reason)
+        assert len(chart.says) < 1500
 
 
 def test_a_property_that_plotly_does_not_know_is_found():
@@ -106,8 +107,35 @@ def test_the_curve_skips_what_was_not_logged():
 def test_the_target_is_drawn_where_it_is_near():
     names = {"test_accuracy": "test", "train_accuracy": "training"}
     near, far = ({"epochs": [{"epoch": 1, "test_accuracy": a}]} for a in (0.93, 0.5))
-    assert [s["y0"] for s in learning_curve(near, "accuracy", names).layout["shapes"]] == [0.94]
+    assert [s["y0"] for s in learning_curve(near, "accuracy", names).layout["shapes"]] == [94]
     assert not learning_curve(far, "accuracy", names).layout["shapes"]
+
+
+def test_each_chart_says_what_it_shows_with_its_main_figures():
+    said = {key: chart.says.replace("\xa0", " ") for key, chart in of(gpu()).items()}
+    assert said["waterfall"] == (
+        "Waterfall of this run, 9.73 s; its largest terms are ideal at the data sheet's peak 4.87 s; convolutions "
+        "below their roof 1.90 s; peak that this device does not sustain 1.23 s."
+    )
+    assert said["article"].startswith(
+        "Waterfall of The article's V100, 256 s, 256 s; its largest terms are not attributed"
+    )
+    assert said["roofline"] == (
+        "Roofline: FLOP/s over FLOP per byte, below 790 TFLOP/s and 4.30 TB/s; the longest, conv_wgrad_kernel, reached "
+        "493 TFLOP/s at 288 FLOP/B, 62.4 % of its roof."
+    )
+    for words in ("SM clock 345 MHz to 1,980 MHz", "tensor cores active 0 % to ", "power "):
+        assert words in said["timeline"]
+    first, last = gpu()["epochs"][0], gpu()["epochs"][-1]
+    assert (
+        f"epoch 1, training: {first['train_loss']:.3f}; epoch 35, training: {last['train_loss']:.5f};" in said["loss"]
+    )
+    assert f"epoch 35, test: {last['test_accuracy']:.2%}".replace("%", " %") in said["accuracy"]
+
+
+def test_one_epoch_is_said_once():
+    chart = learning_curve({"epochs": [{"epoch": 1, "train_loss": 2.5}]}, "loss", {"train_loss": "training", "x": "y"})
+    assert chart.says == "Curve of the loss: epoch 1, training: 2.500."
 
 
 def test_a_chart_is_not_drawn_for_a_reason():

@@ -1,14 +1,20 @@
 import copy
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import report_sample
 
+from profiling import compare as compare_module
 from profiling.compare import compare, lines, load
-from profiling.errors import RefusedError, ReportError
+from profiling.console import Terminal
+from profiling.errors import CommandError, RefusedError, ReportError
 from profiling.page import render_comparison
+from profiling.report import build
 
 
 @pytest.fixture
@@ -41,6 +47,13 @@ def test_what_is_slower_is_said_to_be_slower():
     b["terms"][0]["ns"] *= 4
     assert "times slower" in compare(a, b)["sentence"]
     assert "as fast" not in compare(a, b)["sentence"]
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_factor(pair):
+    a, b = pair
+    b["terms"] = copy.deepcopy(a["terms"])
+    b["terms"][0]["ns"] += 1_000_000
+    assert compare(a, b)["sentence"].startswith("B is 0.001 s slower than A: 9.732 to 9.733 s; ")
 
 
 def test_a_data_sheets_ideal_is_not_compared_with_a_measured_one(pair):
@@ -141,14 +154,47 @@ def test_it_can_be_drawn(pair, tmp_path):
     assert bars["x"][0] == pytest.approx(sum(t["ns"] for t in pair[0]["terms"]) / 1e9)
     assert bars["x"][-1] == pytest.approx(sum(t["ns"] for t in pair[1]["terms"]) / 1e9)
     assert bars["x"][1:3] == [-1, 0.5]
+    assert 'aria-label="Waterfall: B is 0.5 s faster than A: ' in page
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page
+
+
+def test_the_page_leads_to_the_reports_that_there_are(pair, tmp_path):
+    """From wherever it is, whatever the folders are called: a relative address, which a copy of them all keeps."""
+    folders = [tmp_path / "runs" / name for name in ("javascript:a#b?c %20\"'><b>", "two")]
+    for folder, report in zip(folders, pair, strict=True):
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(json.dumps(report))
+    (folders[0] / "report.html").write_text("")
+    out = tmp_path / "pages" / "c.html"
+    out.parent.mkdir()
+    for given in (folders, [folder / "report.json" for folder in folders]):
+        compare_module.run(*given, out, False, Terminal(speaks=False))
+        (href,) = re.findall(r'<a href="([^"]*)">', out.read_text())
+        assert re.fullmatch(r"\.\./runs/[\w%.]+/report\.html", href)
+        assert Path(out.parent, unquote(href)).resolve() == folders[0] / "report.html"
 
 
 def test_a_report_file_or_its_folder_is_taken(pair, tmp_path):
     path = tmp_path / "report.json"
     path.write_text(json.dumps(pair[0]))
     assert compare(load(path), load(tmp_path)) == compare(pair[0], pair[0])
+
+
+@pytest.mark.parametrize("name", ["none", "x" * 300, "none/report.json", "nul\0"], ids=lambda name: name[:16])
+def test_a_folder_that_is_not_there_is_one_clear_line(tmp_path, name):
+    for read in (load, build):
+        with pytest.raises(ReportError, match="is not the folder of a run: it has no summary") as caught:
+            read(tmp_path / name)
+        assert not re.search(r"\n|Errno", str(caught.value))
+
+
+@pytest.mark.parametrize("name", ["none/page.html", "x" * 300, "."], ids=lambda name: name[:16])
+def test_a_page_that_cannot_be_written_is_one_clear_line(pair, tmp_path, name):
+    (tmp_path / "report.json").write_text(json.dumps(pair[0]))
+    with pytest.raises(CommandError, match="the page cannot be written to") as caught:
+        compare_module.run(tmp_path, tmp_path, tmp_path / name, False, Terminal(speaks=False))
+    assert not re.search(r"\n|Errno|\.tmp-", str(caught.value))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 99, "terms": [], "run": {}}', "\x00"])

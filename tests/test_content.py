@@ -113,6 +113,17 @@ def test_a_bar_above_its_roof_looks_different():
     assert ((first.text, first.bar, first.over), (second.bar, second.over)) == (("600.0", 1.0, True), (0.9, False))
 
 
+def test_how_much_of_the_time_the_roofline_does_not_show():
+    report = gpu()
+    out = [row for row in report["kernels"] if row["intensity"] is None]
+    share = sum(row["share"] for row in out)
+    assert content.unplaced(report) == (
+        f"Not shown are {len(out)} of {len(report['kernels'])} kernels, {100 * share:.3g}\xa0% of the time: copies and "
+        "casts, which do no arithmetic, and kernels whose bytes or FLOPs are not known."
+    )
+    assert content.unplaced(report | {"kernels": [row for row in report["kernels"] if row["intensity"]]}) == ""
+
+
 def test_an_op_that_is_its_kernels_name_is_not_said_twice():
     assert content.details({"name": "aten::add", "op": "aten::add", "shape": "2x3"}) == "2x3"
 

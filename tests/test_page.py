@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from report_sample import HOSTILE, cpu, empty, gpu, hostile
 
+from profiling.charts import charts
 from profiling.markdown import render_markdown
 from profiling.page import HERE, data_warning, head, render_html
 
@@ -138,8 +139,17 @@ def test_below_the_headline_stands_what_is_known_of_the_run():
 
 def test_sections_are_in_order(pages):
     ids = re.findall(r'<section id="(\w+)"', pages["gpu"])
-    assert ids == re.findall(r'<a href="#(\w+)"', pages["gpu"])
+    nav = re.search(r"<nav.*?</nav>", pages["gpu"])[0]
+    named = re.findall(r'<section id="(\w+)">\s*<h2>(.*?)</h2>', pages["gpu"])
+    assert re.findall(r'<a href="#(\w+)">(.*?)</a>', nav) == named
+    assert [key for key, _ in named] == ids
     assert ids[:3] == ["account", "next", "phases"]
+
+
+def test_every_chart_says_what_it_shows(pages):
+    for name, make in (("gpu", gpu), ("hostile", hostile)):
+        labels = [value for key, value in Reader(pages[name]).attributes if key == "aria-label"]
+        assert {chart.says for chart in charts(make()) if chart.data} <= set(labels)
 
 
 def test_every_number_has_its_provenance(pages):

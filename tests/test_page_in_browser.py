@@ -1,5 +1,6 @@
 """The page as people open it: in Chromium, from a file, without a network."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -144,6 +145,43 @@ def test_hostile_words_do_nothing(opened):
         "Array.from(document.querySelectorAll('#chart-waterfall .ytick text')).map(t => t.textContent)"
     )
     assert any(word.startswith(HOSTILE[0][:30]) and word.endswith("…") for word in words)
+
+
+ROWS = """Array.from(document.querySelectorAll('#chart-{} .ytick text')).map(text => {{
+  const box = text.getBoundingClientRect();
+  return [text.textContent, box.top, box.bottom];
+}})"""
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpu"])
+def test_on_a_phone_a_waterfalls_labels_are_whole_and_apart(opened, name):
+    page = opened(name)
+    page.resize(400)
+    page.wait_for(FITTED)
+    for chart in ("waterfall", "article"):
+        rows = sorted(page.evaluate(ROWS.format(chart)), key=lambda row: row[1])
+        assert not [text for text, _, _ in rows if "…" in text]
+        for (above, _, bottom), (below, top, _) in itertools.pairwise(rows):
+            assert bottom <= top, (above, below)
+    names = "Array.from(document.querySelectorAll('table:not(.kernels) td.name > span'))"
+    cut = f"{names}.filter(n => n.scrollWidth > n.clientWidth || n.clientHeight > 60).map(n => n.textContent)"
+    assert page.evaluate(cut) == []
+
+
+TICKS = "Array.from(document.querySelectorAll('#chart-{} .ytick text')).map(t => t.textContent)"
+
+
+@pytest.mark.parametrize("accuracies", [(0.1, 0.1), (0.1, 0.10005), (0.1, 0.12), (0.93, 0.9407)], ids=str)
+def test_the_ticks_of_one_epoch_tell_its_values_apart(browser, tmp_path, accuracies):
+    values = dict(zip(("train_accuracy", "test_accuracy"), accuracies, strict=True))
+    values |= {"train_loss": 2.3049, "test_loss": 2.3049 + accuracies[1] - accuracies[0]}
+    (tmp_path / "page.html").write_text(render_html(gpu() | {"epochs": [gpu()["epochs"][0] | values]}))
+    page = chromium.Page(browser, tmp_path / "page.html")
+    page.wait_for(DRAWN)
+    for chart in ("loss", "accuracy"):
+        ticks = page.evaluate(TICKS.format(chart))
+        assert len(set(ticks)) == len(ticks) > 1
+        assert all(tick.endswith("%") == (chart == "accuracy") for tick in ticks)
 
 
 def test_a_violation_of_the_policy_would_be_seen(browser, folder):

@@ -179,6 +179,19 @@ def test_a_run_that_was_not_profiled_is_one_line(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("there_is", [True, False])
+def test_where_the_trace_can_be_looked_at_is_said(tmp_path, capsys, there_is):
+    folder = make_run(tmp_path / "run")
+    trace = folder / "records" / "trace.json.gz"
+    if not there_is:
+        trace.unlink()
+    report_command.run(folder, False, console.Terminal())
+    said = capsys.readouterr().out.splitlines()
+    assert (f"trace: {trace}, which opens in ui.perfetto.dev" in said) == there_is
+    page = (folder / "report.html").read_text()
+    assert ("records/trace.json.gz, which opens in ui.perfetto.dev" in page) == there_is
+
+
 def test_no_control_character_of_a_record_reaches_the_terminal(tmp_path, capsys):
     folder = make_run(tmp_path / "run")
     summary = json.loads((folder / "summary.json").read_text())

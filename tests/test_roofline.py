@@ -77,6 +77,49 @@ def test_an_ops_wrappers_on_a_cpu_did_none_of_its_work(work):
     assert [rows[t.op].flops for t in wrappers] == [None, None]
 
 
+def test_of_an_op_and_its_wrapper_on_a_cpu_the_longer_did_the_work(work):
+    """Of whatever name: a wrapper of the family's own name is no kernel that is called after it."""
+    of_relu = (("aten::clamp_min_", 7e3), ("aten::relu_", 3e3))
+    rows = kernel_rows([timed(op, op, ([4, 16, 8, 8],), "memory-bound", 1, ns) for op, ns in of_relu], work, 1, ROOFS)
+    assert [(row.op, row.bytes) for row in rows] == [("aten::clamp_min_", 2 * 4 * 4 * 16 * 64), ("aten::relu_", None)]
+
+
+def batch_norm(x):
+    return F.batch_norm(x, None, None, *torch.ones(2, 16, device="meta", requires_grad=True), True)
+
+
+@pytest.mark.parametrize(
+    ("forward", "ops"),
+    [
+        (F.relu, {"aten::relu": 1, "aten::threshold_backward": 1}),
+        (lambda x: F.max_pool2d(x, 2), dict.fromkeys(("aten::max_pool2d_with_indices", "_backward"), 1)),
+        (batch_norm, {"aten::native_batch_norm": 6, "_backward": 9}),
+        (lambda x: x + x[:1, :1, :1, :1], {"aten::add": 1}),
+    ],
+    ids=["relu", "pool", "batch_norm", "broadcast"],
+)
+def test_what_only_moves_bytes_has_its_place_by_modelled_flops(forward, ops):
+    first, *_ = ops
+    work = work_of(lambda: forward(torch.empty(X, device="meta", requires_grad=True)).sum())
+    for op, each in ops.items():
+        done = next(w for w in work if w.op == (first + op if op.startswith("_") else op))
+        (row,) = kernel_rows([timed(done.op, done.op, list(map(list, done.dims)), "", 1)], work, 1, ROOFS)
+        assert row.flops == each * 4 * 16 * 8 * 8
+        assert (row.intensity, row.bound, row.per_element) == (row.flops / row.bytes, "memory", each)
+        assert f"FLOPs: modelled, {each} for each element" in row.source
+
+
+def test_flops_that_were_counted_are_not_modelled_again(work):
+    assert kernel_rows([timed()], work, 1, ROOFS)[0].per_element is None
+
+
+def test_a_copy_does_no_arithmetic():
+    x = torch.empty(X, device="meta", requires_grad=True)
+    work = work_of(lambda: x.to(torch.float16).sum())
+    (row,) = kernel_rows([timed("copy", "aten::copy_", (X,), "layout and cast", 1)], work, 1, ROOFS)
+    assert (row.flops, row.intensity, row.bytes) == (None, None, 6 * 4 * 16 * 64)
+
+
 def test_a_kernel_of_unknown_work_keeps_its_time(work):
     (row,) = kernel_rows([timed(op="aten::other", category="unknown", dims=([7],))], work, 1, ROOFS)
     assert row.ns_per_step == 2e6

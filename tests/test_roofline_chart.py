@@ -59,6 +59,13 @@ def test_hover_says_what_it_is_and_how_it_is_known():
         assert words in said
 
 
+@pytest.mark.parametrize(("per_element", "shape"), [(None, "circle"), (6, "circle-open")])
+def test_what_has_modelled_flops_is_a_ring(per_element, shape):
+    kernel = gpu()["kernels"][1] | {"per_element": per_element}
+    (trace,) = points(roofline(gpu() | {"kernels": [kernel]}), "kernels")
+    assert trace["marker"]["symbol"] == [shape]
+
+
 def test_bytes_that_the_hardware_counted_are_a_point_of_their_own():
     (trace,) = (trace for trace in roofline(gpu()).data if trace.get("name") == "by counted bytes")
     kernel = gpu()["kernels"][0]
