@@ -30,8 +30,7 @@ def run(app: typer.Typer) -> NoReturn:
         code = app(standalone_mode=False)
     except _UsageError as error:
         if words:
-            text = error.format_message().rstrip(".")
-            print(f"error: {text}{_value(error, words)}; --help shows what there is", file=sys.stderr)
+            print(f"error: {_with_value(error, words)}; --help shows what there is", file=sys.stderr)
         else:
             error.show()  # the help
         code = error.exit_code
@@ -60,11 +59,13 @@ def refused_path(error: OSError) -> str | None:
     return f"{name}: {error.strerror}; name another path"
 
 
-def _value(error: Exception, words: list[str]) -> str:
-    """What was given for the option that `error` is about, which its own text does not say."""
+def _with_value(error: Exception, words: list[str]) -> str:
+    """The text of `error`, and what was given for the option that it is about, which not every click says itself."""
+    text = error.format_message().rstrip(".")
     names = getattr(getattr(error, "param", None), "opts", ())
     for word, after in zip(words, [*words[1:], ""], strict=True):
         name, is_joined, value = word.partition("=")
-        if name in names:
-            return f", not {value if is_joined else after!r}"
-    return ""
+        given = repr(value if is_joined else after)
+        if name in names and given not in text:
+            return f"{text}, not {given}"
+    return text
