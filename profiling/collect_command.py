@@ -65,14 +65,15 @@ def profile(
     fails is warned of and said in the report; the run stands. Returns why the profiled pass failed, None if it did not.
     """
     out, folder = out.absolute(), out.absolute() / RECORDS
-    with contextlib.suppress(OSError):  # what cannot be written is warned of below
+    with contextlib.suppress(OSError):  # the report says what could not be written
         folder.mkdir(exist_ok=True)
     terminal.say("profiling: a pass of its own in a fresh process ...")
     error = run_pass("the profiled pass", [*PROFILE_PASS, str(out), *data], ROOT, terminal.warn)
     if error:
         record_failure(folder, error)
     if ceilings:
-        write_json(folder / "ceilings.json", ceilings.to_json())
+        with contextlib.suppress(OSError):
+            write_json(folder / "ceilings.json", ceilings.to_json())
     else:
         terminal.say("measuring what this device sustains, about a minute ...")
         words = ["--device", device, "--dtype", dtype, "--out", str(folder / "ceilings.json")]

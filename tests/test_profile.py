@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import runs
@@ -251,6 +252,8 @@ def test_a_folder_of_records_that_cannot_be_made_is_a_line(copy, monkeypatch):
         monkeypatch.setattr(collect_command, name, [sys.executable, "-c", "raise SystemExit('no room')"])
     with pytest.raises(ReportError, match="could not be profiled: exit code 1: no room"):
         collect_command.run(copy, None, True, Terminal(speaks=False))
+    found = SimpleNamespace(to_json=dict)
+    assert "no room" in collect_command.profile(copy, "cpu", "float32", [], Terminal(speaks=False), ceilings=found)
 
 
 def test_profile_accounts_for_one_whole_run():
