@@ -55,7 +55,6 @@ ROOT = Path(__file__).resolve().parent
 STARTED_NS, PARENT = time.monotonic_ns(), os.getppid()
 TARGET = 0.94
 """The accuracy that the article and DAWNBench train to."""
-"""The command that profiles the run in the folder that follows it."""
 PROFILER_BYTES = 2 << 30
 """Memory that a profiled pass on a CPU may come to need besides the run's own."""
 

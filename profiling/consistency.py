@@ -161,7 +161,7 @@ def doubts(
         elif share > 1:
             why = " The ceiling is too low." if term.key in NECESSARY else ""
             found.append(f"{name[:1].upper()}{name[1:]} is {term.ns / 1e9:.3g} s, more than all of training.{why}")
-    if perturbation is not None and not 1 - DISTURBED < perturbation < (2.0**30 if e.on_gpu else 1 + DISTURBED):
+    if perturbation is not None and not 1 - DISTURBED < perturbation < (math.inf if e.on_gpu else 1 + DISTURBED):
         found.append(
             f"A profiled step took {perturbation:.3g} times as long as a timed one: something else used this machine "
             "in one of the two. Profile again when it is idle."
