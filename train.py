@@ -37,21 +37,21 @@ from model.errors import (
     UsageError,
     WorkerError,
 )
-from profiling import command_line
+from profiling import ROOT
+from profiling.output import command_line
 
 if TYPE_CHECKING:
     import torch
 
     from model.checkpoint import Checkpoint
-    from model.data import Dataset
+    from model.data.cifar10 import Dataset
     from model.distributed import Ranks
     from model.trainer import Trainer
-    from profiling.ceilings import Ceilings
-    from profiling.collection import Collection
-    from profiling.console import Terminal
-    from profiling.runlog import RunLog
+    from profiling.device.ceilings import Ceilings
+    from profiling.output.terminal import Terminal
+    from profiling.run.collect import Collection
+    from profiling.run.log import RunLog
 
-ROOT = Path(__file__).resolve().parent
 STARTED_NS, PARENT = time.monotonic_ns(), os.getppid()
 TARGET = 0.94
 """The accuracy that the article and DAWNBench train to."""
@@ -92,16 +92,16 @@ def run(
 
     `on_step(number)` is called after each step; `started_ns` is when the run began on `time.monotonic_ns`, if not now.
     Where the kernels cannot run, the reference ops do, after a banner; with `insist` DeviceError is raised instead.
-    With `collect` it leaves `profiling.collection`'s records of phases, steps and GPU, for `profile` to go on with.
+    With `collect` it leaves `profiling.run.collect`'s records of phases, steps and GPU, for `profile` to go on with.
     Raises Interrupted with the work saved, NonFiniteError, OutOfMemoryError, CheckpointError if the last checkpoint
     could not be written, TargetMissedError below the accuracy `target`; summary.json then says so too.
     """
     from model.memory import out_of_memory, peak
     from model.trainer import build_network, choose_dtype, step_mode, triton_conv_share, with_available_ops
-    from profiling.clock import Clock
-    from profiling.environment import device_name, environment
-    from profiling.flops import flops_per_image
-    from profiling.runlog import RunLog
+    from profiling.account.flops import flops_per_image
+    from profiling.device.environment import device_name, environment
+    from profiling.run.clock import Clock
+    from profiling.run.log import RunLog
 
     ranks, device, ops_requested = session.ranks, session.device, config.ops
     config, reason = with_available_ops(config, device, session.terminal.say, ranks)
@@ -150,7 +150,7 @@ def run(
         log.begin(config.to_json(), machine)
         trainer, collection = None, None
         if collect:
-            from profiling.collection import Collection
+            from profiling.run.collect import Collection
 
             collection = Collection(out, device, session.terminal.warn)
         try:
@@ -199,7 +199,7 @@ def own(session: Session, out: Path) -> Iterator[None]:
 def _prepare(
     session: Session, config: Config, dtype: "torch.dtype", checkpoint: "Checkpoint | None", log: "RunLog"
 ) -> "Trainer":
-    from model.batches import Batches
+    from model.data.batches import Batches
     from model.memory import forget_peak
     from model.trainer import Trainer
 
@@ -235,7 +235,7 @@ def _train(
     on_step: Callable[[int], None],
     collection: "Collection | None",
 ) -> None:
-    from profiling.runlog import COLUMNS, cells
+    from profiling.run.log import COLUMNS, cells
 
     config, clock, ranks, interrupts = trainer.config, log.clock, session.ranks, session.interrupts
     session.terminal.header(COLUMNS)
@@ -322,11 +322,11 @@ def profile(
     counters: bool = False,
     ceilings: "Ceilings | None" = None,
 ) -> None:
-    """Account for the run in `out`, as `profiling.collect_command.profile` does, whose arguments these are."""
+    """Account for the run in `out`, as `profiling.report.collect_command.profile` does, whose arguments these are."""
     import torch
 
     from model.trainer import choose_dtype
-    from profiling import collect_command
+    from profiling.report import collect_command
 
     if session.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -338,12 +338,12 @@ def _profile_pass(session: Session, out: Path, counters: bool) -> None:
     """In a process of its own: profile steps of the run in `out`, or have their counters read; count their work."""
     import torch
 
-    from model.batches import Batches
+    from model.data.batches import Batches
     from model.memory import have_at_hand
     from model.trainer import Trainer, choose_dtype
-    from profiling.collection import RECORDS, WARM_UP_STEPS, record_trace
-    from profiling.environment import environment
-    from profiling.records import read_json, write_json
+    from profiling.device.environment import environment
+    from profiling.output.files import read_json, write_json
+    from profiling.run.collect import RECORDS, WARM_UP_STEPS, record_trace
 
     dataset, device, folder = session.dataset, session.device, out / RECORDS
     config = Config.from_json(read_json(out / "config.json"))
@@ -374,8 +374,8 @@ def _work(config: Config, dtype: "torch.dtype", images: int) -> dict[str, Any]:
     import torch
 
     from model.trainer import build_network, modelled_step
-    from profiling import work
-    from profiling.flops import flops_per_image
+    from profiling.account import work
+    from profiling.account.flops import flops_per_image
 
     article = preset("article-256")
     variants = {
@@ -412,8 +412,8 @@ def repeat(
     the official images only, for which it was set. Raises what `run` raises, and TargetMissedError if the mean is below
     `target`.
     """
-    from profiling.records import write_json
-    from profiling.statistics import aggregate, claim_in_words
+    from profiling.output.files import write_json
+    from profiling.run.repeats import aggregate, claim_in_words
 
     counted = TARGET if target is None and session.dataset.identity == "official" else target
     summaries, summary = [], {}
@@ -442,8 +442,8 @@ def _complete(session: Session, path: Path, config: Config, step: int) -> dict[s
 
     A damaged one is said to be, and none too: the run that goes on from its checkpoint leaves another.
     """
-    from profiling.records import read_json
-    from profiling.statistics import unfit
+    from profiling.output.files import read_json
+    from profiling.run.repeats import unfit
 
     try:
         summary = read_json(path)
@@ -466,9 +466,9 @@ def evaluate(session: Session, config: Config, checkpoint: "Checkpoint", target:
     Raises NonFiniteError, with a summary that knows none, where the loss is not finite: nor is what decides the class.
     Raises TargetMissedError below the accuracy `target`, with the summary.
     """
-    from model.batches import Batches
+    from model.data.batches import Batches
     from model.trainer import Trainer, choose_dtype, require_network, with_available_ops
-    from profiling.environment import commit, device_name
+    from profiling.device.environment import commit, device_name
 
     dataset, ranks, device = session.dataset, session.ranks, session.device
     if ranks.is_first and (other := _other_images(session, checkpoint)):
@@ -682,7 +682,7 @@ def open_session(
 
     Raises DataError and DeviceError; falls back to synthetic images, with a banner, where no data was named.
     """
-    from model import data
+    from model.data import cifar10 as data
     from model.distributed import join
     from model.memory import keep_freed_memory
     from model.trainer import choose_device, search_convolutions
@@ -716,7 +716,7 @@ def open_session(
 def _perform(request: Request, terminal: "Terminal", interrupts: Interrupts) -> dict[str, Any]:
     """Do what was asked; returns the summary."""
     from model import checkpoint as checkpoints
-    from profiling.records import read_json
+    from profiling.output.files import read_json
 
     config, found = request.configure(preset(request.preset or "laptop")), None
     if request.profile_pass:
@@ -754,7 +754,7 @@ def _perform_in(
     out: Path, request: Request, session: Session, config: Config, named: "Checkpoint | None"
 ) -> dict[str, Any]:
     """Train in `out`, which this process owns, as was asked, from the checkpoint that was `named`."""
-    from profiling.runlog import closing_lines, counted
+    from profiling.run.log import closing_lines, counted
 
     terminal, found = session.terminal, None
     insist = any(setting.partition("=")[0].strip() == "ops" for setting in request.settings)
@@ -819,7 +819,7 @@ def _how_to_go_on(request: Request, session: Session, out: Path) -> str:
 def _ceilings(path: Path, session: Session, config: Config) -> "Ceilings":
     """What --ceilings names. Raises UsageError where it says nothing about this run."""
     from model.trainer import choose_dtype
-    from profiling.ceilings import reread
+    from profiling.device.ceilings import reread
 
     try:
         return reread(path, session.device, choose_dtype(config.dtype, session.device, config.ops))
@@ -831,7 +831,7 @@ def _ceilings(path: Path, session: Session, config: Config) -> "Ceilings":
 
 def _record_refusal(out: Path, error: RunError) -> None:
     """A script cannot see an exit code behind torchrun, so summary.json tells it; that of a complete run stays."""
-    from profiling.records import read_json, write_json
+    from profiling.output.files import read_json, write_json
 
     path = out / "summary.json"
     with contextlib.suppress(OSError, ValueError):
@@ -841,7 +841,7 @@ def _record_refusal(out: Path, error: RunError) -> None:
 
 
 def _list_presets(as_json: bool) -> None:
-    from profiling.console import Terminal
+    from profiling.output.terminal import Terminal
 
     put = Terminal().put
     if as_json:
@@ -856,7 +856,7 @@ def _list_presets(as_json: bool) -> None:
 
 def _list_settings(config: Config) -> None:
     """Every setting with `config`'s value, and what it is."""
-    from profiling.console import Terminal
+    from profiling.output.terminal import Terminal
 
     terminal = Terminal()
     for assignment, about in about_settings(config):
@@ -867,7 +867,7 @@ def _list_settings(config: Config) -> None:
 def _version() -> str:
     import tomllib
 
-    from profiling.environment import commit
+    from profiling.device.environment import commit
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return f"{project['name']} {project['version']}, commit {commit(ROOT)[0] or 'unknown'}"
@@ -928,7 +928,7 @@ def main(
 
 def _show(presets: bool, settings: bool, name: str | None, changes: list[str], as_json: bool) -> int:
     """What was asked for instead of a training; the exit code."""
-    from profiling.console import Terminal
+    from profiling.output.terminal import Terminal
 
     try:
         config = preset("laptop" if name is None else name).with_settings(changes)
@@ -946,7 +946,7 @@ def _show(presets: bool, settings: bool, name: str | None, changes: list[str], a
 
 def _guarded(read: Callable[[], Request]) -> int:
     """Check the request and perform it; any failure becomes one line on stderr and its exit code."""
-    from profiling.console import Terminal
+    from profiling.output.terminal import Terminal
 
     speaks = os.environ.get("RANK", "0") == "0"
     try:

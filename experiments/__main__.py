@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from experiments.study import Request
+from experiments.study.folder import Request
 from model.errors import RunError
 from model.interrupts import Interrupted, Interrupts
-from profiling import command_line
+from profiling.output import command_line
 
 app = typer.Typer(**command_line.MANNERS, no_args_is_help=True)
 
@@ -221,7 +221,7 @@ def _experiment(name: str, read: Callable[[], Request], **options: Any) -> None:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from None
-    from profiling.console import Terminal
+    from profiling.output.terminal import Terminal
 
     interrupts, terminal = Interrupts(), Terminal(json=request.json)
     interrupts.install()

@@ -10,17 +10,17 @@ an image moves the weights by, rate / batch, which linear scaling leaves alone; 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.limits import Evidence, read_evidence, times
-from experiments.study import Plot, Request, Table, open_study
+from experiments.forgetting_rules import Evidence, read_evidence, times
+from experiments.study.folder import Plot, Request, Table, open_study
 from model.config import Config, laptop
 from model.errors import NonFiniteError, UsageError
-from profiling.plot import Chart, axis, colour, layout, line, margin, trace
+from profiling.report.plot import Chart, axis, colour, layout, line, margin, trace
 
 if TYPE_CHECKING:
     import train
-    from experiments.study import Study
+    from experiments.study.folder import Study
     from model.interrupts import Interrupts
-    from profiling.console import Terminal
+    from profiling.output.terminal import Terminal
 
 CASES = {
     "128": (128, 1.0),
@@ -51,18 +51,18 @@ def run(
 ) -> dict[str, Any]:
     """The experiment; returns its document."""
     import train
-    from experiments import learner
+    from experiments.study import training
 
     found = read_evidence(evidence) if evidence else None
     device = request.configure(laptop()).device
     session = train.open_session(terminal, interrupts, device, request.data_dir, synthetic=request.synthetic)
-    config = learner.recipe(request, session)
-    study = open_study("batch-size", request, session, learner.identity(config))
+    config = training.recipe(request, session)
+    study = open_study("batch-size", request, session, training.identity(config))
     epochs = study.once("plan", lambda: plan(request, session, config))["epochs"]
     config = config.with_epochs(epochs)
     rows = {}
     for name, (batch, factor) in CASES.items():
-        changed = learner.at_batch(config, batch, factor)
+        changed = training.at_batch(config, batch, factor)
         rows[name] = study.once(name, lambda name=name, changed=changed: measure(study, session, changed, name))
     reason = unfit(found, config)
     limited = {} if found is None or reason else {name: limit(found, row) for name, row in rows.items()}
@@ -73,14 +73,14 @@ def run(
 
 def plan(request: Request, session: "train.Session", config: Config) -> dict[str, int]:
     """{epochs} of each run: the recipe's, or of `small` as many of them as this machine's speed leaves time for."""
-    from experiments import learner
+    from experiments.study import training
 
     count, tests = len(session.dataset.train_images), len(session.dataset.test_images)
-    speed = learner.images_per_s(session, config)
+    speed = training.images_per_s(session, config)
     epoch_s = len(CASES) * (count + tests / 3) / speed  # a forward pass is a third of a step
     epochs = config.epochs
     if request.small:
-        epochs = max(1, min(epochs, int(learner.SMALL_S / epoch_s)))
+        epochs = max(1, min(epochs, int(training.SMALL_S / epoch_s)))
     session.terminal.say(
         f"{speed:,.0f} images/s at batch {config.batch_size}: {len(CASES)} runs of {epochs} epoch{'s' * (epochs > 1)} "
         f"will take about {epochs * epoch_s / 60:.0f} min"

@@ -18,12 +18,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from experiments.arguments import Parser, at_least
-from profiling import sampler, telemetry
-from profiling.console import Terminal
-from profiling.nvml import GpuSample
-from profiling.steps import StepClock
-from profiling.timing import FEWEST, Plan, Summary, interleave, summarise
+from experiments.study.arguments import Parser, at_least
+from profiling.bench.timing import FEWEST, Plan, Summary, interleave, summarise
+from profiling.device.nvml import GpuSample
+from profiling.output.terminal import Terminal
+from profiling.run import sampler, telemetry
+from profiling.run.steps import StepClock
 
 if TYPE_CHECKING:
     import torch
@@ -54,9 +54,9 @@ def small_trainer(steps: int, device: "torch.device") -> "Trainer":
     """A small network, and epochs of `steps` steps on noise."""
     import torch
 
-    from model.batches import Batches
     from model.config import Config
-    from model.data import Dataset
+    from model.data.batches import Batches
+    from model.data.cifar10 import Dataset
     from model.distributed import Ranks
     from model.trainer import Trainer
 

@@ -23,10 +23,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from model.config import Config
-from profiling.specifications import Machine
+from profiling.device.specifications import Machine
 
 if TYPE_CHECKING:
-    from profiling.ahead_of_time import Build, Facts
+    from profiling.bench.ahead_of_time import Build, Facts
 
 START_US = 1.5
 """The shortest kernels of a recorded H100 trace (PyTorch's profiler, 154 kernels of a vision transformer): 1.505 us."""
@@ -217,9 +217,9 @@ def cases(chosen: Iterable[Any], machine: Machine) -> dict[str, Op]:
     """What each benchmark case would do on `machine`, in fp16 at batch 512, by the case's name."""
     import torch
 
-    from profiling.ahead_of_time import launches
-    from profiling.case import Draw
-    from profiling.kernel_facts import Gpu
+    from profiling.bench.ahead_of_time import launches
+    from profiling.bench.case import Draw
+    from profiling.bench.kernel_facts import Gpu
 
     draw, found = Draw(BATCH, torch.device("cpu"), torch.float16, untouched=True), {}
     for case in chosen:
@@ -236,8 +236,8 @@ def eager_step(config: Config) -> list[Op]:
     import torch
 
     from model.trainer import modelled_step
-    from profiling.floors import CUTS, kernels
-    from profiling.work import work_of
+    from profiling.account.floors import CUTS, kernels
+    from profiling.account.work import work_of
 
     rows = work_of(*modelled_step(config, torch.float16))
     passes = [(kernels([row], CUTS[0]) or [row])[0] for row in rows]
@@ -252,9 +252,9 @@ def fused_step(config: Config, machine: Machine, tile: Callable | None = None) -
     import torch
 
     from model.trainer import modelled_step
-    from profiling.ahead_of_time import launches
-    from profiling.kernel_facts import Gpu
-    from profiling.work import work_of
+    from profiling.account.work import work_of
+    from profiling.bench.ahead_of_time import launches
+    from profiling.bench.kernel_facts import Gpu
 
     found, seen = [], 0
     with launches(Gpu(machine.name, machine.capability), tile) as builds:
@@ -270,7 +270,7 @@ def fused_step(config: Config, machine: Machine, tile: Callable | None = None) -
 
 def facts_of(ops: Iterable[Op], compile_: Compile) -> dict[str, "Facts"]:
     """What the compiler says of every build of `ops`, by its key."""
-    from profiling.ahead_of_time import unique
+    from profiling.bench.ahead_of_time import unique
 
     builds = unique([build for op in ops for build in op.builds])
     return dict(zip((build.key() for build in builds), compile_(builds), strict=True))
@@ -284,7 +284,7 @@ def expect(op: Op, facts: dict[str, "Facts"], machine: Machine) -> Prediction:
 
 def wide_tile(op: str, shape: Any, dtype: Any, gpu: Any) -> Any:
     """Of the tiles of eight warps that tuning would try, the one that loads least; else the GPU's own."""
-    from profiling.candidates import around_the_default
+    from profiling.bench.candidates import around_the_default
 
     found = around_the_default(op, shape, dtype, gpu)
     wide = [tile for tile in found if tile.num_warps == 8 and tile.descriptors and tile.prologue != "stored"]

@@ -5,22 +5,23 @@
 Limits: a fixed number of epochs at constant rates from 1/8 to 16 times the base, on an eighth of the training images, a
 quarter, half and all of them. The final loss is the mean over the last epoch's images, as they were seen.
 
-Memory: `experiments.retention`. The rules by which the limits are read off the curves: `experiments.limits`.
+Memory: `experiments.retention`. The rules by which the limits are read off the curves: `experiments.forgetting_rules`.
 """
 
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from experiments import learner, limits, retention
-from experiments.study import Plot, Request, Table, open_study
+from experiments import forgetting_rules, retention
+from experiments.study import training
+from experiments.study.folder import Plot, Request, Table, open_study
 from model.config import Config, laptop
-from profiling.plot import Chart, axis, colour, escape, layout, line, margin, trace
+from profiling.report.plot import Chart, axis, colour, escape, layout, line, margin, trace
 
 if TYPE_CHECKING:
     import train
-    from experiments.study import Study
+    from experiments.study.folder import Study
     from model.interrupts import Interrupts
-    from profiling.console import Terminal
+    from profiling.output.terminal import Terminal
 
 MULTIPLES = tuple(2.0**i for i in range(-3, 5))
 """Of the base rate."""
@@ -43,14 +44,14 @@ def plan(request: Request, session: "train.Session", config: Config) -> dict[str
     """
     count = len(session.dataset.train_images)
     chosen = {"images": count, "epochs": EPOCHS, "constant": CONSTANT, "last": LAST}
-    speed = learner.images_per_s(session, config)
+    speed = training.images_per_s(session, config)
     if request.small:
         least, most = SMALL_EPOCHS
         for divisor in DIVISORS:
             chosen = {"images": count // divisor, "epochs": least, "constant": SMALL_CONSTANT, "last": SMALL_LAST}
-            if work(chosen) / speed <= learner.SMALL_S:
+            if work(chosen) / speed <= training.SMALL_S:
                 break
-        while chosen["epochs"] < most and work({**chosen, "epochs": chosen["epochs"] + 1}) / speed <= learner.SMALL_S:
+        while chosen["epochs"] < most and work({**chosen, "epochs": chosen["epochs"] + 1}) / speed <= training.SMALL_S:
             chosen["epochs"] += 1
     session.terminal.say(
         f"{speed:,.0f} images/s in a batch of {config.batch_size}: {work(chosen):,} images will take about "
@@ -77,14 +78,14 @@ def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dic
 
     device = request.configure(laptop()).device
     session = train.open_session(terminal, interrupts, device, request.data_dir, synthetic=request.synthetic)
-    config = learner.recipe(request, session)
-    study = open_study("forgetting", request, session, learner.identity(config))
+    config = training.recipe(request, session)
+    study = open_study("forgetting", request, session, training.identity(config))
     chosen = study.once("plan", lambda: plan(request, session, config))
     result = {"recipe": config.learned(), "base_rate": max(config.lr_values), "plan": chosen}
     result |= measure(study, session, config, chosen)
     fits = retention.fits(result["memory"])
     result["climbs"] = {name: fit._asdict() for name, fit in fits.items()}
-    curves = [limits.Limits(**row) for row in result["limits"]]
+    curves = [forgetting_rules.Limits(**row) for row in result["limits"]]
     plots = [Plot("limits", "Final loss against learning rate", limits_chart(result), limits_caption(chosen))]
     for rate in retention.RATES:
         chart = retention.chart(rate, result["memory"], fits)
@@ -99,7 +100,11 @@ def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dic
     return study.finish(
         result,
         plots,
-        [*limits.sentences(curves), *blown_up(result["curves"]), *retention.sentences(result["memory"], fits)],
+        [
+            *forgetting_rules.sentences(curves),
+            *blown_up(result["curves"]),
+            *retention.sentences(result["memory"], fits),
+        ],
         [*limits_tables(result), retention.table(result["memory"], fits)],
         caveats(request, session, config, chosen),
     )
@@ -109,7 +114,7 @@ def measure(study: "Study", session: "train.Session", config: Config, chosen: di
     """Both experiments, each run kept as soon as it is done.
 
     curves  the final losses on each number of images, one for each of MULTIPLES; None where a run blew up
-    limits  what `experiments.limits` reads off each of them
+    limits  what `experiments.forgetting_rules` reads off each of them
     memory  `retention.look_back` of each of its RUNS
     """
     base = max(config.lr_values)
@@ -123,9 +128,9 @@ def measure(study: "Study", session: "train.Session", config: Config, chosen: di
         for key, (images, multiple) in cells.items():
 
             def at_a_rate(images=images, multiple=multiple, key=key) -> dict[str, Any]:
-                changed = learner.at_constant_rate(config, base * multiple, chosen["epochs"])
-                trainer = learner.prepare(session, changed, learner.subset(session.dataset, images))
-                return learner.fit(trainer, lambda n: meter.advance(n, key))
+                changed = training.at_constant_rate(config, base * multiple, chosen["epochs"])
+                trainer = training.prepare(session, changed, training.subset(session.dataset, images))
+                return training.fit(trainer, lambda n: meter.advance(n, key))
 
             found = study.once(key, at_a_rate)
             curves[images].append(None if found["diverged_step"] else found["losses"][-1])
@@ -136,7 +141,9 @@ def measure(study: "Study", session: "train.Session", config: Config, chosen: di
                 return retention.look_back(session, config, chosen, name, rate, lambda n: meter.advance(n, key))
 
             remembered[key] = study.once(key, looked_back)
-    found = [limits.limits(images, MULTIPLES, curve)._asdict() for images, curve in curves.items() if any(curve)]
+    found = [
+        forgetting_rules.limits(images, MULTIPLES, curve)._asdict() for images, curve in curves.items() if any(curve)
+    ]
     return {"curves": {str(images): curve for images, curve in curves.items()}, "limits": found, "memory": remembered}
 
 
@@ -148,13 +155,13 @@ def blown_up(curves: dict[str, list[float | None]]) -> list[str]:
 
 def limits_chart(result: dict[str, Any]) -> Chart:
     """A curve for each number of images, where each starts to rise, and where all blow up."""
-    top = 1.15 * limits.GUESSING
+    top = 1.15 * forgetting_rules.GUESSING
     data, lowest = [], top
     for (images, curve), paint in zip(result["curves"].items(), PAINTS, strict=True):
         known = [loss for loss in curve if loss is not None]
         lowest = min([lowest, *known])
         hover = [
-            f"{int(images):,} images, {limits.times(m)} the base rate: "
+            f"{int(images):,} images, {forgetting_rules.times(m)} the base rate: "
             + ("blew up" if loss is None else f"loss {loss:.3f}")
             for m, loss in zip(MULTIPLES, curve, strict=True)
         ]
@@ -179,10 +186,10 @@ def limits_chart(result: dict[str, Any]) -> Chart:
         mark = {"size": 11, "symbol": "diamond", "color": colour("ink")}
         data.append(trace("scatter", x=x, y=y, mode="markers", marker=mark, name="starts to rise", **quiet))
     bottom = 0.9 * lowest
-    common = limits.curvature_limit([limits.Limits(**row) for row in result["limits"]])
+    common = forgetting_rules.curvature_limit([forgetting_rules.Limits(**row) for row in result["limits"]])
     if common is not None:
         ends = {"x": [common, common], "y": [bottom, top], "mode": "lines", "line": line("warn", 1.5, "dash")}
-        data.append(trace("scatter", name=escape(f"all blow up: {limits.times(common)}"), **ends, **quiet))
+        data.append(trace("scatter", name=escape(f"all blow up: {forgetting_rules.times(common)}"), **ends, **quiet))
     ticks = {"tickvals": list(MULTIPLES), "ticktext": [str(Fraction(m)) for m in MULTIPLES]}
     whole = layout(
         xaxis=axis("learning rate, in multiples of the base rate", type="log", **ticks),
@@ -196,15 +203,16 @@ def limits_chart(result: dict[str, Any]) -> Chart:
 
 def _level(row: dict[str, Any]) -> float:
     """The loss at which a curve has started to rise."""
-    return row["best_loss"] + limits.RISEN * (limits.GUESSING - row["best_loss"])
+    return row["best_loss"] + forgetting_rules.RISEN * (forgetting_rules.GUESSING - row["best_loss"])
 
 
 def limits_caption(chosen: dict[str, int]) -> str:
     """How to read the first plot."""
     return (
         f"Each point is a run of {chosen['epochs']} epochs at a constant rate. A curve starts to rise where it has "
-        f"given back {limits.RISEN:.0%} of what its best rate learned, guessing being a loss of ln 10, and has blown "
-        f"up where it has given back {limits.BLOWN_UP:.0%}. Losses beyond the axis are drawn at its edge."
+        f"given back {forgetting_rules.RISEN:.0%} of what its best rate learned, guessing being a loss of ln 10, and "
+        f"has blown up where it has given back {forgetting_rules.BLOWN_UP:.0%}. Losses beyond the axis are drawn at "
+        "its edge."
     )
 
 

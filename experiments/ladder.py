@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from experiments.rungs import RUNGS, Rung, require_own
+from experiments.ladder_rungs import RUNGS, Rung, require_own
 from experiments.stand import (
     SET_UP_S,
     START_S,
@@ -27,14 +27,14 @@ from experiments.stand import (
     RungRefusedError,
     serve,
 )
-from experiments.study import Request, Study, open_study
+from experiments.study.folder import Request, Study, open_study
 from model.config import Config
 from model.errors import NonFiniteError, UsageError
 from model.interrupts import Interrupts
 
 if TYPE_CHECKING:
     import train
-    from profiling.console import Terminal
+    from profiling.output.terminal import Terminal
 
 Row = dict[str, Any]
 

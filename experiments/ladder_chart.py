@@ -3,8 +3,8 @@
 import statistics
 from typing import Any
 
-from experiments.study import Plot
-from profiling.plot import Chart, axis, clip, colour, escape, layout, margin, trace
+from experiments.study.folder import Plot
+from profiling.report.plot import Chart, axis, clip, colour, escape, layout, margin, trace
 
 Row = dict[str, Any]
 

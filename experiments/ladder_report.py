@@ -9,12 +9,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.rungs import ARTICLE_EPOCHS, ARTICLE_IMAGES, ARTICLE_TEST_IMAGES, HOST, INPUT, WITHOUT_HOST
-from experiments.study import Table
-from profiling.flops import V100_FLOPS_PER_S
-from profiling.quantities import MISSING, significant
-from profiling.specifications import specification
-from profiling.timing import FEWEST, summarise
+from experiments.ladder_rungs import ARTICLE_EPOCHS, ARTICLE_IMAGES, ARTICLE_TEST_IMAGES, HOST, INPUT, WITHOUT_HOST
+from experiments.study.folder import Table
+from profiling.bench.timing import FEWEST, summarise
+from profiling.device.specifications import V100_FLOPS_PER_S, specification
+from profiling.output.units import MISSING, significant
 
 Row = dict[str, Any]
 FASTER, NOISE, SLOWER = "faster", "within noise", "slower"

@@ -1,7 +1,7 @@
 """What a step of a finished run is made of, the longest kernels first: python -m experiments.longest_kernels RUN ...
 
 The words after RUN name its data, as for train.py. The run's steps are profiled in a process of their own, and of each
-kernel the time in a step, of those steps that `profiling.cross_check` believes, is written to RUN/kernels.json.
+kernel the time in a step, of those steps that `profiling.account.cross_check` believes, is written to RUN/kernels.json.
 """
 
 import argparse
@@ -11,13 +11,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from experiments.arguments import Parser
-from profiling.attribution import per_step
-from profiling.collect_command import PROFILE_PASS, ROOT
-from profiling.collection import RECORDS, run_pass
-from profiling.cross_check import judge
-from profiling.records import read_json, read_jsonl, write_json
-from profiling.trace import Trace, read
+from experiments.study.arguments import Parser
+from profiling.account.attribution import per_step
+from profiling.account.cross_check import judge
+from profiling.account.trace import Trace, read
+from profiling.output.files import read_json, read_jsonl, write_json
+from profiling.report.collect_command import PROFILE_PASS, ROOT
+from profiling.run.collect import RECORDS, run_pass
 
 LONGEST = 20
 

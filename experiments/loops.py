@@ -11,7 +11,7 @@ from torch import nn
 
 import train
 from experiments.throughput import BATCH
-from profiling.console import Terminal
+from profiling.output.terminal import Terminal
 
 
 class PlainBlock(nn.Module):

@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from experiments import learner
-from experiments.study import Plot, Request, Table, open_study
-from model.batches import Batches
+from experiments.study import training
+from experiments.study.folder import Plot, Request, Table, open_study
 from model.config import Config, fused, laptop
-from model.data import Dataset
+from model.data.batches import Batches
+from model.data.cifar10 import Dataset
 from model.distributed import Ranks
 from model.trainer import Trainer
-from profiling.plot import Chart, axis, colour, escape, layout, line, margin, trace
+from profiling.report.plot import Chart, axis, colour, escape, layout, line, margin, trace
 
 if TYPE_CHECKING:
     from model.interrupts import Interrupts
-    from profiling.console import Terminal
+    from profiling.output.terminal import Terminal
 
 LOW, HIGH = 1e-4, 100.0
 """The sweep's first and last learning rate, of the mean loss."""
@@ -101,7 +101,7 @@ def sweep(
         twin.step.loss_sum.zero_()
         rate = twin.step.learning_rate(twin.step.number)
         on_images(images)
-        bad = learner.bad_step(twin) is not None
+        bad = training.bad_step(twin) is not None
         if bad or not math.isfinite(loss):
             what = "gradient" if math.isfinite(loss) else "loss"
             return Sweep(rates, losses, f"the {what} was not finite at a rate of {rate:.3g}")
@@ -278,12 +278,12 @@ def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dic
         terminal, interrupts, request.configure(laptop()).device, request.data_dir, synthetic=request.synthetic
     )
     start = fused() if session.device.type == "cuda" and not request.small else laptop()
-    config = learner.runnable(request.configure(start), session)
-    study = open_study("lr-finder", request, session, {**learner.identity(config), "low": LOW, "high": HIGH})
+    config = training.runnable(request.configure(start), session)
+    study = open_study("lr-finder", request, session, {**training.identity(config), "low": LOW, "high": HIGH})
     total = len(session.dataset.train_images)
 
     def measure() -> dict[str, Any]:
-        trainer = learner.prepare(session, config, session.dataset)
+        trainer = training.prepare(session, config, session.dataset)
         with terminal.progress(total, 0, "images") as meter:
             return sweep(trainer, session.dataset, on_images=lambda n: meter.advance(n, "sweep"))._asdict()
 

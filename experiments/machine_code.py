@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import expected
 from experiments.expected import Op
-from experiments.study import Request
+from experiments.study.folder import Request
 from model.errors import DataError, RunError
-from profiling.records import read_json, write_json, write_text
-from profiling.specifications import H200
+from profiling import ROOT
+from profiling.device.specifications import H200
+from profiling.output.files import read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from model.interrupts import Interrupts
-    from profiling.ahead_of_time import Build, Facts
-    from profiling.console import Terminal
+    from profiling.bench.ahead_of_time import Build, Facts
+    from profiling.output.terminal import Terminal
 
-ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "machine-code"
 DOCUMENT = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- The table is made by `python -m experiments machine-code`. -->", "<!-- End of the table. -->"
@@ -33,8 +33,8 @@ OPS = ("conv_fprop", "conv_dgrad", "conv_wgrad", "bn_finalize", "bn_coefficients
 
 def rows(compile_: Any = None) -> dict[str, dict[str, Any]]:
     """By the name of a benchmark's case, what its launches are compiled to and what the model says of them."""
-    from profiling import cases
-    from profiling.ahead_of_time import compile_all
+    from profiling.bench import cases
+    from profiling.bench.ahead_of_time import compile_all
 
     article = {str(shape) for layer in cases.RESNET_LAYERS for shape in (layer, layer.of_dgrad)}
     chosen = [one for one in cases.cases() if one.op in OPS and _is_fused(one.op, one.variant, one.shape in article)]

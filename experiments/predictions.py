@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments import expected
 from experiments.expected import Compile, Op, Prediction
-from experiments.study import Request
+from experiments.study.folder import Request
 from model.config import Config, preset
 from model.errors import DataError, RunError, UsageError
-from profiling.records import read_json, read_jsonl, write_json, write_text
-from profiling.specifications import MACHINES, Machine
+from profiling import ROOT
+from profiling.device.specifications import MACHINES, Machine
+from profiling.output.files import read_json, read_jsonl, write_json, write_text
 
 if TYPE_CHECKING:
     from model.interrupts import Interrupts
-    from profiling.ahead_of_time import Facts
-    from profiling.console import Terminal
+    from profiling.bench.ahead_of_time import Facts
+    from profiling.output.terminal import Terminal
 
-ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results"
 VERSION = 2
 OF_A_STEP = ("network", "widths", "batch_size", "prep_bn_relu", "pool_first", "ops", "conv", "preprocess")
@@ -50,9 +50,9 @@ def pages(machines: Sequence[Machine], compile_: Compile | None = None, chosen: 
     import torch
     import triton
 
-    from profiling.ahead_of_time import compile_all
-    from profiling.cases import cases as all_cases
-    from profiling.environment import environment
+    from profiling.bench.ahead_of_time import compile_all
+    from profiling.bench.cases import cases as all_cases
+    from profiling.device.environment import environment
 
     known: dict[str, Facts] = {}  # machines of one architecture run the same code
 

@@ -32,14 +32,14 @@ from typing import TYPE_CHECKING, Any
 from experiments import reproduce_page
 from experiments.reproduce_page import DONE, FAILED, LATE, LEFT, UNAVAILABLE
 from experiments.reproduce_plan import STAGES, VARIED, Step, plan, take_tiles
-from experiments.study import Request, Study
+from experiments.study.folder import Request, Study
 from model.errors import DeviceError, RunError, UsageError
 from model.interrupts import Interrupted, Interrupts
-from profiling.records import read_json, write_json, write_text
+from profiling.output.files import read_json, write_json, write_text
 from train import ROOT
 
 if TYPE_CHECKING:
-    from profiling.console import Terminal
+    from profiling.output.terminal import Terminal
 
 VERSION = 2
 GRACE_S = 8.0
@@ -93,8 +93,8 @@ def run(
 
 
 def facts() -> dict[str, Any]:
-    """What `experiments.machine` prints. Raises DeviceError where the device does not answer."""
-    command = [sys.executable, "-m", "experiments.machine"]
+    """What `experiments.study.machine` prints. Raises DeviceError where the device does not answer."""
+    command = [sys.executable, "-m", "experiments.study.machine"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
         return json.loads(done.stdout.splitlines()[-1])

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from experiments.reproduce_runs import FUSED, Row, runs, summaries
-from profiling.records import read_json, read_jsonl
+from profiling.output.files import read_json, read_jsonl
 
 DONE, FAILED, LATE, LEFT, UNAVAILABLE = "done", "failed", "out of time", "left", "unavailable"
 LONGEST = 10_900

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.reproduce_runs import FUSED, REFERENCE, WARM, WARM_UP, data_identity
-from experiments.study import Request
-from profiling import ncu, specifications
-from profiling.collect_command import PROFILE_PASS
+from experiments.study.folder import Request
+from profiling.device import ncu, specifications
+from profiling.report.collect_command import PROFILE_PASS
 from train import ROOT
 
 STAGES = {"smoke": 230.0, "numbers": 440.0, "peers": 560.0}
@@ -242,7 +242,9 @@ class _Plan:
     def tests(self) -> Step:
         """Those whose result a GPU decides; on a CPU some that are quick."""
         report = f"--junitxml={self.out / 'tests.xml'}"
-        chosen = ["-m", "gpu", *_spread()] if self.gpu else ["tests/test_config.py", "tests/test_schedule.py"]
+        chosen = (
+            ["-m", "gpu", *_spread()] if self.gpu else ["tests/model/test_config.py", "tests/model/test_schedule.py"]
+        )
         command = _module("pytest", "-q", "-p", "no:cacheprovider", "--tb=line", report, *chosen)
         return Step("tests", "numbers", command, 130, accepts=(0, 1))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.longest_kernels import step_ms
-from profiling.records import read_json, read_jsonl
+from profiling.output.files import read_json, read_jsonl
 from train import TARGET
 
 Row = dict[str, Any]

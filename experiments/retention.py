@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from experiments import climb, learner, limits
-from experiments.study import Table
+from experiments import climb, forgetting_rules
+from experiments.study import training
+from experiments.study.folder import Table
 from model.config import Config
 from model.trainer import Trainer
-from profiling.plot import Chart, axis, colour, layout, line, margin, trace
+from profiling.report.plot import Chart, axis, colour, layout, line, margin, trace
 
 if TYPE_CHECKING:
     import train
@@ -58,9 +59,9 @@ def look_back(
     if name == "half":
         images //= 2
         config = dataclasses.replace(config, crop_pad=0, flip="none", cutout=0)
-    changed = learner.at_constant_rate(config, rate, RAMP + chosen["constant"], RAMP)
-    trainer = learner.prepare(session, changed, learner.subset(session.dataset, images))
-    found = learner.fit(trainer, on_images)
+    changed = training.at_constant_rate(config, rate, RAMP + chosen["constant"], RAMP)
+    trainer = training.prepare(session, changed, training.subset(session.dataset, images))
+    found = training.fit(trainer, on_images)
     row = {"images": images, "rate": rate, "epoch_steps": trainer.epoch_steps, "seen": found["losses"][-1]}
     if found["diverged_step"]:
         return {**row, "losses": []}
@@ -133,7 +134,7 @@ def _of_climbs(words: str, fits: dict[str, climb.Climb | None]) -> str:
     high, low = fits["high"], fits["low"]
     if high and low and high.clear and low.clear:
         slower = low.memory / high.memory
-        if slower > limits.APART:
+        if slower > forgetting_rules.APART:
             least = "at least " if low.bounded else ""
             verdict = f"at the low rate the climb is more gradual, {least}{slower:.1f} times as long"
         elif low.bounded:

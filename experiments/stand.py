@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from model.data import Dataset
+    from model.data.cifar10 import Dataset
     from model.trainer import Trainer
 
 START_S = 300.0
@@ -69,7 +69,7 @@ class Stand:
         say: Callable[[str], Any] = lambda text: None,
     ):
         from model.trainer import build_network, choose_dtype, with_available_ops
-        from profiling.flops import flops_per_image
+        from profiling.account.flops import flops_per_image
 
         self.dataset, self.device = dataset, device
         available, reason = with_available_ops(config, device, say)
@@ -102,7 +102,7 @@ class Stand:
         }
 
     def _trainer(self, config: Config, dtype: "torch.dtype") -> "Trainer":
-        from model.batches import Batches
+        from model.data.batches import Batches
         from model.distributed import Ranks
         from model.trainer import Trainer
 
@@ -287,7 +287,7 @@ def _write(dataset: "Dataset", path: Path) -> None:
 def _read(path: Path) -> "Dataset":
     from safetensors import safe_open
 
-    from model.data import Dataset
+    from model.data.cifar10 import Dataset
 
     with safe_open(path, "pt") as file:
         return Dataset(*(file.get_tensor(name) for name in _TENSORS), **file.metadata())

@@ -10,8 +10,8 @@ import dataclasses
 from argparse import Namespace
 from pathlib import Path
 
-from experiments.arguments import Parser, at_least
-from experiments.study import Request
+from experiments.study.arguments import Parser, at_least
+from experiments.study.folder import Request
 from model.config import preset
 from model.errors import RunError, UsageError
 
@@ -36,7 +36,7 @@ def main() -> None:
     except UsageError as error:
         parser.fail(str(error))
     from experiments.step_speeds import report
-    from profiling.console import Terminal
+    from profiling.output.terminal import Terminal
 
     terminal = Terminal()
     try:

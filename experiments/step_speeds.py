@@ -15,17 +15,17 @@ from typing import Any
 import torch
 
 import train
-from model.batches import Batches
 from model.config import Config, preset
-from model.data import Dataset, load
+from model.data.batches import Batches
+from model.data.cifar10 import Dataset, load
 from model.distributed import Ranks
 from model.errors import RunError
 from model.memory import out_of_memory
 from model.trainer import Trainer, choose_device, choose_dtype, search_convolutions, with_available_ops
-from profiling.console import Terminal
-from profiling.environment import environment
-from profiling.records import write_json
-from profiling.timing import QUICK, CpuTimer, CudaTimer, Plan, interleave, summarise, verdict
+from profiling.bench.timing import QUICK, CpuTimer, CudaTimer, Plan, interleave, summarise, verdict
+from profiling.device.environment import environment
+from profiling.output.files import write_json
+from profiling.output.terminal import Terminal
 
 PLAN = Plan(min_samples=10, max_samples=200, relative_error=0.005, seconds=10.0)
 

@@ -12,12 +12,11 @@ import itertools
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-from experiments.arguments import Parser, at_least
-from profiling.console import Terminal
+from experiments.study.arguments import Parser, at_least
+from profiling import ROOT
+from profiling.output.terminal import Terminal
 
-ROOT = Path(__file__).resolve().parent.parent
 BATCH = 512
 
 

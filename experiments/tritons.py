@@ -23,18 +23,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from experiments.study import Request
+from experiments.study.folder import Request
 from experiments.tritons_table import ARCHITECTURES, found, known, markdown, summary
 from model.config import Config, preset
 from model.errors import RunError, UsageError
-from profiling.records import append_jsonl, read_jsonl, write_text
+from profiling import ROOT
+from profiling.output.files import append_jsonl, read_jsonl, write_text
 
 if TYPE_CHECKING:
     from model.interrupts import Interrupts
-    from profiling.ahead_of_time import Build, Facts
-    from profiling.console import Terminal
+    from profiling.bench.ahead_of_time import Build, Facts
+    from profiling.output.terminal import Terminal
 
-ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "tritons"
 IMAGES = 4
 """Of the steps that are recorded: the code does not depend on how many there are."""
@@ -116,9 +116,9 @@ def run(
 def fingerprint() -> str:
     """Of all that decides what a kernel compiles to and what is said of it. What is launched is in the rows' keys."""
     files = [*(ROOT / "kernels").glob("*.py"), Path(__file__)]
-    files += [ROOT / "profiling" / f"{name}.py" for name in ("ahead_of_time", "machine_code")]
+    files += [ROOT / "profiling" / "bench" / f"{name}.py" for name in ("ahead_of_time", "machine_code")]
     digest = hashlib.sha256()
-    for path in sorted(path for path in files if path.is_file()):
+    for path in sorted(files):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -126,9 +126,9 @@ def fingerprint() -> str:
 def recorded(arch: int) -> list[Named]:
     """Every different kernel that a training step and an evaluation of each network launch on `arch`."""
     from experiments.expected import fused_step
-    from profiling.ahead_of_time import launches
-    from profiling.kernel_facts import Gpu
-    from profiling.specifications import H100
+    from profiling.bench.ahead_of_time import launches
+    from profiling.bench.kernel_facts import Gpu
+    from profiling.device.specifications import H100
 
     gpu, kernels = Gpu(f"sm_{arch}", (arch // 10, arch % 10)), []
     for name in ("fused", "resnet9"):
@@ -217,7 +217,7 @@ def environment(place: Path, scratch: Path) -> Environment:
 
 
 def _compiled(kernels: list[Named], own: Environment) -> list[dict[str, Any]]:
-    from profiling.ahead_of_time import compile_all
+    from profiling.bench.ahead_of_time import compile_all
 
     try:
         facts = compile_all([one.build for one in kernels], own.variables)
@@ -233,7 +233,7 @@ def _key(build: "Build") -> str:
 def row(one: Named, facts: "Facts") -> dict[str, Any]:
     """The record of a kernel. `loop` are the instructions of its main loop, `matrix` those that multiply among them;
     `faults` names what `tritons_table.FAULTS` asks and it lacks."""
-    from profiling.ahead_of_time import MATRIX_INSTRUCTION
+    from profiling.bench.ahead_of_time import MATRIX_INSTRUCTION
 
     def matrices(body: dict[str, int]) -> int:
         return sum(n for name, n in body.items() if name.startswith(MATRIX_INSTRUCTION[facts.arch]))
@@ -253,7 +253,7 @@ def row(one: Named, facts: "Facts") -> dict[str, Any]:
 
 def faults(build: "Build", facts: "Facts") -> list[str]:
     """Which of `tritons_table.FAULTS` the machine code of a kernel has."""
-    from profiling.ahead_of_time import LIMITS, MATRIX_INSTRUCTION
+    from profiling.bench.ahead_of_time import LIMITS, MATRIX_INSTRUCTION
 
     if facts.error:
         return ["error"]

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from profiling.records import read_jsonl
+from profiling.output.files import read_jsonl
 
 ARCHITECTURES = (80, 90, 100)
 PINS = {

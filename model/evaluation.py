@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.batches import normalisation
 from model.capture import Program
-from model.data import CLASSES
+from model.data.batches import normalisation
+from model.data.cifar10 import CLASSES
 
 EVALUATION_BATCH = 500
 

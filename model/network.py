@@ -2,12 +2,11 @@
 
 `ResNet` is the network of the article's Parts 1 to 3 (a pre-activation ResNet18 with widths 64-128-256-256), `ResNet9`
 that of Part 4. The modules own parameters and running statistics; what is computed with them is `ops`, given once, at
-the constructor, so that every implementation has the same state_dict. `implementation` is where `Config.ops` decides.
+the constructor, so that every implementation has the same state_dict; `model.implementation` chooses it.
 """
 
-import importlib
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,23 +16,11 @@ from kernels import reference
 from kernels.running_statistics import make_updates
 
 if TYPE_CHECKING:
-    from model.config import Config
+    pass
 
 ARTICLE_WIDTHS = (64, 128, 256, 256)
 RESNET9_WIDTHS = (64, 128, 256, 512)
 NETWORKS = ("resnet", "resnet9")
-
-
-def implementation(config: "Config") -> Any:
-    """What has the functions of `kernels.reference`: the networks' blocks, the augmentation and the optimiser.
-
-    It is the one that `config.ops` and `config.conv` name, for all of a run.
-    """
-    if config.ops == "triton":
-        from kernels import fused
-
-        return fused.implementation(config.conv)
-    return importlib.import_module(f"kernels.{config.ops}")
 
 
 class BatchNorm(nn.Module):

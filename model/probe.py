@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.batches import Batches
 from model.compilation import compile_kernels
 from model.config import Config
-from model.data import Dataset
+from model.data.batches import Batches
+from model.data.cifar10 import Dataset
 from model.distributed import Ranks
 from model.op_checks import OpChecks, relative_error
 from model.trainer import Trainer, choose_device, choose_dtype

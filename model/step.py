@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from model.capture import Program
 from model.config import Config
-from model.network import implementation
+from model.implementation import implementation
 from model.optimiser import SGD
 from model.schedule import learning_rate, rate_table
 

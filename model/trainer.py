@@ -11,15 +11,16 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from model import capture, verdict
-from model.batches import Batches
 from model.checkpoint import load_tensors_into, require_tensors
 from model.compilation import compile_kernels
 from model.config import Config
-from model.data import Dataset
+from model.data.batches import Batches
+from model.data.cifar10 import Dataset
 from model.distributed import Ranks
 from model.errors import DeviceError, NonFiniteError
 from model.evaluation import Evaluation, Evaluator
-from model.network import ResNet, ResNet9, implementation
+from model.implementation import implementation
+from model.network import ResNet, ResNet9
 from model.step import TrainingStep
 
 
@@ -75,7 +76,7 @@ def require_network(config: Config, tensors: dict[str, Tensor]) -> None:
 def modelled_step(
     config: Config, dtype: torch.dtype, device: str = "meta"
 ) -> tuple[Callable[[], Tensor], Callable[[], None]]:
-    """(a step of `config` up to its loss, its update), for `profiling.work`; they compute nothing of use.
+    """(a step of `config` up to its loss, its update), for `profiling.account.work`; they compute nothing of use.
 
     Augmentation is part of it where the images are on the device. On another device than meta the kernels' ops run, so
     that their launches can be recorded.

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from kernels.jit import INTERPRETED, PDL, triton, unavailable
+from model import ROOT
 from model.config import Config
 from model.distributed import Ranks
 from model.files import read_regular
 
-ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "model.probe"]
 
 LIMIT_S = 300
@@ -92,7 +92,7 @@ def _driver() -> str | None:
 def _sources(root: Path) -> str:
     """sha256 of what is compiled, of what calls it and of what judges it."""
     digest = hashlib.sha256()
-    for path in sorted([*root.glob("kernels/*.py"), *root.glob("kernels/*.json"), *root.glob("model/*.py")]):
+    for path in sorted([*root.glob("kernels/*.py"), *root.glob("kernels/*.json"), *root.glob("model/**/*.py")]):
         digest.update(f"{path.relative_to(root)} {path.stat().st_size}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 

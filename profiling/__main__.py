@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from profiling import command_line
+from profiling.output import command_line
 
 if TYPE_CHECKING:
-    from profiling.console import Terminal
+    from profiling.output.terminal import Terminal
 
 app = typer.Typer(**command_line.MANNERS, no_args_is_help=True)
 CRASHED = 70
@@ -71,8 +71,8 @@ def bench(
 
     Without a GPU PyTorch is timed on the CPU, and of the kernels what the compiler says is reported.
     """
-    from profiling.bench_command import Request, run
-    from profiling.console import Terminal
+    from profiling.bench.command import Request, run
+    from profiling.output.terminal import Terminal
 
     terminal = Terminal(json=json)
     options = (out, compare, json, tune, quick, check, resume, short, jobs, images, limit)
@@ -91,8 +91,8 @@ def device(
     listing: Annotated[bool, typer.Option("--list", help="Print the table of specifications instead.")] = False,
 ) -> None:
     """What this device sustains, beside what its data sheet promises."""
-    from profiling.console import Terminal
-    from profiling.device_command import Request, run
+    from profiling.device.command import Request, run
+    from profiling.output.terminal import Terminal
 
     terminal = Terminal(json=json)
     _end(lambda: run(Request(device, dtype, seconds, out, json, listing), terminal), terminal)
@@ -106,8 +106,8 @@ def doctor(
 
     And what it has, and the remedy. Always exits with 0.
     """
-    from profiling.console import Terminal
-    from profiling.doctor import run
+    from profiling.device.doctor import run
+    from profiling.output.terminal import Terminal
 
     run(Terminal(json=json), json)
 
@@ -126,8 +126,8 @@ def report(
 
     Written into the run's folder, from its records.
     """
-    from profiling.console import Terminal
-    from profiling.report_command import run as make
+    from profiling.output.terminal import Terminal
+    from profiling.report.command import run as make
 
     terminal = Terminal()
     _end(lambda: make(run, strict, terminal), terminal)
@@ -145,8 +145,8 @@ def collect(
 
     One without records, or whose profiled pass was interrupted.
     """
-    from profiling.collect_command import run as profile
-    from profiling.console import Terminal
+    from profiling.output.terminal import Terminal
+    from profiling.report.collect_command import run as profile
 
     terminal = Terminal()
     _end(lambda: profile(run, data_dir, synthetic, terminal), terminal)
@@ -160,8 +160,8 @@ def compare(
     json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
     """What each term of the account gained or lost from run A to run B."""
-    from profiling.compare import run
-    from profiling.console import Terminal
+    from profiling.output.terminal import Terminal
+    from profiling.report.compare import run
 
     terminal = Terminal(json=json)
     _end(lambda: run(run_a, run_b, out, json, terminal), terminal)
@@ -169,7 +169,7 @@ def compare(
 
 def _end(command: Callable[[], int], terminal: "Terminal") -> None:
     """Run `command` and exit; a failure is a line on stderr and its exit code."""
-    from profiling.errors import CommandError
+    from profiling.output.errors import CommandError
 
     try:
         code = command()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from profiling import ROOT
 
 
 @pytest.fixture
@@ -21,13 +21,16 @@ def conftest(pytestconfig):
 
 def test_a_gpu_decides_the_tests_that_ask_for_the_device_and_those_marked_for_it():
     """And not one whose parameter has the same name, or that names the device without asking for it."""
-    files = [f"tests/test_{name}.py" for name in ("metered_cost", "sustained", "tuning", "timing")]
+    files = [
+        "tests/kernels/test_metered_cost.py",
+        *(f"tests/profiling/{name}.py" for name in ("device/test_sustained", "bench/test_tuning", "bench/test_timing")),
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "-m", "gpu", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert [line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line] == [
-        "tests/test_sustained.py::test_a_captured_call_is_replayed",
-        "tests/test_tuning.py::test_the_backend_refuses_wrong_and_spilling_tiles_and_times_the_others",
-        "tests/test_tuning.py::test_a_library_that_fails_is_named_beside_the_tiles_that_are_refused",
+        "tests/profiling/device/test_sustained.py::test_a_captured_call_is_replayed",
+        "tests/profiling/bench/test_tuning.py::test_the_backend_refuses_wrong_and_spilling_tiles_and_times_the_others",
+        "tests/profiling/bench/test_tuning.py::test_a_library_that_fails_is_named_beside_the_tiles_that_are_refused",
     ], done.stdout + done.stderr
 
 

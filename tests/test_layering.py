@@ -1,4 +1,4 @@
-"""Imports run one way: experiments -> train -> model -> kernels, and train -> profiling -> kernels."""
+"""Imports run one way: from room to room down one stair, inside of functions too."""
 
 import ast
 import sys
@@ -6,71 +6,128 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-HOUSES = {"kernels", "model", "profiling", "train", "experiments", "tests"}
-MAY_IMPORT = {
-    "kernels": {"kernels"},
-    "model": {"model", "kernels"},
-    "profiling": {"profiling", "kernels"},
-    "train": {"model", "profiling"},
-    "experiments": {"experiments", "train", "model", "profiling"},
+from profiling import ROOT
+
+BELOW = {
+    "profiling/output": set(),
+    "profiling/device": {"profiling/output"},
+    "profiling/run": {"profiling/output", "profiling/device"},
+    "profiling/account": {"profiling/output", "profiling/device", "profiling/run"},
+    "profiling/bench": {"profiling/output", "profiling/device"},
+    "profiling/report": {"profiling/output", "profiling/device", "profiling/run", "profiling/account"},
+    "profiling": {f"profiling/{room}" for room in ("output", "device", "run", "account", "bench", "report")},
+    "model/data": {f"model/{name}" for name in ("config", "errors", "files", "implementation", "memory")},
+    "model": {"model/data"},
+    "train": {
+        "model",
+        "model/data",
+        *(f"profiling/{room}" for room in ("output", "device", "run", "account", "report")),
+    },
+    "experiments/study": {"train", "model", "model/data", "profiling"},
+    "experiments": {"experiments/study", "train", "model", "model/data", "profiling"},
+    "kernels": set(),
 }
-KERNELS_LIBRARIES = {"torch", "triton"}
+"""What each room may import beside itself. A room stands for those inside of it too, where it is named without them."""
+KERNELS_FOR = ("kernels", "model", "profiling/account", "profiling/bench", "profiling/device", "profiling/report")
+NAMES = {"kernels", "model", "profiling", "train", "experiments", "tests"}
 
 
 def modules() -> list[Path]:
-    found = []
-    for house in MAY_IMPORT:
-        found += sorted((ROOT / house).rglob("*.py")) or [ROOT / f"{house}.py"]
+    found = [ROOT / "train.py"]
+    for house in ("kernels", "model", "profiling", "experiments"):
+        found += sorted((ROOT / house).rglob("*.py"))
     return found
 
 
 def imported(source: str) -> set[str]:
-    """Top-level names that a module imports, wherever in it."""
+    """Modules that a module imports, wherever in it, by their full names; `from a import b` gives a.b."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide the direction"
-            names.add(node.module.split(".")[0])
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def breaches(house: str, source: str) -> set[str]:
-    return (imported(source) & HOUSES) - MAY_IMPORT[house]
+def place(name: str) -> str:
+    """The file that a dotted name lies in, without its suffix, as "model/config", or the folder of a package."""
+    parts = name.split(".")
+    while parts and not (ROOT / "/".join(parts)).with_suffix(".py").exists():
+        if (ROOT / "/".join(parts)).is_dir():
+            break
+        parts.pop()
+    return "/".join(parts)
 
 
-def house_of(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def room_of(path: str) -> str:
+    return max((room for room in BELOW if f"{path}/".startswith(f"{room}/")), key=len)
+
+
+def breaches(room: str, source: str) -> set[str]:
+    """Imports that go up the stair."""
+    found = set()
+    for name in imported(source):
+        if name.split(".")[0] not in NAMES:
+            continue
+        target = place(name)
+        if not target or target == "tests" or target.startswith("tests/"):
+            found.add(name)
+            continue
+        other = room_of(target)
+        allowed = BELOW[room] | {room}
+        if other == "kernels":
+            allowed |= {"kernels"} if room in KERNELS_FOR else set()
+        own = any(a.split("/")[0] == target for a in allowed) and "/" not in target  # the house itself: its ROOT
+        if own or other in allowed or target in allowed or any(other.startswith(f"{a}/") for a in allowed - {room}):
+            continue
+        found.add(name)
+    return found
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_run_one_way(path):
-    if path.exists():
-        assert not breaches(house_of(path), path.read_text())
+def test_imports_run_down_the_stair(path):
+    room = room_of(str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__"))
+    assert not breaches(room, path.read_text())
 
 
-def test_the_houses_exist():
-    assert {house_of(path) for path in modules() if path.exists()} >= {"kernels", "model", "profiling", "train"}
+def test_no_circle():
+    """Module by module, of the imports that run at import."""
+    edges = {}
+    for path in modules():
+        own = str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__")
+        tops = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        names = set().union(*(imported(ast.unparse(node)) for node in tops)) if tops else set()
+        edges[own] = {place(name) for name in names if name.split(".")[0] in NAMES} - {own}
+    while edges:
+        leaves = {name for name, needs in edges.items() if not needs & set(edges)}
+        assert leaves, f"a circle among {sorted(edges)}"
+        edges = {name: needs for name, needs in edges.items() if name not in leaves}
 
 
 @pytest.mark.parametrize(
-    ("house", "source"),
+    ("room", "source"),
     [
         ("kernels", "import model"),
-        ("model", "def f():\n    from profiling.clock import Clock"),
-        ("profiling", "import train"),
+        ("model", "def f():\n    from profiling.run.clock import Clock"),
+        ("profiling/output", "from profiling.device import nvml"),
+        ("profiling/bench", "from profiling.account.terms import account"),
+        ("profiling/report", "from profiling.bench import cases"),
+        ("profiling/account", "import train"),
+        ("model/data", "from model import trainer"),
+        ("experiments/study", "from experiments.ladder import run"),
+        ("train", "from profiling.bench import measure"),
+        ("model", "from tests import runs"),
     ],
-    ids=["kernels_to_model", "hidden_in_a_function", "profiling_to_train"],
 )
-def test_a_breach_is_found(house, source):
-    assert breaches(house, source)
+def test_a_breach_is_found(room, source):
+    assert breaches(room, source)
 
 
 def test_kernels_import_torch_and_triton_only():
     for path in (ROOT / "kernels").glob("*.py"):
-        foreign = {n for n in imported(path.read_text()) if n not in KERNELS_LIBRARIES | {"kernels"}}
+        foreign = {n.split(".")[0] for n in imported(path.read_text())} - {"torch", "triton", "kernels"}
         assert foreign <= set(sys.stdlib_module_names), path
 
 
@@ -81,8 +138,7 @@ def test_no_module_without_a_purpose():
 
 def test_nothing_is_ever_unpickled():
     for path in modules():
-        if path.exists():
-            tree = ast.parse(path.read_text())
-            assert "pickle" not in imported(path.read_text()), path
-            calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-            assert "torch.load" not in calls, path
+        tree = ast.parse(path.read_text())
+        assert "pickle" not in {name.split(".")[0] for name in imported(path.read_text())}, path
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        assert "torch.load" not in calls, path

@@ -29,9 +29,9 @@ from model.evaluation import Evaluator
 from model.interrupts import Interrupted
 from model.step import TrainingStep
 from model.trainer import Trainer
-from profiling.records import read_json, read_jsonl
+from profiling import ROOT
+from profiling.output.files import read_json, read_jsonl
 
-ROOT = Path(__file__).parent.parent
 STEPS = 12
 
 SUMMARY_KEYS = {
@@ -742,7 +742,15 @@ def test_an_absent_device_exits_4(tmp_path):
 def tiny(*arguments: str, fault: str = "", **kwargs) -> subprocess.CompletedProcess:
     """The program as users run it, but on the tiny data."""
     env = {**os.environ, "FAULT": fault, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
-    command = [sys.executable, str(ROOT / "tests" / "runs.py"), "--preset", "laptop", "--epochs", "3", *arguments]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "support" / "runs.py"),
+        "--preset",
+        "laptop",
+        "--epochs",
+        "3",
+        *arguments,
+    ]
     return subprocess.run(command, env=env, capture_output=True, timeout=120, **kwargs)
 
 
@@ -840,7 +848,15 @@ def test_odd_terminals(tmp_path, env):
 def test_output_that_cannot_be_written_does_not_end_the_training(tmp_path, how, arguments):
     """People's and scripts': with --json the former is on stderr, which shares the disk."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "tests" / "runs.py", "--preset", "laptop", "--out", tmp_path / "run", *arguments]
+    command = [
+        sys.executable,
+        ROOT / "tests" / "support" / "runs.py",
+        "--preset",
+        "laptop",
+        "--out",
+        tmp_path / "run",
+        *arguments,
+    ]
     with nowhere(how) as output:
         stderr = output if arguments else subprocess.PIPE
         done = subprocess.run(command, env=env, stdout=output, stderr=stderr, timeout=120)
@@ -852,7 +868,7 @@ def test_output_that_cannot_be_written_does_not_end_the_training(tmp_path, how, 
 def test_resuming_without_a_preset_takes_the_checkpoint_s(finished, tmp_path):
     done = tiny("--out", str(tmp_path / "run"), fault="TERM@step")
     assert done.returncode == 143
-    command = [sys.executable, ROOT / "tests" / "runs.py", "--out", tmp_path / "run", "--resume", "auto"]
+    command = [sys.executable, ROOT / "tests" / "support" / "runs.py", "--out", tmp_path / "run", "--resume", "auto"]
     again = subprocess.run(command, env={**os.environ, "FAULT": "", "OMP_NUM_THREADS": "1"}, capture_output=True)
     assert again.returncode == 0, again.stderr
     assert_same_run(finished[0], tmp_path / "run")
@@ -860,7 +876,7 @@ def test_resuming_without_a_preset_takes_the_checkpoint_s(finished, tmp_path):
 
 def test_evaluate_a_checkpoint(finished):
     out, _ = finished
-    command = [sys.executable, ROOT / "tests" / "runs.py", "--evaluate", out, "--json"]
+    command = [sys.executable, ROOT / "tests" / "support" / "runs.py", "--evaluate", out, "--json"]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
@@ -899,7 +915,7 @@ def test_a_pickle_is_refused_with_8(tmp_path, option, monkeypatch):
 
     path = tmp_path / "model.pt"
     path.write_bytes(pickle.dumps(Payload()))
-    monkeypatch.setattr("model.data.load", lambda *a, **k: tiny_dataset())
+    monkeypatch.setattr("model.data.cifar10.load", lambda *a, **k: tiny_dataset())
     result = invoke(option, str(path))
     assert result.exit_code == 8
     assert "model.pt" in result.output
@@ -908,7 +924,7 @@ def test_a_pickle_is_refused_with_8(tmp_path, option, monkeypatch):
 
 def test_branching_off_needs_another_folder(finished, tmp_path, monkeypatch):
     out, _ = finished
-    monkeypatch.setattr("model.data.load", lambda *a, **k: tiny_dataset())
+    monkeypatch.setattr("model.data.cifar10.load", lambda *a, **k: tiny_dataset())
     result = invoke("--resume", str(out / "checkpoint-00000008.json"))
     assert result.exit_code == 8
     assert "later checkpoint" in result.output
@@ -923,7 +939,7 @@ def test_branching_off_needs_another_folder(finished, tmp_path, monkeypatch):
 @pytest.fixture
 def tiny_here(monkeypatch):
     """`train.py` in this process, on the tiny data, for an epoch: `tiny_here(*arguments)`."""
-    monkeypatch.setattr("model.data.load", lambda *a, **k: tiny_dataset())
+    monkeypatch.setattr("model.data.cifar10.load", lambda *a, **k: tiny_dataset())
     monkeypatch.setattr(train.Interrupts, "install", lambda self: None)  # pytest's handlers stay
     settings = [f"--set={name}={value}" for name, value in {"widths": "8,8,16,16", "batch_size": 20}.items()]
     return lambda *arguments: invoke("--epochs", "1", *settings, *arguments)
@@ -961,7 +977,7 @@ def test_a_folder_that_was_filled_meanwhile_is_refused(tiny_here, tmp_path, monk
         train.run(tiny_session(), tiny_config(), tmp_path)
         return tiny_dataset()
 
-    monkeypatch.setattr("model.data.load", load)
+    monkeypatch.setattr("model.data.cifar10.load", load)
     result = tiny_here("--out", str(tmp_path))
     assert result.exit_code == 2
     assert "is not empty" in result.output
@@ -1003,7 +1019,15 @@ def test_ctrl_c_during_the_imports_leaves_in_silence(tmp_path, module, said):
 def test_a_profiled_pass_ends_when_its_parent_is_killed(finished):
     """It would wait for ever."""
     code = "import subprocess, sys; subprocess.run(sys.argv[1:])"
-    command = [sys.executable, "-c", code, sys.executable, ROOT / "tests" / "runs.py", "--profile-pass", finished[0]]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        sys.executable,
+        ROOT / "tests" / "support" / "runs.py",
+        "--profile-pass",
+        finished[0],
+    ]
     done = subprocess.run(
         command, env={**os.environ, "FAULT": "ORPHAN@data", "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120
     )  # until the pass has closed its output

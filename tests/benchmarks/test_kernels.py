@@ -14,12 +14,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from profiling import bench
-from profiling.cases import cases
-from profiling.kernel_facts import loaded_facts
+from profiling.bench import measure
+from profiling.bench.cases import cases
+from profiling.bench.kernel_facts import loaded_facts
 
 ON_GPU = torch.cuda.is_available()
-PROVIDERS = bench.PROVIDERS if ON_GPU else (bench.EAGER_NCHW, bench.EAGER)
+PROVIDERS = measure.PROVIDERS if ON_GPU else (measure.EAGER_NCHW, measure.EAGER)
 CASES = {case.name: case for case in cases()}
 
 
@@ -40,15 +40,15 @@ replay = Replay()
 
 
 @functools.cache
-def setup() -> bench.Setup:
-    return bench.setup(torch.float16, quick=not ON_GPU)
+def setup() -> measure.Setup:
+    return measure.setup(torch.float16, quick=not ON_GPU)
 
 
 @functools.lru_cache(maxsize=1)
-def results(name: str) -> dict[str, bench.Result]:
+def results(name: str) -> dict[str, measure.Result]:
     """The first mode's results of a case by provider; the providers of a case are neighbours, so one is kept."""
     where = setup()
-    return {r.provider: r for r in bench.measure(CASES[name], where, PROVIDERS) if r.mode == where.timer.modes[0]}
+    return {r.provider: r for r in measure.measure(CASES[name], where, PROVIDERS) if r.mode == where.timer.modes[0]}
 
 
 @functools.lru_cache(maxsize=1)
@@ -81,7 +81,7 @@ def test_kernel(benchmark, name, provider):
         "power_capped_share": result.power_capped_share,
         "verdict": result.verdict,
     }
-    if provider == bench.OURS:
+    if provider == measure.OURS:
         benchmark.extra_info["kernels"] = loaded(name)
     replay.load([us / 1e6 for us in result.samples_us])
     benchmark.pedantic(lambda: None, rounds=len(result.samples_us), iterations=1)

@@ -1,0 +1,293 @@
+"""Which steps of a pass under the profiler can be believed, each held against whatever else is known of it.
+
+CUPTI, from which torch.profiler has its kernels, loses and falsifies some of a replayed graph's: dropped where a
+session begins, without a length, of wrong durations (pytorch/kineto#1165, pytorch/pytorch#192021; CUDA 12.9 and 13.0).
+Such a trace looks like any other. But a step is the same work each time, one of them was run eagerly, and CUDA events
+timed them all. A step that disagrees is refused by name and left out. Where too few are left, kernel times are those of
+the eager step, if it stands; `Judged.lacks` says so, which makes the account incomplete.
+"""
+
+import itertools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any, NamedTuple
+
+from profiling.account.replay import attribute_replays, learn
+from profiling.account.trace import Kernel, Trace, missing
+
+JITTER_NS = 1_000
+"""By how much the times of a kernel may be wrong: PyTorch's own torch.cuda._annotate_cuda_graph_trace takes an overlap
+of that much on one stream for a jitter of CUPTI's timestamps, and more for a fault."""
+OVERLAP = 0.01
+"""Share of a step's kernel time that may lie under other kernels of its stream. It is counted once, so that the account
+errs by half of what it may leave unexplained; kernels launched early on purpose (programmatic dependent launch) stay
+below."""
+DIFFERENCE = 0.10
+"""Of a step's kernel times, summed by name, from those of the step it is compared with, beside JITTER_NS a kernel. Work
+and clocks are the same, some milliseconds apart, and so are the times but for caches, which move them by some per cent;
+a lie that is smaller moves the account by less than what it is read for."""
+BEYOND_EVENTS = 0.02
+"""By how much the kernels of a step may last longer than the CUDA events around it say: the GPU's own clock, both."""
+FEWEST = 5
+"""Steps below which what is left is no longer taken for the rule."""
+
+LOST, SURPLUS, TWICE = "kernels are missing", "kernels are too many", "kernels are recorded twice"
+NO_LENGTH, OVERLAPPING = "kernels have no length", "kernels overlap on one stream"
+TOO_LONG, APART = "kernels ran longer than the step", "kernels lie further apart than the step was long"
+DIFFERENT = "kernel times are not those of other steps"
+
+
+class Refused(NamedTuple):
+    """A step of the profiler's number, and why: in words that other steps share, and in its own figures."""
+
+    step: int
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a pass is worth.
+
+    trace        with the believed steps and their kernels, replayed ones given their operations; None if none stands
+    images       trained in those steps
+    steps        that were recorded, but for the eager one; `refused` are those of them that are left out
+    eager_step   the profiler's number of the step that was run eagerly, None if none was
+    fell_back    the one step in `trace` is that one, for want of others
+    """
+
+    trace: Trace | None
+    images: float
+    steps: int
+    refused: list[Refused]
+    eager_step: int | None
+    fell_back: bool
+    lacks: list[str]
+
+    @property
+    def said(self) -> str:
+        """The refused steps in a sentence's beginning, one of each reason with its figures; "" if there are none."""
+        if not self.refused:
+            return ""
+        reasons = Counter(one.reason for one in self.refused).most_common()
+        first = {one.reason: f"step {one.step}: {one.detail}" for one in reversed(self.refused)}
+        each = [f"{why} ({f'{n}; ' if len(reasons) > 1 else ''}{first[why]})" for why, n in reasons]
+        return f"{len(self.refused)} of {self.steps} profiled steps refused: {', '.join(each)}"
+
+    @property
+    def source(self) -> str:
+        """Where the times of kernels come from."""
+        if self.fell_back:
+            return "torch.profiler, one step run eagerly in a pass of its own, as its graph replays were refused"
+        left = f", {self.steps - len(self.refused)} of its {self.steps} steps" if self.refused else ""
+        return f"torch.profiler, a pass of its own{left}"
+
+
+def judge(trace: Trace, profile: dict[str, Any], timed_ns: float | None) -> Judged:
+    """What can be believed of `trace`. On a CPU, where operations time themselves, all steps are.
+
+    `profile` is records/profile.json, `timed_ns` how long a step took without the profiler, None if that is not known.
+    """
+    pass_ = _Pass(trace, profile, timed_ns)
+    replays = [i for i in range(len(trace.steps)) if i != pass_.eager]
+    if not trace.on_gpu or not replays:
+        return pass_.judged(pass_.only(replays) if trace.steps else trace, replays, {}, [])
+    faults = pass_.faults()
+    believed = [i for i in replays if i not in faults]
+    refused = {i: faults[i] for i in replays if i in faults}
+    stands = pass_.eager is not None and pass_.eager not in faults
+    if refused and len(believed) < FEWEST:
+        said = pass_.judged(None, believed, refused, []).said
+        if stands:
+            lack = f"{said}. Too few are left: the kernel times are those of the one step that was run eagerly."
+            return pass_.judged(pass_.only([pass_.eager]), [pass_.eager], refused, [lack], fell_back=True)
+        eager = "no step was run eagerly" if pass_.eager is None else f"the eager one too: {_why(faults[pass_.eager])}"
+        lack = f"{said}; {eager}. What the device's time was made of is not known."
+        return pass_.judged(None, [], refused, [*trace.lacks, lack])
+    kept, lacks = pass_.only(believed), []
+    if any(kernel.graph is not None for kernel in kept.kernels):
+        if stands:
+            kept = replace(kept, kernels=attribute_replays(kept.kernels, learn(pass_.kernels[pass_.eager])))
+        else:
+            why = "" if pass_.eager is None else f" (refused: {_why(faults[pass_.eager])})"
+            lacks = [f"trace incomplete: what a graph replay should hold was not learned from an eager step{why}"]
+    return pass_.judged(replace(kept, lacks=kept.lacks + lacks), believed, refused, [])
+
+
+class _Pass:
+    """A trace with what is known of each of its steps, by the step's index."""
+
+    def __init__(self, trace: Trace, profile: dict[str, Any], timed_ns: float | None):
+        count = len(trace.steps)
+        self.trace, self.timed_ns = trace, timed_ns
+        self.recorded = profile["step_images"]
+        aligned = len(self.recorded) == len(profile["step_ns"]) == count
+        self.images = self.recorded if aligned else [sum(self.recorded) / max(len(self.recorded), 1)] * count
+        self.event_ns = profile["step_ns"] if aligned else [None] * count
+        eager = profile["eager_step"]
+        self.eager = eager if eager in range(count) else None
+        self.kernels: list[list[Kernel]] = [[] for _ in trace.steps]
+        for kernel in trace.kernels:
+            if (index := trace.step_of(kernel)) is not None:
+                self.kernels[index].append(kernel)
+
+    def judged(
+        self,
+        trace: Trace | None,
+        believed: Sequence[int],
+        refused: dict[int, tuple[str, str]],
+        lacks: list[str],
+        fell_back: bool = False,
+    ) -> Judged:
+        steps = self.trace.steps
+        lacks = [*(trace.lacks if trace else []), *lacks]
+        return Judged(
+            trace=trace,
+            images=sum(self.images[i] for i in believed),
+            steps=len(steps) - (self.eager is not None),
+            refused=[Refused(steps[i].number, *fault) for i, fault in sorted(refused.items())],
+            eager_step=None if self.eager is None else steps[self.eager].number,
+            fell_back=fell_back,
+            lacks=lacks,
+        )
+
+    def only(self, indices: Sequence[int]) -> Trace:
+        """The trace with those steps and what was launched in them; what it lacks elsewhere is no lack."""
+        trace = self.trace
+        inside = [at for at in trace.lost if trace.step_at(at) in indices]
+        lacks = [lack for lack in trace.lacks if lack != missing(len(trace.lost))]
+        known = {None, *indices}
+        kept = [kernel for kernel in trace.kernels if trace.step_of(kernel) in known]
+        lacks += [missing(len(inside))] if inside else []
+        return replace(trace, kernels=kept, steps=[trace.steps[i] for i in indices], lacks=lacks, lost=inside)
+
+    def faults(self) -> dict[int, tuple[str, str]]:
+        """Of each step that cannot be believed: (why, its figures)."""
+        every = range(len(self.trace.steps))
+        found = {i: fault for i in every if (fault := self._by_itself(i))}
+        if self.eager is not None and self.eager not in found:  # before others are compared with it
+            found |= dict(self._by_overlap([self.eager]))
+        eager = self.eager if self.eager not in found else None
+        replays = [i for i in every if i != self.eager]
+        alike: dict[float, list[int]] = defaultdict(list)  # an epoch's short last batch is another graph
+        for i in replays:
+            alike[self.images[i]].append(i)
+        for images, steps in alike.items():
+            model = eager if eager is not None and self.images[eager] == images else None
+            found = self._by_count(steps, model) | found
+            found |= self._by_time([i for i in steps if i not in found], model)
+        # Last, so that the kernels of one step that was refused cannot spoil others.
+        return found | dict(self._by_overlap([i for i in every if i not in found]))
+
+    def _by_itself(self, i: int) -> tuple[str, str] | None:
+        kernels = self.kernels[i]
+        lost = sum(self.trace.step_at(at) == i for at in self.trace.lost)
+        if lost or not kernels:
+            return LOST, f"those of {lost} launches" if lost else "there are none"
+        if none := sum(kernel.end_ns <= kernel.start_ns for kernel in kernels):
+            return NO_LENGTH, f"{none} of {len(kernels)}"
+        busy = _busy_ns(kernels)
+        graph = [kernel for kernel in kernels if kernel.graph is not None]
+        span = max(k.end_ns for k in graph) - min(k.start_ns for k in graph) if graph else 0
+        if event := self.event_ns[i]:
+            most = event * (1 + BEYOND_EVENTS) + JITTER_NS
+            if busy > most:
+                return TOO_LONG, f"{_ms(busy)} of kernels in a step of {_ms(event)}"
+            if span > most:
+                return APART, f"{_ms(span)} from the first to the last in a step of {_ms(event)}"
+        most = (self.timed_ns or math.inf) * (1 + DIFFERENCE) + JITTER_NS * len(kernels)
+        if busy > most and self.images[i] == max(self.images):
+            return TOO_LONG, f"{_ms(busy)} of kernels; a step without the profiler took {_ms(self.timed_ns)}"
+        return None
+
+    def _by_count(self, steps: list[int], model: int | None) -> dict[int, tuple[str, str]]:
+        """Against the kernels of the eager step `model`, and the nodes that most replays of the graph have."""
+        graphs = {i: [kernel for kernel in self.kernels[i] if kernel.graph is not None] for i in steps}
+        if model is None and not any(graphs.values()):
+            return {}
+        counts = Counter(len(kernels) for kernels in graphs.values())
+        expected = len(learn(self.kernels[model])) if model is not None else max(counts, key=lambda n: (counts[n], n))
+        seen = Counter(node for kernels in graphs.values() for node in {k.node for k in kernels if k.node})
+        nodes = {node for node, count in seen.items() if 2 * count > len(steps)}
+        found = {}
+        for i, kernels in graphs.items():
+            launches = Counter((kernel.graph, kernel.node) for kernel in kernels if kernel.node)
+            lost = len(nodes - {kernel.node for kernel in kernels})
+            detail = f"{len(kernels)} recorded, {expected} expected"
+            if len(kernels) < expected or lost:
+                found[i] = LOST, detail + (f", {lost} of the graph's nodes without one" if lost else "")
+            elif max(launches.values(), default=1) > 1:
+                found[i] = TWICE, f"{sum(n > 1 for n in launches.values())} nodes of one launch"
+            elif len(kernels) > expected:
+                found[i] = SURPLUS, detail
+        return found
+
+    def _by_time(self, steps: list[int], model: int | None) -> dict[int, tuple[str, str]]:
+        """Kernel times by name against those of `model`, or against the medians of `steps`."""
+        times = {i: _by_name(self.kernels[i]) for i in steps}
+        names = set().union(*times.values())
+        if model is not None:
+            usual, whose = _by_name(self.kernels[model]), "the eager step"
+        else:
+            usual, whose = {name: median(of[name] for of in times.values()) for name in names}, "the median step"
+        total, found = sum(usual.values()), {}
+        for i, of in times.items():
+            apart = sum(abs(of[name] - usual.get(name, 0)) for name in {*of, *usual})
+            if apart > DIFFERENCE * total + JITTER_NS * len(self.kernels[i]):
+                sums = f"{_ms(sum(of.values()))} in all, {whose} {_ms(total)}"
+                found[i] = DIFFERENT, f"{sums}; kernel by kernel {_ms(apart)} apart"
+        return found
+
+    def _by_overlap(self, steps: list[int]) -> Iterator[tuple[int, tuple[str, str]]]:
+        streams: dict[tuple[int, int], list[tuple[Kernel, int]]] = defaultdict(list)
+        for i in steps:
+            for kernel in self.kernels[i]:
+                streams[kernel.device, kernel.stream].append((kernel, i))
+        under = dict.fromkeys(steps, 0)
+        for stream in streams.values():
+            stream.sort(key=lambda entry: entry[0].start_ns)
+            latest, of = stream[0]
+            for kernel, i in stream[1:]:
+                overlap = min(latest.end_ns, kernel.end_ns) - kernel.start_ns
+                if overlap > JITTER_NS:
+                    for step in {i, of}:
+                        under[step] += overlap
+                if kernel.end_ns > latest.end_ns:
+                    latest, of = kernel, i
+        for i, ns in under.items():
+            if ns > OVERLAP * _sum_ns(self.kernels[i]):
+                yield i, (OVERLAPPING, f"for {_ms(ns)} of {_ms(_sum_ns(self.kernels[i]))}")
+
+
+def _sum_ns(kernels: Iterable[Kernel]) -> int:
+    return sum(kernel.end_ns - kernel.start_ns for kernel in kernels)
+
+
+def _by_name(kernels: Iterable[Kernel]) -> Counter[str]:
+    """Nanoseconds."""
+    times: Counter[str] = Counter()
+    for kernel in kernels:
+        times[kernel.name] += kernel.end_ns - kernel.start_ns
+    return times
+
+
+def _busy_ns(kernels: Sequence[Kernel]) -> int:
+    """How long the device must have worked: kernels of one stream do not run at the same time, others may."""
+    streams: dict[tuple[int, int], int] = defaultdict(int)
+    for kernel in kernels:
+        streams[kernel.device, kernel.stream] += kernel.end_ns - kernel.start_ns
+    intervals = sorted((kernel.start_ns, kernel.end_ns) for kernel in kernels)
+    ends = itertools.accumulate((end for _, end in intervals), max, initial=intervals[0][0])
+    union = sum(max(0, end - max(start, before)) for (start, end), before in zip(intervals, ends, strict=False))
+    return max(union, *streams.values())
+
+
+def _why(fault: tuple[str, str]) -> str:
+    return f"{fault[0]}, {fault[1]}"
+
+
+def _ms(ns: float) -> str:
+    return f"{ns / 1e6:.4g} ms"

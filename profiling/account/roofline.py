@@ -1,0 +1,213 @@
+"""Kernels and layers on the roofline: how fast each was, and how fast its FLOPs and bytes would have let it be."""
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from profiling.account.work import Dims, Work, family
+
+NEARLY_ALL = 0.9
+"""Share of an op's time in one kernel above which that kernel did the op's work."""
+MOST = 0.5
+"""The same on a CPU, where the rest is of the op's wrappers."""
+
+PER_ELEMENT = {
+    "batch norm": 6,
+    "batch norm backward": 9,
+    "relu": 1,
+    "relu backward": 1,
+    "add": 1,
+    "max_pool2d_with_indices": 1,
+    "max_pool2d_with_indices_backward": 1,
+}
+"""FLOPs for each element of the largest operand of an op that nothing counts the FLOPs of, a comparison being one.
+
+Batch norm's are those of `kernels.bn_stats`, `bn_apply` and `bn_backward` without ReLU: Welford's update 4, the affine
+map 2; the two sums 4, the gradient's map 5. A copy or a cast does none, so that it has no place on a roofline, and
+neither has the arithmetic of PyTorch's augmentation, much of which is on indices.
+"""
+
+
+class Timed(NamedTuple):
+    """A kernel of the profiled pass: `calls` and `ns` in all of its steps together.
+
+    op and dims are of the operation that launched it, dims as a trace writes them: the JSON text of a list of extents.
+    """
+
+    name: str
+    op: str
+    category: str
+    dims: str
+    calls: int
+    ns: float
+
+
+class Roofs(NamedTuple):
+    """FLOP/s and bytes/s that bound every kernel of a device; None is not known."""
+
+    flops_per_s: float | None
+    bytes_per_s: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel or a layer. Times are per step, FLOPs and bytes per call; None is not known.
+
+    roof_fraction is the time that the roofs allow over the time taken; `bound` names the roof that is the lower one.
+    `per_element` is the entry of PER_ELEMENT that the FLOPs are modelled by, None where they are counted.
+    """
+
+    name: str
+    op: str
+    category: str
+    shape: str
+    calls_per_step: float
+    ns_per_step: float
+    share: float
+    flops: int | None
+    bytes: int | None
+    flops_per_s: float | None
+    bytes_per_s: float | None
+    intensity: float | None
+    bound: str | None
+    roof_fraction: float | None
+    per_element: int | None
+    status: str
+    source: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As a record."""
+        return asdict(self)
+
+
+class _Ops:
+    """The ops of a step by what a trace shows of them."""
+
+    def __init__(self, work: Sequence[Work], timed: Sequence[Timed]):
+        self.rows: dict[Dims, list[Work]] = defaultdict(list)
+        for w in work:
+            self.rows[w.key].append(w)
+        self.ns: dict[tuple[Dims, str], float] = defaultdict(float)
+        for t in timed:
+            self.ns[_key(t.op, t.dims), t.category] += t.ns
+
+    def of(self, t: Timed) -> list[Work]:
+        """Everything that the op which launched the kernel does in a step, over all its calls."""
+        return self.rows.get(_key(t.op, t.dims), [])
+
+    def calls(self, t: Timed) -> int:
+        """How often that op is called in a step. A convolution's backward is two rows and one call."""
+        return max(Counter(w.family for w in self.of(t)).values(), default=0)
+
+    def done_by(self, t: Timed) -> list[Work]:
+        """The part of it that is this kernel's; nothing where the op's kernels cannot be told apart.
+
+        They can by their names, or where one takes nearly all of the time. On a CPU, where an op is its own kernel, the
+        one of it and its wrappers that takes most did the work.
+        """
+        rows, on_cpu = self.of(t), t.name == t.op
+        named = [w for w in rows if w.family in t.name.lower() and not on_cpu]
+        enough = (MOST if on_cpu else NEARLY_ALL) * self.ns[_key(t.op, t.dims), t.category]
+        return named or (rows if t.ns > enough else [])
+
+
+def kernel_rows(timed: Sequence[Timed], work: Sequence[Work], steps: float, roofs: Roofs) -> list[Row]:
+    """A row for each kernel of `steps` profiled steps, by falling time; FLOPs and bytes where its op's are known."""
+    ops, total_ns = _Ops(work, timed), sum(t.ns for t in timed) / steps
+    rows = []
+    for t in timed:
+        of_op = ops.of(t)
+        shape = of_op[0].layer if of_op else _largest(t.dims)
+        per_step = (t.calls / steps, t.ns / steps)
+        rows.append(_row(t.name, t.op, t.category, shape, per_step, total_ns, ops.done_by(t), ops.calls(t), roofs))
+    return sorted(rows, key=lambda row: -row.ns_per_step)
+
+
+def layer_rows(timed: Sequence[Timed], work: Sequence[Work], steps: float, roofs: Roofs) -> list[Row]:
+    """A row for each convolution layer and pass: all kernels of category "convolution" that its op launched.
+
+    Where dgrad and wgrad cannot be told apart they are one row, "backward".
+    """
+    ops, total_ns = _Ops(work, timed), sum(t.ns for t in timed) / steps
+    groups: dict[tuple[str, str], list[Timed]] = defaultdict(list)
+    for t in timed:
+        of_op = ops.of(t)
+        if t.category == "convolution" and of_op and of_op[0].family in ("fprop", "dgrad", "wgrad"):
+            families = {w.family for w in ops.done_by(t) or of_op}
+            groups[of_op[0].layer, families.pop() if len(families) == 1 else "backward"].append(t)
+    rows = []
+    for (layer, gradient), members in groups.items():
+        first = members[0]
+        done = [w for w in ops.of(first) if gradient in ("backward", w.family)]
+        calls = ops.calls(first)
+        per_step = (float(calls), sum(t.ns for t in members) / steps)
+        name = f"{layer} {gradient}"
+        rows.append(_row(name, first.op, first.category, layer, per_step, total_ns, done, calls, roofs))
+    return sorted(rows, key=lambda row: -row.ns_per_step)
+
+
+def _row(
+    name: str,
+    op: str,
+    category: str,
+    shape: str,
+    per_step: tuple[float, float],
+    total_ns: float,
+    work: Sequence[Work],
+    work_calls: int,
+    roofs: Roofs,
+) -> Row:
+    """`per_step` is (calls, ns); `work` is what is done in a step, in `work_calls` calls of the op."""
+    calls, ns = per_step
+    flops = sum(w.flops for w in work) // work_calls if work else 0
+    per_element = PER_ELEMENT.get(work[0].family) if work and work[0].dims and not flops else None
+    if per_element:
+        flops = per_element * max(map(math.prod, work[0].dims))
+    moved = sum(w.bytes for w in work) // work_calls if work else 0
+    seconds = ns / calls / 1e9
+    needs = {}
+    if flops and roofs.flops_per_s:
+        needs["compute"] = flops / roofs.flops_per_s
+    if moved and roofs.bytes_per_s:
+        needs["memory"] = moved / roofs.bytes_per_s
+    bound = max(needs, key=needs.__getitem__) if needs else None
+    modelled = "FLOPs and bytes: modelled"
+    if per_element:
+        modelled = f"FLOPs: modelled, {per_element} for each element; bytes: modelled"
+    return Row(
+        name=name,
+        op=op,
+        category=category,
+        shape=shape,
+        calls_per_step=calls,
+        ns_per_step=ns,
+        share=ns / total_ns if total_ns else 0.0,
+        flops=flops or None,
+        bytes=moved or None,
+        flops_per_s=flops / seconds if flops and seconds else None,
+        bytes_per_s=moved / seconds if moved and seconds else None,
+        intensity=flops / moved if flops and moved else None,
+        bound=bound,
+        roof_fraction=needs[bound] / seconds if bound and seconds else None,
+        per_element=per_element,
+        status="measured",
+        source=f"time: torch.profiler; {modelled}, each operand and result once",
+    )
+
+
+def _extents(dims: str) -> list[tuple[int, ...]]:
+    try:
+        return [tuple(d) for d in json.loads(dims) if d and all(isinstance(n, int) for n in d)]
+    except (ValueError, TypeError, RecursionError):
+        return []
+
+
+def _key(op: str, dims: str) -> Dims:
+    return Dims(family(op), frozenset(_extents(dims)[:3]))
+
+
+def _largest(dims: str) -> str:
+    return "x".join(map(str, max(_extents(dims), key=math.prod, default=())))

@@ -1,0 +1,213 @@
+"""What a training step must do, op by op: FLOPs and compulsory bytes, counted on the meta device.
+
+Nothing is computed and nothing depends on the machine. A multiply-add is two FLOPs; convolutions and matrix products
+count as `FlopCounterMode` counts them, this package's kernels by their own `*_cost`. Bytes are of operands and results,
+each once: an op that reads a tensor twice costs more than that, and `profiling.account.floors` knows how much.
+PyTorch's fused optimiser is one pass: weights, gradients and momentum read, weights and momentum written.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from kernels import bn_relu, fused  # noqa: F401  (so that BODIES is complete)
+from kernels.cost import nbytes
+from kernels.metered_cost import BODIES, COSTS
+from profiling.account.categories import AUGMENTATION
+
+VERSION = 1
+
+FAMILIES = {
+    "convolution": "fprop",
+    "_convolution": "fprop",
+    "conv2d": "fprop",
+    "cudnn_convolution": "fprop",
+    "mkldnn_convolution": "fprop",
+    "conv_fprop": "fprop",
+    "convolution_backward": "conv backward",
+    "mkldnn_convolution_backward": "conv backward",
+    "conv_dgrad": "dgrad",
+    "conv_wgrad": "wgrad",
+    "mm": "matrix product",
+    "addmm": "matrix product",
+    "native_batch_norm": "batch norm",
+    "cudnn_batch_norm": "batch norm",
+    "miopen_batch_norm": "batch norm",
+    "native_batch_norm_backward": "batch norm backward",
+    "cudnn_batch_norm_backward": "batch norm backward",
+    "miopen_batch_norm_backward": "batch norm backward",
+    "relu": "relu",
+    "relu_": "relu",
+    "clamp_min": "relu",
+    "clamp_min_": "relu",
+    "threshold_backward": "relu backward",
+    "add": "add",
+    "add_": "add",
+    "_to_copy": "cast",
+    "copy_": "cast",
+    "_fused_sgd_": "optimiser",
+    "sgd": "optimiser",
+}
+"""Ops of PyTorch that do the same work under different names: as counted here, and as a trace shows them."""
+
+_FREE = {"detach", "empty", "empty_like", "new_empty", "_unsafe_view"}
+"""Ops that move nothing, besides views."""
+
+
+class Dims(NamedTuple):
+    """Extents of an op's tensors without regard to order, by which a kernel in a trace is recognised as this op's."""
+
+    family: str
+    extents: frozenset[tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One op of a step.
+
+    op         as a trace names it, "aten::convolution"
+    family     ops that do the same work share it; all ops that make a batch are "augment"
+    layer      the convolution as `ConvShape` prints it, else the extents of the op's largest operand, "512x64x32x32"
+    dims       extents of its tensor operands
+    backward   whether it runs after the loss
+    flops      0 where they are not worth counting
+    """
+
+    op: str
+    family: str
+    layer: str
+    dims: tuple[tuple[int, ...], ...]
+    backward: bool
+    flops: int
+    bytes: int
+
+    @property
+    def key(self) -> Dims:
+        """What it has in common with its kernels in a trace."""
+        return Dims(family(self.op), frozenset(self.dims[:3]))
+
+
+def family(op: str) -> str:
+    """The family of an op by its name in a trace; its own name where nothing else does the same."""
+    name = op.rpartition("::")[2].partition(".")[0]
+    return FAMILIES.get(name, name)
+
+
+def work_of(
+    forward: Callable[[], Tensor],
+    update: Callable[[], None] = lambda: None,
+    on_op: Callable[[list[Work]], None] = lambda rows: None,
+) -> list[Work]:
+    """The ops of a step in the order in which they run: `forward()` to the loss, its backward, `update()`.
+
+    Both work on tensors of the meta device. What `forward` does under `record_function(AUGMENTATION)` makes the batch.
+    `on_op` gets the rows of each op, but for the update's, just after it has run.
+    """
+    meter = _Meter(on_op)
+    with meter:
+        loss = forward()
+        meter.backward = True
+        loss.backward()
+        meter.on_op = lambda rows: None
+        update()
+    return meter.rows
+
+
+class _Meter(TorchDispatchMode):
+    def __init__(self, on_op: Callable[[list[Work]], None]) -> None:
+        super().__init__()
+        self.on_op = on_op
+        self.rows: list[Work] = []
+        self.annotations: list[str] = []
+        self.backward = False
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if op in BODIES:  # an op that calls ops: those are the kernels
+            with self:
+                return BODIES[op](*args, **kwargs)
+        name = op._schema.name
+        if name == "profiler::_record_function_enter_new":
+            self.annotations.append(args[0])
+        elif name == "profiler::_record_function_exit":
+            self.annotations.pop()
+        elif name == "aten::_fused_sgd_":  # it has no kernel for the meta device
+            self.rows.append(_fused_sgd(*args[:3]))
+            return None
+        out = op(*args, **kwargs)
+        rows = self._rows(op, args, kwargs, out)
+        if AUGMENTATION in self.annotations:
+            rows = [replace(row, family="augment") for row in rows]
+        self.rows.extend(rows)
+        self.on_op(rows)
+        return out
+
+    def _rows(self, op, args, kwargs, out) -> list[Work]:
+        namespace, _, name = op._schema.name.partition("::")
+        operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        results = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if not operands or name in _FREE or (namespace == "aten" and op.is_view):
+            return []
+        dims = tuple(tuple(map(int, t.shape)) for t in operands)
+        if op is torch.ops.aten.convolution_backward.default:
+            return self._convolution_backward(args, dims)
+        largest = max(operands, key=torch.numel)
+        layer = "x".join(map(str, largest.shape)) or "scalar"
+        if name in ("convolution", "conv_fprop"):
+            layer = _layer(operands[0].shape, operands[1].shape, results[0].shape)
+        elif name == "conv_dgrad":
+            layer = _layer(results[0].shape, operands[1].shape, operands[0].shape)
+        elif name == "conv_wgrad":
+            layer = _layer(operands[0].shape, results[0].shape, operands[1].shape)
+        if op in COSTS:
+            cost = COSTS[op](*args, **kwargs)
+            flops, moved = cost.flops, cost.bytes
+        else:
+            count = flop_registry.get(op._overloadpacket)
+            flops = count(*args, **kwargs, out_val=out) if count else 0
+            moved = nbytes(*operands, *results)
+        return [Work(f"{namespace}::{name}", family(name), layer, dims, self.backward, flops, moved)]
+
+    def _convolution_backward(self, args, dims) -> list[Work]:
+        """Two kernels, for the gradients that are asked for: of x and of w."""
+        dy, x, w, wanted = *args[:3], args[-1]
+        layer = _layer(x.shape, w.shape, dy.shape)
+        flops = 2 * dy.numel() * math.prod(w.shape[1:])
+        each = nbytes(dy, x, w)
+        return [
+            Work("aten::convolution_backward", gradient, layer, dims, True, flops, each)
+            for gradient, is_wanted in (("dgrad", wanted[0]), ("wgrad", wanted[1]))
+            if is_wanted
+        ]
+
+
+def _fused_sgd(weights: list[Tensor], gradients: list[Tensor], momenta: list[Tensor]) -> Work:
+    moved = nbytes(*weights, *gradients, *momenta, *weights, *momenta)
+    return Work("aten::_fused_sgd_", "optimiser", "parameters", (), True, 0, moved)
+
+
+def _layer(x, w, y) -> str:
+    stride = -(-x[2] // y[2])
+    return f"{x[1]}x{x[2]}x{x[3]}-{w[0]}x{w[2]}x{w[3]}-s{stride}"
+
+
+def to_json(rows: Iterable[Work], batch: int, dtype: str) -> dict[str, Any]:
+    """The record of a step of `batch` images."""
+    return {"version": VERSION, "batch": batch, "dtype": dtype, "ops": [asdict(row) for row in rows]}
+
+
+def from_json(record: dict[str, Any]) -> list[Work]:
+    """The inverse of `to_json`. Raises ValueError for another version or a damaged record."""
+    if record.get("version") != VERSION:
+        raise ValueError(f"work is of version {record.get('version')!r}, expected {VERSION}")
+    try:
+        return [Work(**row | {"dims": tuple(map(tuple, row["dims"]))}) for row in record["ops"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"work has an op of another form: {error}") from None

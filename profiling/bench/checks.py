@@ -1,0 +1,229 @@
+"""Every kernel of the benchmark run once and held against float64, without being timed: does anything compute wrong?
+
+Compiling takes most of the time, and a kernel that faults or hangs takes its process with it. So each op's variant has
+a process of its own, as many at a time as there are slots; one that dies costs the check that it died in, and a new
+process goes on behind that; one that says nothing for too long is killed, and its other checks are not begun. This
+module, run as a program, is such a process: checks come in on stdin, and a row for each goes out on stdout.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import datetime
+import itertools
+import json
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from kernels import tiles
+from kernels.conv_shape import parse
+from profiling import ROOT
+from profiling.bench import cases, gate
+from profiling.bench.case import Case
+from profiling.bench.measure import BATCH, QUICK_CPU_BATCH, lost
+from profiling.bench.timing import first_line
+
+SCHEMA = 1
+RIGHT, WRONG, FAILED, UNKNOWN = "right", "wrong", "failed", "unknown"
+LIMIT_S = {"cuda": 90.0, "cpu": 1800.0}
+"""Between two results, the start of a process and its compiling included; the interpreter takes minutes for one."""
+GPU_BYTES = 4 << 30
+"""That a process needs on a GPU: its context, and the largest case at the training batch in float64."""
+SIGNAL_S = 0.2
+"""A signal to the whole group ends a process before it reaches this one, where it cancels, and nobody is to blame."""
+Report = Callable[[dict[str, Any]], None]
+
+
+class Check(NamedTuple):
+    """A case by its name, at a number of images."""
+
+    case: str
+    images: int
+
+
+def planned(chosen: Sequence[Case], images: Sequence[int]) -> list[list[Check]]:
+    """The checks of each process: those of an op and variant, all with few images before any with many."""
+    groups = dict.fromkeys((case.op, case.variant) for case in chosen)
+    return [
+        [Check(case.name, n) for n in images for case in chosen if (case.op, case.variant) == group] for group in groups
+    ]
+
+
+def images_on(device: torch.device) -> tuple[int, ...]:
+    """Two, and on a GPU the training batch too: only there is a grid full, and a row's tiles differ from an image's."""
+    return (QUICK_CPU_BATCH, BATCH) if device.type == "cuda" else (QUICK_CPU_BATCH,)
+
+
+def slots(device: torch.device) -> int:
+    """How many processes the cores, and on a GPU its memory, bear at a time."""
+    cores = os.cpu_count() or 1
+    if device.type != "cuda":
+        return cores
+    return max(1, min(cores, torch.cuda.get_device_properties(device).total_memory // GPU_BYTES))
+
+
+def check(one: Check, known: dict[str, Case], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Run a case's kernels at that many images; the row. With many, float64 is the device's, which does it in time."""
+    case = known[one.case]
+    judge = torch.device("cpu") if one.images <= QUICK_CPU_BATCH else device
+    try:
+        error = gate.verified(case, device, dtype, one.images, judge)
+        status = WRONG if error else RIGHT
+    except Exception as raised:  # whatever a compiler or a launch raises is the finding
+        status, error = FAILED, first_line(raised)
+    return row(one, known, device, dtype, status, error)
+
+
+def one_after_another(
+    groups: Sequence[list[Check]], known: dict[str, Case], device: torch.device, dtype: torch.dtype
+) -> Iterator[dict[str, Any]]:
+    """The rows of all checks in this process; once its device is lost the others are unknown, and not to blame."""
+    down = False
+    for one in itertools.chain.from_iterable(groups):
+        if down:
+            yield row(one, known, device, dtype, UNKNOWN, "not begun: a check before it lost the device")
+            continue
+        found = check(one, known, device, dtype)
+        down = found["status"] == FAILED and lost(device)
+        yield found
+
+
+def row(
+    one: Check, known: dict[str, Case], device: torch.device, dtype: torch.dtype, status: str, error: str | None
+) -> dict[str, Any]:
+    """The record of a check: `status` is "right", "wrong", "failed", or "unknown" where it was not begun; `error` says
+    what was found otherwise. `tile` is what a convolution runs with."""
+    case, tile = known[one.case], None
+    if case.op in tiles.OPS:
+        tile = dataclasses.asdict(tiles.tile(case.op, parse(case.shape), dtype, tiles.gpu_of(device)))
+    return {
+        "schema": SCHEMA,
+        "kind": "check",
+        **{"case": case.name, "op": case.op, "variant": case.variant, "shape": case.shape},
+        **{"dtype": str(dtype).removeprefix("torch."), "batch": one.images, "device": str(device), "tile": tile},
+        **{"status": status, "error": error},
+        "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+class Pool:
+    """Processes that check: `command` starts one, at most `slots` run, each may be silent for `limit_s` seconds.
+
+    `failure(check, status, error)` makes the row of a check that has none of its own.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        slots: int,
+        limit_s: float,
+        report: Report,
+        failure: Callable[[Check, str, str], dict[str, Any]],
+    ):
+        self.command, self.slots, self.limit_s, self.report, self.failure = command, slots, limit_s, report, failure
+
+    def run(self, groups: Sequence[list[Check]]) -> None:
+        """Every check of every group; `report` gets each row at once. KeyboardInterrupt, or SystemExit of 143 for
+        SIGTERM, comes out when all processes are ended."""
+        asyncio.run(self._all(groups))
+
+    async def _all(self, groups: Sequence[list[Check]]) -> None:
+        loop, me, terminated = asyncio.get_running_loop(), asyncio.current_task(), []
+        loop.add_signal_handler(signal.SIGTERM, lambda: (terminated.append(True), me.cancel()))
+        free = asyncio.Semaphore(self.slots)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for group in sorted(groups, key=len, reverse=True):  # what takes longest must not begin last
+                    tasks.create_task(self._group(list(group), free))
+        except asyncio.CancelledError:
+            if terminated:
+                raise SystemExit(128 + signal.SIGTERM) from None
+            raise
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None  # a disk that is full; the others were cancelled for it
+        finally:
+            loop.remove_signal_handler(signal.SIGTERM)
+
+    async def _group(self, left: list[Check], free: asyncio.Semaphore) -> None:
+        async with free:
+            while left:
+                await self._process(left)
+
+    async def _process(self, left: list[Check]) -> None:
+        """One process, until it has done all that is `left`, or could not go on; takes from `left` what it has done."""
+        threads = str(max(1, (os.cpu_count() or 1) // self.slots))
+        environment = {"OMP_NUM_THREADS": threads} | os.environ
+        with tempfile.TemporaryFile() as words:
+            pipe = asyncio.subprocess.PIPE
+            child = await asyncio.create_subprocess_exec(
+                *self.command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=words
+            )
+            try:
+                child.stdin.write(json.dumps(left).encode())
+                child.stdin.close()
+                while left:
+                    async with asyncio.timeout(self.limit_s):  # wait_for of Python 3.11 may swallow a cancellation
+                        line = await child.stdout.readline()
+                    if not line:
+                        break
+                    found = json.loads(line)
+                    left.pop(0)
+                    self.report(found["row"])
+                    if found["lost"]:
+                        return  # it ended of itself, and what is left is not to blame
+                if left:
+                    await child.wait()
+                    await asyncio.sleep(SIGNAL_S)
+                    self._give(left.pop(0), FAILED, f"the process ended with {_end(child.returncode, words)}")
+            except TimeoutError:
+                self._give(left.pop(0), FAILED, f"no result within {self.limit_s:g} s")
+                for one in left:
+                    self._give(one, UNKNOWN, "not begun: a check of this op before it hung")
+                left.clear()
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    child.kill()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(10):  # a driver may not let go of it
+                        await child.wait()
+
+    def _give(self, one: Check, status: str, error: str) -> None:
+        self.report(self.failure(one, status, error))
+
+
+def _end(code: int, words: Any) -> str:
+    """How a process ended, and its last line on stderr."""
+    words.seek(0)
+    last = next((line for line in reversed(words.read().decode(errors="replace").splitlines()) if line.strip()), "")
+    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return f"{how}: {last.strip()[:200]}" if last else how
+
+
+def worker(dtype: str) -> list[str]:
+    """The command of a process that checks in that dtype."""
+    return [sys.executable, "-m", "profiling.bench.checks", dtype]
+
+
+def _work(dtype: torch.dtype) -> None:
+    """Check what stdin asks for, until the device is lost to this process."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a compiler prints is no answer
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    known = {case.name: case for case in cases.cases()}
+    for one in itertools.starmap(Check, json.load(sys.stdin)):
+        found = check(one, known, device, dtype)
+        down = found["status"] == FAILED and lost(device)
+        print(json.dumps({"row": found, "lost": down}), file=answers, flush=True)
+        if down:
+            os._exit(0)  # what a lost device still holds cannot be given back
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent ends it
+    _work(getattr(torch, sys.argv[1]))

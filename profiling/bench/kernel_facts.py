@@ -1,0 +1,104 @@
+"""What the machine code of a case's kernels says: compiled for any architecture, or as the runtime here holds it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kernels import tiles
+from kernels.tiles import Gpu
+from profiling.bench import loaded_kernels
+from profiling.bench.ahead_of_time import Build, Facts, compile_all, launches, unique
+from profiling.bench.case import Case, Draw
+from profiling.bench.measure import BATCH, MEASURED, UNAVAILABLE, Setup
+
+DEFAULT_GPUS = (Gpu("sm_80", (8, 0)), Gpu("sm_90", (9, 0)), Gpu("sm_100", (10, 0)))
+"""Architectures without a name in the table of tiles: what runs there is the deterministic default."""
+
+
+@dataclass(frozen=True)
+class KernelFacts:
+    """One kernel that a case launches at batch 512, compiled for one architecture.
+
+    Of `local_bytes`, a thread's local memory, `spill_bytes` are written and read; None where only the driver was asked.
+    `blocks_per_sm` follows from the architecture's limits; `instructions_per_matrix_step` are those that a warp issues
+    in the main loop for each matrix instruction, None without such a loop. `status` is "unavailable" with the reason,
+    and the figures None, where the kernel did not compile; `notes` are ptxas's warnings.
+    """
+
+    case: str
+    op: str
+    variant: str
+    shape: str
+    dtype: str
+    kernel: str
+    gpu: str
+    arch: int
+    status: str
+    source: str
+    registers: int | None = None
+    spill_bytes: int | None = None
+    local_bytes: int | None = None
+    shared_bytes: int | None = None
+    blocks_per_sm: int | None = None
+    instructions_per_matrix_step: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def kernel_facts(
+    cases: Sequence[Case],
+    gpus: Sequence[Gpu],
+    dtype: torch.dtype,
+    compile_: Callable[[list[Build]], list[Facts]] = compile_all,
+) -> list[KernelFacts]:
+    """The facts of every kernel of every case on every GPU; a kernel that several cases launch is compiled once."""
+    launched = [(case, gpu, build) for case in cases for gpu in gpus for build in _builds(case, gpu, dtype)]
+    builds = unique([build for _, _, build in launched])
+    facts = dict(zip((build.key() for build in builds), compile_(builds), strict=True))
+    return [_row(case, gpu, dtype, build.kernel, facts[build.key()]) for case, gpu, build in launched]
+
+
+def loaded_facts(case: Case, setup: Setup) -> list[KernelFacts]:
+    """The facts of the kernels that `case` launches on the GPU of `setup`, which it has done before.
+
+    It is launched once more, and nothing is compiled.
+    """
+    gpu = tiles.gpu_of(setup.device)
+    with torch.no_grad(), loaded_kernels.launched() as kernels:
+        case.ours(*case.operands(Draw(setup.batch, setup.device, setup.dtype)))
+    different = {kernel.hash: kernel for kernel in kernels}.values()
+    return [_row(case, gpu, setup.dtype, kernel.name, loaded_kernels.facts(kernel)) for kernel in different]
+
+
+def table_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that the table of tiles has measured, whose architecture is known by name."""
+    capability = {"NVIDIA A100": (8, 0), "NVIDIA H100": (9, 0), "NVIDIA H200": (9, 0), "NVIDIA B200": (10, 0)}
+    names = dict.fromkeys(entry.gpu for entry in tiles.load())
+    found = ((name, next((c for known, c in capability.items() if name.startswith(known)), None)) for name in names)
+    return tuple(Gpu(name, c) for name, c in found if c is not None)
+
+
+def _builds(case: Case, gpu: Gpu, dtype: torch.dtype) -> list[Build]:
+    draw = Draw(BATCH, torch.device("cpu"), dtype, untouched=True)
+    with torch.no_grad(), launches(gpu) as recorded:
+        case.ours(*case.operands(draw))
+    return unique(recorded)
+
+
+def _row(case: Case, gpu: Gpu, dtype: torch.dtype, kernel: str, facts: Facts) -> KernelFacts:
+    about = (case.name, case.op, case.variant, case.shape, str(dtype).removeprefix("torch."), kernel, gpu.name)
+    if facts.error:
+        return KernelFacts(*about, facts.arch, UNAVAILABLE, facts.error.splitlines()[0][:200])
+    return KernelFacts(
+        *about,
+        facts.arch,
+        MEASURED,
+        "read from the machine code",
+        facts.registers,
+        facts.spill_bytes,
+        facts.local_bytes,
+        facts.shared_bytes,
+        facts.blocks_per_sm(),
+        facts.instructions_per_matrix_step(),
+        tuple(facts.notes),
+    )

@@ -1,0 +1,289 @@
+"""Which tile is fastest, measured: what refreshes the committed table of `kernels.tiles`.
+
+For every convolution op and layer shape, with everything fused that the networks fuse, a bounded list of tiles is held
+against float64; one that is wrong or spills is refused by its name. The others are looked at briefly, and the best few
+are timed beside the library's convolution with our batch-norm kernels around it. What the timings say is decided by
+pure functions; the GPU is behind `Backend`.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from kernels import tiles
+from kernels.conv_shape import ConvShape
+from kernels.jit import nothing_launched
+from kernels.tiles import Entry, Gpu, Tile
+from profiling.bench.candidates import candidates
+from profiling.bench.case import Case, Draw, tensors
+from profiling.bench.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
+from profiling.bench.gate import Gate
+from profiling.bench.loaded_kernels import launched, local_bytes
+from profiling.bench.measure import Setup, lost, searching
+from profiling.bench.precompile import Precompiler
+from profiling.bench.timing import QUICK, Samples, first_line, interleave, summarise
+
+FINALISTS = 3
+LIBRARY = "library"
+KEEP_WITHIN = 0.01
+"""A tile that is in the table stays there unless another is faster by more than this."""
+FUSED = {
+    "conv_fprop": (conv_fprop_case, "prologue,statistics"),
+    "conv_dgrad": (conv_dgrad_case, "mask,sums"),
+    "conv_wgrad": (conv_wgrad_case, "prologue"),
+}
+
+
+class Timings(NamedTuple):
+    """Median microseconds of one op at one shape: by tile, and of the library; None where it could not be measured.
+
+    A tile that is wrong, spills, does not compile or was disturbed is in `refused`, with the reason, and the library
+    under None. `power_capped` is the share of a tile's samples under the power cap, where there were such. `lost` is
+    whether the device was lost to this process, as by a tile that touched what is not its own.
+    """
+
+    us: dict[Tile, float]
+    library_us: float | None
+    refused: dict[Tile | None, str]
+    power_capped: dict[Tile, float] | None = None
+    lost: bool = False
+
+
+class Refusal(NamedTuple):
+    """A tile that was not timed, or not to the end; without one the library, or all of the op at that shape."""
+
+    op: str
+    shape: ConvShape
+    tile: Tile | None
+    reason: str
+
+    def __str__(self) -> str:
+        what = "not measured" if self.tile is None else f"{self.tile} refused"
+        return f"{self.op} {self.shape}: {what}: {self.reason}"
+
+
+class Tuned(NamedTuple):
+    """The entries that were measured, all that was refused, and what is left where the device was lost."""
+
+    entries: list[Entry]
+    refused: list[Refusal]
+    left: list[tuple[str, ConvShape]]
+
+
+class Problem(NamedTuple):
+    """An op at a layer's shape, the tiles to try, and the one in use."""
+
+    op: str
+    shape: ConvShape
+    variant: str
+    candidates: tuple[Tile, ...]
+    incumbent: Tile
+
+    def case(self) -> Case:
+        """What is timed."""
+        return FUSED[self.op][0](self.shape, self.variant)
+
+
+class Backend(Protocol):
+    """Where candidates are timed."""
+
+    gpu: Gpu
+
+    def prepare(self, problems: Sequence[Problem]) -> None:
+        """Learn what will be timed, in this order."""
+
+    def time(self, case: Case, candidates: Sequence[Tile], incumbent: Tile) -> Timings:
+        """Check and time the candidates for a case; the incumbent gets to the final in any case."""
+
+
+def select(
+    gpu: Gpu, op: str, shape: ConvShape, dtype: torch.dtype, triton: str, timings: Timings, incumbent: Tile
+) -> Entry | None:
+    """The table's entry that the timings call for; None if no tile, or not the library, could be measured."""
+    if not timings.us or timings.library_us is None:
+        return None
+    best = min(timings.us, key=timings.us.__getitem__)
+    if incumbent in timings.us and timings.us[incumbent] <= timings.us[best] * (1 + KEEP_WITHIN):
+        best = incumbent
+    us, library_us = round(timings.us[best], 3), round(timings.library_us, 3)
+    return Entry(gpu.name, op, str(shape), str(dtype).removeprefix("torch."), triton, us, library_us, best)
+
+
+def refreshed(entries: Sequence[Entry], measured: Sequence[Entry]) -> tuple[Entry, ...]:
+    """The table with `measured` in the place of what it had for the same GPU, op, shape and dtype."""
+    return tuple(({entry[:4]: entry for entry in entries} | {entry[:4]: entry for entry in measured}).values())
+
+
+def changed(entries: Sequence[Entry], measured: Sequence[Entry]) -> list[str]:
+    """What is new or different in `measured`, a line each; times alone are no difference."""
+    before = {entry[:4]: entry for entry in entries}
+    lines = []
+    for entry in measured:
+        old = before.get(entry[:4])
+        if old is None:
+            lines.append(f"new: {entry.op} {entry.shape} {entry.dtype}: {_measured(entry)}")
+        elif old.tile != entry.tile or _choice(old) != _choice(entry):
+            what = f"{_choice(old)}, {old.tile} -> {_measured(entry)}"
+            lines.append(f"changed: {entry.op} {entry.shape} {entry.dtype}: {what}")
+    return lines
+
+
+def _choice(entry: Entry) -> str:
+    return "library" if entry.library_us < entry.us else "ours"
+
+
+def _measured(entry: Entry, capped: float | None = None) -> str:
+    times = f"ours {entry.us:.1f} us, library {entry.library_us:.1f} us"
+    mark = f", power cap in {capped:.0%} of its samples" if capped else ""
+    return f"{_choice(entry)} ({times}), {entry.tile}{mark}"
+
+
+def tune(
+    backend: Backend,
+    problems: Sequence[tuple[str, ConvShape]],
+    dtype: torch.dtype,
+    triton: str,
+    say: Callable[[str], None],
+    keep: Callable[[list[Entry]], None] = lambda measured: None,
+) -> Tuned:
+    """Measure every (op, shape) of `problems`. What is refused is said at once; a failure does not end the rest.
+
+    `keep` gets the entries so far after each of them: there are many, and the last may never come.
+    """
+    tuned, planned = Tuned([], [], list(problems)), [_problem(op, shape, dtype, backend.gpu) for op, shape in problems]
+    backend.prepare(planned)
+    for problem in planned:
+        op, shape, _, tried, incumbent = problem
+        tuned.left.pop(0)
+        try:
+            timings = backend.time(problem.case(), tried, incumbent)
+        except Exception as error:  # out of memory, a failure of the library's own
+            timings = Timings({}, None, {None: first_line(error)})
+        refused = [Refusal(op, shape, tile, reason) for tile, reason in timings.refused.items()]
+        tuned.refused.extend(refused)
+        for refusal in refused:
+            say(str(refusal))
+        entry = select(backend.gpu, op, shape, dtype, triton, timings, incumbent)
+        if entry is None:
+            say(f"{op} {shape}: nothing measured, the table stays as it is")
+        else:
+            tuned.entries.append(entry)
+            keep(tuned.entries)
+            say(f"{op} {shape}: {_measured(entry, (timings.power_capped or {}).get(entry.tile))}")
+        if timings.lost:
+            break
+    return tuned
+
+
+def _problem(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> Problem:
+    variant = FUSED[op][1]
+    if op == "conv_dgrad" and shape.R == 1:
+        variant = ""  # a projection's gradient is masked where it joins that of the block's first convolution
+    tried = tuple(candidates(op, shape, dtype, gpu))
+    return Problem(op, shape, variant, tried, tiles.tile(op, shape, dtype, gpu))
+
+
+class CudaBackend:
+    """Times on the GPU of `setup`, with a cold cache: a layer's operands have left it when their turn comes.
+
+    `ahead` compiles what is prepared in the meantime; whoever gave it closes it.
+    """
+
+    def __init__(self, setup: Setup, ahead: Precompiler | None = None):
+        self.setup, self.gpu, self.ahead = setup, tiles.gpu_of(setup.device), ahead
+
+    def prepare(self, problems: Sequence[Problem]) -> None:
+        """As `Backend` has it."""
+        if self.ahead is not None:
+            about = self.setup.dtype, self.setup.batch, str(self.setup.device)
+            for problem in problems:
+                for tile in problem.candidates:
+                    one = problem._replace(candidates=(tile,))
+                    self.ahead.submit(problem.case().name, compile_candidates, one, *about)
+
+    def time(self, case: Case, candidates: Sequence[Tile], incumbent: Tile) -> Timings:
+        """As `Backend` has it: a look at every tile that is right, then the best with the library by the whole plan."""
+        setup = self.setup
+        if self.ahead is not None:
+            self.ahead.wait(case.name)
+        operands = case.operands(Draw(setup.batch, setup.device, setup.dtype))
+        gate = Gate(case, operands, setup.dtype)
+        baseline = case.library(*operands)
+        wrong = gate.library_refusal(baseline)
+        if wrong:
+            raise RuntimeError(f"{case.name}: the library itself is {wrong}")
+        gate.baseline = list(baseline)
+        runs, refused = {}, {}
+        for tile in candidates:
+            run = _with_tile(case, operands, tile)
+            try:
+                reason = _flaw(run, case, gate)
+            except Exception as error:  # out of resources, or a tile that does not compile
+                reason = first_line(error)
+            if reason:
+                refused[tile] = reason
+            else:
+                runs[tile] = run
+            if reason and lost(setup.device):
+                return Timings({}, None, refused, lost=True)
+        timer = setup.timer.for_mode("cold")
+        looked_at = _medians(interleave(runs, timer, QUICK, setup.gpu), refused)
+        finalists = [*sorted(looked_at, key=looked_at.__getitem__)[:FINALISTS], incumbent]
+        final: dict[Any, Callable] = {tile: runs[tile] for tile in dict.fromkeys(finalists) if tile in looked_at}
+        final[LIBRARY] = searching(lambda: case.hybrid(*operands), True)
+        with contextlib.suppress(Exception):  # it fails again, and is refused by name, when it is timed
+            final[LIBRARY]()
+        taken = interleave(final, timer, setup.plan, setup.gpu)
+        library_us = _medians({None: taken.pop(LIBRARY)}, refused).get(None)
+        capped = {tile: samples.power_capped_share for tile, samples in taken.items() if samples.power_capped_share}
+        return Timings(_medians(taken, refused), library_us, refused, capped, lost(setup.device))
+
+
+def compile_candidates(problem: Problem, dtype: torch.dtype, batch: int, device: str) -> None:
+    """Compile the kernels of each candidate as `CudaBackend.time` will launch them."""
+    case = problem.case()
+    operands = case.operands(Draw(batch, torch.device(device), dtype, untouched=True))
+    for tile in problem.candidates:
+        with torch.no_grad(), nothing_launched():
+            _with_tile(case, operands, tile)()
+
+
+def _flaw(run: Callable[[], Any], case: Case, gate: Gate) -> str | None:
+    """What is wrong with a tile, None if nothing: its result against float64's, or registers that it spills."""
+    with launched() as kernels:
+        result = run()
+    wrong = gate.refusal(case.comparable(result))
+    for x in tensors(result):
+        x.fill_(torch.nan)  # the next tile gets this memory: what it does not write must not look right
+    if wrong:
+        return f"wrong: {wrong}"
+    spilled = max(map(local_bytes, kernels), default=0)
+    return f"it spills {spilled} bytes a thread into local memory" if spilled else None
+
+
+def _medians(taken: dict[Tile, Samples], refused: dict[Tile, str]) -> dict[Tile, float]:
+    """Median microseconds; a tile without enough samples, or None for the library, goes to `refused`."""
+    refused |= {tile: samples.refusal() for tile, samples in taken.items() if samples.refusal()}
+    return {tile: summarise(samples.us).median for tile, samples in taken.items() if not samples.refusal()}
+
+
+def _with_tile(case: Case, operands: tuple, tile: Tile) -> Callable[[], Any]:
+    """The case's op as if the table said `tile`."""
+
+    def run() -> Any:
+        with forced(tile):
+            return case.ours(*operands)
+
+    return run
+
+
+@contextlib.contextmanager
+def forced(tile: Tile) -> Iterator[None]:
+    """Let every convolution take `tile`, whatever the table says."""
+    original, tiles.tile = tiles.tile, lambda op, shape, dtype, gpu: tile
+    try:
+        yield
+    finally:
+        tiles.tile = original

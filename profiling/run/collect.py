@@ -1,0 +1,166 @@
+"""What a profiled run leaves in RUN/records beside the run itself, and the pass under the profiler that comes after it.
+
+The run is timed without a profiler: the starts of its steps, its phases, and what a process of its own hears from the
+driver. Then a fresh process takes one profiling session: later sessions of a process lose kernels, and a process goes
+on slower after one. Nothing here fails a run: what cannot be collected is missing, and the account says so.
+"""
+
+import contextlib
+import itertools
+import os
+import secrets
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from profiling.output.files import write_json
+from profiling.run import telemetry
+from profiling.run.clock import Clock
+from profiling.run.steps import StepClock
+
+if TYPE_CHECKING:
+    import torch
+
+VERSION = 1
+WAIT_STEPS, WARM_UP_STEPS, ACTIVE_STEPS = 3, 10, 20
+"""Of the profiled pass: left alone, profiled and thrown away, and recorded. CUPTI loses kernels where a session begins
+(pytorch/pytorch#192021), hence so many to throw away."""
+CPU_WARM_UP_STEPS = 3
+"""Without CUPTI; there a step may take seconds."""
+EAGER_STEP = 2
+"""Index among the recorded steps of the one that runs eagerly: all others are compared with it, so it is not the first.
+Among the replays the clocks are theirs."""
+
+PATIENCE_S = 1800
+"""How long a pass may take."""
+
+RECORDS = "records"
+
+
+class Collection:
+    """The records of a timed run on `device`: `steps` is to wrap its epochs, `finish` to be called at its end."""
+
+    def __init__(self, out: Path, device: "torch.device", warn: Callable[[str], None]):
+        self.folder, self.warn = out / RECORDS, warn
+        with contextlib.suppress(OSError):  # what cannot be written is warned of at the end
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.steps = StepClock(device)
+        self.telemetry = telemetry.start(gpu_uuid(device), self.folder / "telemetry.jsonl")
+
+    def finish(self, clock: Clock) -> None:
+        """End the telemetry; write phases and steps. `clock` has been stopped."""
+        self.telemetry.stop()
+        phases = [phase._asdict() for phase in clock.phases]
+        end_ns = clock.start_ns + clock.wall_ns()
+        record = {"version": VERSION, "start_ns": clock.start_ns, "end_ns": end_ns, "phases": phases}
+        for name, value in (("phases", lambda: record), ("steps", self.steps.to_json)):
+            try:
+                write_json(self.folder / f"{name}.json", value())
+            except (OSError, RuntimeError) as error:  # RuntimeError: events of a device that has failed
+                self.warn(f"{self.folder}: {error}; the report will lack the {name}")
+
+
+def gpu_uuid(device: "torch.device") -> str | None:
+    """The driver's name of the GPU, None for a CPU."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def run_pass(what: str, command: list[str], folder: Path, warn: Callable[[str], None]) -> str | None:
+    """Run `command` in `folder`; warn, and return why, where it fails."""
+    nowhere = subprocess.DEVNULL
+    try:
+        done = subprocess.run(
+            command, cwd=folder, stdin=nowhere, stdout=nowhere, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S
+        )
+        # Kineto announces its sessions there too.
+        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("USDT:")]
+        error = None if done.returncode == 0 else f"exit code {done.returncode}: {(lines or ['no word'])[-1][:500]}"
+    except subprocess.TimeoutExpired:
+        error = f"it was not done after {PATIENCE_S} s"
+    except OSError as refused:
+        error = str(refused)
+    if error:
+        warn(f"{what} failed, {error}; the report will lack its figures")
+    return error
+
+
+def record_trace(
+    steps: Iterator[int],
+    device: "torch.device",
+    folder: Path,
+    about: dict[str, Any],
+    eagerly: Callable[[], contextlib.AbstractContextManager] | None = None,
+    active: int = ACTIVE_STEPS,
+) -> None:
+    """Take the session: `steps` trains, a step at a time, and yields the images of each.
+
+    Where steps are replayed, one more is recorded among them within `eagerly()`: which operation launched a kernel can
+    only be learned from that, and what a replay should hold (`profiling.account.cross_check`).
+    Writes trace.json.gz and profile.json to `folder`; `about` is the environment. Raises OSError where it cannot.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile, schedule
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    path = folder / "trace.json.gz"
+    temporary = folder / f".tmp-{secrets.token_hex(4)}.json.gz"
+
+    def save(session: Any) -> None:
+        session.export_chrome_trace(str(temporary))
+        os.replace(temporary, path)
+
+    clock, images = StepClock(device), []
+    warm_up = WARM_UP_STEPS if device.type == "cuda" else CPU_WARM_UP_STEPS
+    before, recorded = WAIT_STEPS + warm_up, active + (1 if eagerly else 0)
+    plan = schedule(wait=WAIT_STEPS, warmup=warm_up, active=recorded, repeat=1)
+    if eagerly:
+        # The first too, which is not recorded, so that a search of cuDNN's or an allocation is none of the other's.
+        steps = _with_eager(steps, {0, before + EAGER_STEP}, eagerly)
+    try:
+        with profile(activities=activities, schedule=plan, on_trace_ready=save, record_shapes=True) as session:
+            for number, count in enumerate(clock.each(steps), start=1):
+                images.append(count)
+                if number == before and device.type == "cuda":
+                    torch.cuda.synchronize(device)  # no kernel of an earlier step within the recorded ones
+                if number == before + recorded:
+                    clock.end_epoch()  # before the session ends, which takes longer than a step
+                    break
+                session.step()
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    write_json(
+        folder / "profile.json",
+        {
+            "version": VERSION,
+            "eager_step": EAGER_STEP if eagerly else None,
+            "step_images": images[before:],
+            "step_ns": clock.durations_ns()[before:],
+            "error": None,
+            "environment": about,
+        },
+    )
+
+
+def _with_eager(
+    steps: Iterator[int], numbers: set[int], eagerly: Callable[[], contextlib.AbstractContextManager]
+) -> Iterator[int]:
+    """`steps`, of which those of `numbers`, from 0, run within `eagerly()`."""
+    for number in itertools.count():
+        with eagerly() if number in numbers else contextlib.nullcontext():
+            images = next(steps, None)
+        if images is None:
+            return
+        yield images
+
+
+def record_failure(folder: Path, error: str) -> None:
+    """Leave word that the profiled pass failed; a disk that is full takes none."""
+    nothing = {"version": VERSION, "eager_step": None, "step_images": [], "step_ns": [], "environment": None}
+    with contextlib.suppress(OSError):
+        write_json(folder / "profile.json", nothing | {"error": error})

@@ -1,0 +1,85 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from modelled_steps import step
+
+from profiling.account.work import family, from_json, to_json, work_of
+
+FLOPS_PER_IMAGE = 2_756_474_880  # the article's network: three passes, no dgrad for the first convolution
+PARAMETERS = 5_205_834
+
+
+@pytest.mark.parametrize("ops", ["reference", "batchnorm", "composed", "triton"])
+def test_convolutions_of_every_implementation_are_the_networks(ops):
+    rows = [r for r in step(ops=ops) if r.family in ("fprop", "dgrad", "wgrad", "matrix product")]
+    assert [sum(r.family == f for r in rows) for f in ("fprop", "dgrad", "wgrad")] == [20, 19, 20]
+    assert sum(r.flops for r in rows) == 512 * FLOPS_PER_IMAGE
+
+
+def test_bytes_of_a_convolution_are_its_operands_and_result_once():
+    x = torch.empty(4, 16, 8, 8, dtype=torch.float16, device="meta", requires_grad=True)
+    w = torch.empty(32, 16, 3, 3, dtype=torch.float16, device="meta", requires_grad=True)
+    rows = work_of(lambda: F.conv2d(x, w, stride=2, padding=1).sum())
+    convolutions = [r for r in rows if r.flops]
+    sizes = 2 * (4 * 16 * 8 * 8 + 32 * 16 * 9 + 4 * 32 * 4 * 4)
+    assert [(r.family, r.bytes) for r in convolutions] == [(f, sizes) for f in ("fprop", "dgrad", "wgrad")]
+    assert {r.layer for r in convolutions} == {"16x8x8-32x3x3-s2"}
+    assert {r.flops for r in convolutions} == {2 * 4 * 4 * 4 * 32 * 16 * 9}
+
+
+def test_no_gradient_for_the_image_is_no_work():
+    x, w = torch.empty(4, 3, 8, 8, device="meta"), torch.empty(8, 3, 3, 3, device="meta", requires_grad=True)
+    rows = work_of(lambda: F.conv2d(x, w, padding=1).sum())
+    assert [r.family for r in rows if r.flops] == ["fprop", "wgrad"]
+
+
+@pytest.mark.parametrize(
+    ("ops", "op", "passes"),
+    [("reference", "aten::_fused_sgd_", 5), ("batchnorm", "cifar::sgd", 6.5), ("triton", "cifar::sgd", 6.5)],
+)
+def test_the_update_is_the_one_that_runs(ops, op, passes):
+    """PyTorch's in one pass, three read and two written; ours reads the gradient twice, and writes the 16-bit copy."""
+    (update,) = [row for row in step(ops=ops) if row.family == "optimiser"]
+    assert (update.op, update.bytes) == (op, passes * 4 * PARAMETERS)
+
+
+@pytest.mark.parametrize("ops", ["reference", "batchnorm", "composed", "triton"])
+def test_a_batch_is_made_by_the_ops_that_make_it(ops):
+    """By none where it comes from the host."""
+    made = [row.op for row in step("resnet9", ops=ops) if row.family == "augment"]
+    assert all(op.startswith("aten::") for op in made) if ops == "reference" else made == ["cifar::augment"]
+    assert made
+    assert not [row for row in step("article-256", ops=ops) if row.family == "augment"]
+
+
+def test_an_augmentation_s_kernels_are_still_recognised_as_their_ops():
+    row = next(row for row in step("resnet9") if row.op == "aten::index")
+    assert row.key.family == "index"
+
+
+def test_an_op_made_of_kernels_is_counted_as_its_kernels():
+    names = {r.op for r in step(ops="triton")}
+    assert "cifar::preact_block" not in names
+    assert {"cifar::conv_fprop", "cifar::conv_dgrad", "cifar::conv_wgrad", "cifar::bn_backward_apply"} <= names
+
+
+def test_views_move_nothing():
+    x = torch.empty(4, 6, device="meta", requires_grad=True)
+    assert next(r.op for r in work_of(lambda: x.view(24).detach().requires_grad_().t().sum())) == "aten::sum"
+
+
+def test_a_kernel_is_recognised_by_family_and_extents_in_any_order():
+    fprop, dgrad = (next(r for r in step() if r.family == f) for f in ("fprop", "dgrad"))
+    assert family("aten::cudnn_convolution") == family("aten::mkldnn_convolution") == fprop.key.family
+    assert dgrad.key.family == family("aten::convolution_backward") == "conv backward"
+
+
+def test_the_record_gives_the_rows_back():
+    rows = list(step())
+    assert from_json(to_json(rows, 512, "float16")) == rows
+
+
+@pytest.mark.parametrize("record", [{}, {"version": 2, "ops": []}, {"version": 1, "ops": [{"op": "x"}]}])
+def test_another_record_is_refused(record):
+    with pytest.raises(ValueError, match=r"version|form"):
+        from_json(record)

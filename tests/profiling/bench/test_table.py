@@ -1,0 +1,172 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from profiling.bench import table
+from profiling.bench.kernel_facts import KernelFacts
+from profiling.bench.measure import EAGER, OURS, Ceilings, Number, Result, Setup
+from profiling.bench.timing import QUICK, CpuTimer
+from profiling.output.files import append_jsonl
+
+GPU = {
+    "name": "NVIDIA H200",
+    "capability": "9.0",
+    "memory_bytes": 150_000_000_000,
+    "multiprocessors": 132,
+    "driver": "570.1",
+    "sm_clock_mhz": 1980,
+    "memory_clock_mhz": 3201,
+    "power_limit_w": 700.0,
+}
+ENVIRONMENT = {
+    "device": "cuda:0",
+    "gpu": GPU,
+    "cpu": "a processor",
+    "cores": 16,
+    "threads": 16,
+    "cpu_capability": "AVX512",
+    "platform": "Linux",
+    "packages": {"torch": "2.13.0", "triton": "3.6.0", "numpy": "2.3"},
+    "cuda": "13.0",
+    "cudnn": 91000,
+    "git_sha": "abc",
+    "git_dirty": False,
+}
+ON_CPU = ENVIRONMENT | {"device": "cpu", "gpu": None, "cuda": None, "cudnn": None}
+MACHINE = table.machine(ENVIRONMENT)
+
+
+def result(us: float = 100.0, provider: str = EAGER, **changes) -> Result:
+    samples = tuple(us + i / 10 for i in range(30))
+    r = Result(
+        **{"case": "bn_stats 64x32x32", "op": "bn_stats", "variant": "", "shape": "64x32x32"},
+        **{"dtype": "float16", "batch": 512, "provider": provider, "mode": "cold"},
+        us=Number(us, "us", "measured", "script"),
+        first_call_s=Number(0.5, "s", "measured", "wall clock"),
+        tflops_per_s=Number(1.5, "TFLOP/s", "modelled", "work"),
+        gb_per_s=Number(3456.7, "GB/s", "modelled", "work"),
+        bound="memory",
+        samples_us=samples,
+    )
+    return dataclasses.replace(r, **changes)
+
+
+def write(path, results, environment=ENVIRONMENT) -> list[dict]:
+    rows = [table.row(r, environment) for r in results]
+    for row in rows:
+        append_jsonl(path, row)
+    return rows
+
+
+def test_rows_come_back_from_disk(tmp_path):
+    rows = write(tmp_path / "bench.jsonl", [result(), result(provider=OURS)])
+    loaded = table.load(tmp_path / "bench.jsonl", MACHINE)
+    assert loaded == json.loads(json.dumps(rows))
+    assert (loaded[0]["schema"], loaded[0]["kind"], loaded[0]["git_sha"]) == (1, "timing", "abc")
+    assert loaded[0]["us"] == {"value": 100.0, "unit": "us", "status": "measured", "source": "script"}
+
+
+OTHERS = {
+    "another_gpu": (ENVIRONMENT | {"gpu": GPU | {"name": "NVIDIA H100"}}, "gpu: NVIDIA H100 there, NVIDIA H200 here"),
+    "another_driver": (ENVIRONMENT | {"gpu": GPU | {"driver": "560.2"}}, "driver: 560.2 there, 570.1 here"),
+    "another_triton": (ENVIRONMENT | {"packages": {"torch": "2.13.0", "triton": "3.9.0"}}, "triton: 3.9.0 there"),
+    "a_processor": (ON_CPU, "device: cpu there, cuda here"),
+}
+
+
+@pytest.mark.parametrize(("environment", "difference"), OTHERS.values(), ids=OTHERS)
+def test_another_machine_is_refused_naming_what_differs(tmp_path, environment, difference):
+    write(tmp_path / "bench.jsonl", [result()], environment)
+    with pytest.raises(ValueError, match="from another machine") as error:
+        table.load(tmp_path / "bench.jsonl", MACHINE)
+    assert difference in str(error.value)
+    assert str(error.value).count(" there, ") == 1 or environment is ON_CPU
+
+
+def test_the_commit_and_the_clock_are_not_the_machine():
+    later = ENVIRONMENT | {"git_sha": "def", "git_dirty": True, "gpu": GPU | {"sm_clock_mhz": 1200}}
+    assert table.machine(later) == MACHINE
+    assert table.fingerprint(MACHINE) == table.fingerprint(table.machine(later))
+
+
+def test_of_several_machines_in_a_file_only_this_one_counts(tmp_path):
+    path = tmp_path / "bench.jsonl"
+    write(path, [result(us=50.0)], ON_CPU)
+    write(path, [result(us=100.0)])
+    assert [r["us"]["value"] for r in table.load(path, MACHINE)] == [100.0]
+
+
+@pytest.mark.parametrize(
+    "rows", [[{"schema": 2, "kind": "timing"}], [["a", "list"]], []], ids=["newer_schema", "no_row", "empty"]
+)
+def test_a_file_of_something_else_is_refused(tmp_path, rows):
+    (tmp_path / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"expected rows with schema 1|no timings"):
+        table.load(tmp_path / "bench.jsonl", MACHINE)
+
+
+def test_changes_are_of_the_same_thing(tmp_path):
+    then = write(tmp_path / "a", [result(us=200.0), result(us=100.0), result(us=70.0, provider=OURS)])
+    now = write(tmp_path / "b", [result(us=50.0), result(us=70.0, provider=OURS), result(us=1.0, batch=8)])
+    faster, same = table.changes(then, now)
+    assert (faster.then_us, faster.now_us, faster.verdict.word) == (100.0, 50.0, "FAST")
+    assert (same.provider, same.verdict.word) == (OURS, "SAME")
+
+
+def test_what_was_not_measured_is_not_compared(tmp_path):
+    nothing = dataclasses.replace(result(), samples_us=(), us=Number(None, "us", "unavailable", "no CUDA GPU"))
+    rows = write(tmp_path / "a", [nothing])
+    assert table.changes(rows, rows) == []
+
+
+def test_a_line_has_the_figures_or_the_reason_never_a_zero():
+    ours = result(
+        provider=OURS,
+        speedup=Number(1.5, "x", "measured", ""),
+        speedup_low=1.4,
+        speedup_high=1.6,
+        verdict="FAST",
+        best_alternative="torch.compile",
+        converged=True,
+    )
+    missing = dataclasses.replace(
+        ours,
+        samples_us=(),
+        speedup=None,
+        **{name: Number(None, "", "unavailable", "no CUDA GPU") for name in ("us", "tflops_per_s", "gb_per_s")},
+    )
+    first, second = (line.split()[3:] for line in table.lines([ours, missing]))
+    assert first[:5] == [OURS, "100.0", "~1.5", "~3,456.7", "memory"]
+    assert " ".join(first[5:]) == "1.50 [1.40, 1.60] FAST vs torch.compile"
+    assert " ".join(second) == "ours unavailable: no CUDA GPU"
+    (capped,) = table.lines([dataclasses.replace(ours, power_capped_share=0.8)])
+    assert capped.endswith("FAST vs torch.compile, power cap in 80% of the samples")
+
+
+def test_the_first_lines_name_the_machine():
+    setup = Setup(torch.device("cpu"), torch.float16, 512, QUICK, CpuTimer(), ceilings=Ceilings(790.0, 4300.0))
+    text = "\n".join(table.heading(ENVIRONMENT, setup))
+    for fact in ("NVIDIA H200", "1980 MHz", "driver 570.1", "torch 2.13.0", "triton 3.6.0", "git abc", "4,300 GB/s"):
+        assert fact in text, fact
+    capped = dataclasses.replace(setup, ceilings=Ceilings(650.0, 3000.0, power_capped_share=0.97))
+    assert "650 TFLOP/s (measured, power cap in 97% of the samples)" in table.heading(ENVIRONMENT, capped)[1]
+    hot = dataclasses.replace(setup, ceilings=Ceilings(reason="throttled"))
+    assert table.heading(ENVIRONMENT, hot)[1].endswith("ceilings: unavailable (throttled)")
+    cpu = table.heading(ON_CPU | {"git_dirty": True}, setup)
+    assert cpu[0].startswith("no CUDA GPU; a processor")
+    assert cpu[0].endswith("git abc (dirty)")
+    assert "CPU reference timings" in cpu[1]
+
+
+def test_facts_are_rows_and_lines():
+    about = ("conv_fprop x", "conv_fprop", "", "x", "float16", "conv_fprop_kernel", "sm_90", 90)
+    facts = [
+        KernelFacts(*about, "measured", "read", 106, 0, 0, 81_968, 2, 33.2),
+        KernelFacts(*about, "unavailable", "CompilationError: no"),
+    ]
+    *_, good, bad = table.fact_lines(facts)
+    assert good.split()[2:] == ["conv_fprop_kernel", "sm_90", "106", "0", "81,968", "2", "33.2"]
+    assert bad.endswith("unavailable: CompilationError: no")
+    assert table.row(facts[0], ENVIRONMENT)["kind"] == "facts"

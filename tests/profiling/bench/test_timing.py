@@ -1,0 +1,208 @@
+"""The protocol of the micro-benchmarks, with a timer and a GPU that follow a script."""
+
+import dataclasses
+import itertools
+import random
+import types
+
+import pytest
+import torch
+
+from profiling.bench.timing import FEWEST, CpuTimer, CudaTimer, Plan, Samples, interleave, summarise, verdict
+from profiling.device.nvml import GpuSample
+
+COOL, HOT = GpuSample(1980, 3201, ()), GpuSample(1200, 3201, ("software thermal slowdown",))
+CAPPED, BRAKED = GpuSample(1500, 3201, ("power cap",)), GpuSample(300, 3201, ("power cap", "power brake"))
+PLAN = Plan(min_samples=4, max_samples=50, relative_error=0.01, seconds=1e9, max_discarded=6)
+
+
+def scripted(us: dict[str, list[float]], calls: list[str]):
+    """(runs, timer): each run's times in turn, the last one repeated; `calls` notes who was timed."""
+    times = {name: itertools.chain(values, itertools.repeat(values[-1])) for name, values in us.items()}
+
+    def timer(run):
+        calls.append(run())
+        return next(times[calls[-1]])
+
+    return {name: (lambda name=name: name) for name in us}, timer
+
+
+def test_those_compared_take_turns_abba():
+    calls = []
+    interleave(*scripted({"a": [1.0, 1.1], "b": [2.0, 2.1], "c": [3.0]}, calls), PLAN)
+    assert "".join(calls[:12]) == "abccbaabccba"
+
+
+def test_sampling_stops_when_the_mean_is_known():
+    calls = []
+    taken = interleave(*scripted({"steady": [5.0], "noisy": [1.0, 9.0] * 100}, calls), PLAN)
+    assert len(taken["steady"].us) == PLAN.min_samples
+    assert taken["steady"].converged(PLAN)
+    assert len(taken["noisy"].us) == PLAN.max_samples
+    assert not taken["noisy"].converged(PLAN)
+
+
+def test_sampling_stops_when_time_is_up_but_not_before_there_is_a_median():
+    clock = itertools.count(step=10.0)
+    plan = Plan(seconds=1.0)
+    taken = interleave(*scripted({"slow": [1.0, 9.0]}, []), plan, now=lambda: next(clock))
+    assert len(taken["slow"].us) == FEWEST
+
+
+def test_throttled_samples_are_discarded_and_taken_again():
+    states = itertools.chain([HOT, HOT, COOL, HOT], itertools.repeat(COOL))
+    taken = interleave(*scripted({"a": [99.0, 99.0, 1.0, 99.0, 1.0]}, []), PLAN, lambda: next(states))
+    assert set(taken["a"].us) == {1.0}
+    assert taken["a"].discarded == 3
+    assert taken["a"].refusal() is None
+
+
+def test_retries_are_bounded_and_never_an_empty_success():
+    taken = interleave(*scripted({"a": [1.0], "b": [1.0]}, []), PLAN, lambda: HOT)
+    for samples in taken.values():
+        assert (samples.us, samples.discarded) == ([], PLAN.max_discarded)
+        assert samples.refusal() == "throttled (software thermal slowdown) in 6 of 6 attempts"
+
+
+def test_a_gpu_that_says_nothing_discards_nothing():
+    taken = interleave(*scripted({"a": [1.0]}, []), PLAN, lambda: GpuSample(None, None, None))
+    assert taken["a"].discarded == 0
+    assert not taken["a"].last.throttled
+    assert taken["a"].power_capped_share is None
+
+
+def test_samples_under_the_power_cap_are_kept_and_counted():
+    """A large GPU does its large products there and nowhere else; a brake beside it still discards."""
+    states = itertools.chain([COOL, CAPPED, BRAKED, CAPPED], itertools.repeat(CAPPED))
+    taken = interleave(*scripted({"a": [1.0, 1.0, 99.0, 1.0]}, []), PLAN, lambda: next(states))
+    assert taken["a"].us == [1.0] * 4
+    assert (taken["a"].discarded, taken["a"].power_capped_share) == (1, 0.75)
+    assert taken["a"].refusal() is None
+
+
+def test_a_function_that_fails_drops_out_and_the_others_go_on():
+    def timer(run):
+        return run()
+
+    times = [1.0, 1.0, 1.0]
+    runs = {"breaks": lambda: times.pop(), "steady": lambda: 5.0}
+    taken = interleave(runs, timer, dataclasses.replace(PLAN, min_samples=8))
+    assert taken["breaks"].refusal() == "IndexError: pop from empty list"
+    assert len(taken["steady"].us) == 8
+    assert taken["steady"].refusal() is None
+
+
+def test_an_idle_gpu_is_not_a_throttled_one():
+    assert not GpuSample(1980, 3201, ("idle", "application clocks")).throttled
+
+
+def test_summary_of_known_samples():
+    s = summarise([float(i) for i in range(101)])
+    assert (s.n, s.median, s.p20, s.p80) == (101, 50.0, 20.0, 80.0)
+    assert 30 < s.low < 50 < s.high < 70
+    assert s == summarise([float(i) for i in range(101)])
+
+
+def test_the_interval_shrinks_with_samples_and_covers_the_median():
+    rng = random.Random(0)
+    widths, covered = [], 0
+    for n in (20, 500):
+        for _ in range(40):
+            s = summarise([rng.gauss(100.0, 5.0) for _ in range(n)])
+            covered += s.low <= 100.0 <= s.high
+            widths.append(s.high - s.low)
+    assert max(widths[40:]) < min(widths[:40])
+    assert covered >= 70  # of 80, at 95 %
+
+
+def test_too_few_samples_are_no_summary():
+    with pytest.raises(ValueError, match="2 samples, expected at least 3"):
+        summarise([1.0, 1.0])
+    assert Samples(us=[1.0, 1.0]).refusal() is not None
+
+
+def evenly(centre: float, spread: float) -> list[float]:
+    """60 samples around `centre`, evenly within `spread`."""
+    return [centre + spread * (2 * i / 59 - 1) for i in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("ours", "other", "word"),
+    [
+        ((100, 2), (150, 2), "FAST"),
+        ((150, 2), (100, 2), "SLOW"),
+        ((100, 2), (100, 2), "SAME"),
+        ((100, 0.01), (101, 0.01), "SAME"),
+        ((100, 50), (102, 50), "AMBIGUOUS"),
+    ],
+    ids=["faster", "slower", "the_same_thing_twice", "certainly_within_two_percent", "too_noisy_to_say"],
+)
+def test_verdict(ours, other, word):
+    v = verdict(evenly(*ours), evenly(*other))
+    assert v.word == word, v
+    assert v.low <= v.speedup <= v.high
+
+
+def test_cpu_timer_measures_microseconds():
+    us = CpuTimer().for_mode("hot")(lambda: sum(range(1000)))
+    assert 0 < us < 1e6
+
+
+class FakeEvent:
+    """Notes what happens to it; the first `late` start events have passed by the time they are asked."""
+
+    late = 0
+
+    def __init__(self, log):
+        self.log = log
+
+    def record(self):
+        self.log.append("event")
+
+    def query(self):
+        FakeEvent.late -= 1
+        return FakeEvent.late >= 0
+
+    def synchronize(self):
+        self.log.append("wait")
+
+    def elapsed_time(self, end):
+        return 0.25  # milliseconds
+
+
+@pytest.fixture
+def gpu_timer(monkeypatch):
+    """A CudaTimer on a GPU that only notes what it is told, with an L2 cache of 1 KiB, and its log."""
+    log = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(L2_cache_size=1024))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: FakeEvent(log))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(cycles))
+    monkeypatch.setattr(FakeEvent, "late", 0)
+    timer = CudaTimer(torch.device("cpu"))
+    timer.flush = types.SimpleNamespace(zero_=lambda: log.append("flush"), nbytes=timer.flush.nbytes)
+    return timer, log
+
+
+@pytest.mark.parametrize(("mode", "before"), [("cold", "flush"), ("hot", "run")])
+def test_the_launch_is_hidden_behind_a_spin(gpu_timer, mode, before):
+    timer, log = gpu_timer
+    assert timer.for_mode(mode)(lambda: log.append("run")) == 250.0
+    assert log == [before, timer.spin, "event", "run", "event", "wait"]
+    assert timer.flush.nbytes == 2 * 1024
+
+
+def test_a_launch_that_was_not_hidden_is_sampled_again_behind_a_longer_spin(gpu_timer, monkeypatch):
+    timer, log = gpu_timer
+    monkeypatch.setattr(FakeEvent, "late", 2)
+    first = timer.spin
+    assert timer.for_mode("cold")(lambda: None) == 250.0
+    assert [entry for entry in log if isinstance(entry, int)] == [first, 2 * first, 4 * first]
+
+
+def test_a_function_that_waits_for_the_device_is_no_sample(gpu_timer, monkeypatch):
+    timer, _ = gpu_timer
+    monkeypatch.setattr(FakeEvent, "late", 1000)
+    with pytest.raises(RuntimeError, match="cannot be hidden"):
+        timer.for_mode("cold")(lambda: None)
+    monkeypatch.setattr(FakeEvent, "late", 0)
+    assert timer.for_mode("cold")(lambda: None) == 250.0, "those after it are not held responsible"
