@@ -85,13 +85,13 @@ def run(
     target: float | None = None,
     on_step: Callable[[int], None] = lambda number: None,
     started_ns: int | None = None,
-    insist: bool = False,
+    require_ops: bool = False,
     collect: bool = False,
 ) -> dict[str, Any]:
     """Train `config` in the folder `out`, from `checkpoint` if there is one; returns what summary.json holds.
 
     `on_step(number)` is called after each step; `started_ns` is when the run began on `time.monotonic_ns`, if not now.
-    Where the kernels cannot run, the reference ops do, after a banner; with `insist` DeviceError is raised instead.
+    Where the kernels cannot run, the reference ops do, after a banner; with `require_ops` DeviceError is raised.
     With `collect` it leaves `profiling.run.collect`'s records of phases, steps and GPU, for `profile` to go on with.
     Raises Interrupted with the work saved, NonFiniteError, OutOfMemoryError, CheckpointError if the last checkpoint
     could not be written, TargetMissedError below the accuracy `target`; summary.json then says so too.
@@ -105,7 +105,7 @@ def run(
 
     ranks, device, ops_requested = session.ranks, session.device, config.ops
     config, reason = with_available_ops(config, device, session.terminal.say, ranks)
-    if reason and insist:
+    if reason and require_ops:
         raise DeviceError(
             f"the kernels of ops={ops_requested} cannot run here: {reason}; use --set ops=reference, or another machine"
         )
@@ -339,7 +339,7 @@ def _profile_pass(session: Session, out: Path, counters: bool) -> None:
     import torch
 
     from model.data.batches import Batches
-    from model.memory import have_at_hand
+    from model.memory import preallocate
     from model.trainer import Trainer, choose_dtype
     from profiling.device.environment import environment
     from profiling.output.files import read_json, write_json
@@ -354,7 +354,7 @@ def _profile_pass(session: Session, out: Path, counters: bool) -> None:
     if device.type == "cuda" or trainer.step_requested != "eager":
         trainer.warm_up()
     if device.type == "cpu":
-        have_at_hand(PROFILER_BYTES)
+        preallocate(PROFILER_BYTES)
     steps = (images for epoch in itertools.count() for images in trainer.train(epoch))
     if counters:
         list(itertools.islice(steps, WARM_UP_STEPS))
@@ -384,7 +384,7 @@ def _work(config: Config, dtype: "torch.dtype", images: int) -> dict[str, Any]:
         "article": (article, torch.float16),
     }
     with contextlib.suppress(UsageError):  # widths that the fused kernels do not take
-        variants["fused"] = (dataclasses.replace(config, ops="triton"), dtype)
+        variants["fused"] = (dataclasses.replace(config, ops="fused"), dtype)
     counted = {name: work.work_of(*modelled_step(*variant)) for name, variant in variants.items()}
 
     def flops(c: Config) -> int:
@@ -403,7 +403,13 @@ def _work(config: Config, dtype: "torch.dtype", images: int) -> dict[str, Any]:
 
 
 def repeat(
-    session: Session, config: Config, out: Path, runs: int, target: float | None, resume: bool, insist: bool = False
+    session: Session,
+    config: Config,
+    out: Path,
+    runs: int,
+    target: float | None,
+    resume: bool,
+    require_ops: bool = False,
 ) -> dict[str, Any]:
     """Train `runs` times with consecutive seeds, in out/run-000, ...; returns what out/summary.json holds.
 
@@ -424,7 +430,7 @@ def repeat(
         if checkpoint:
             _require_fit(session, checkpoint, each)
         done = _complete(session, folder / "summary.json", each, checkpoint.step) if checkpoint else None
-        summaries.append(done or run(session, each, folder, checkpoint, insist=insist))
+        summaries.append(done or run(session, each, folder, checkpoint, require_ops=require_ops))
         wall_s = (time.monotonic_ns() - STARTED_NS) / 1e9
         summary = aggregate(summaries, runs, counted, required=target is not None, wall_s=wall_s)
         if session.ranks.is_first:
@@ -595,7 +601,7 @@ class Request:
             config = dataclasses.replace(config, seed=self.seed)
         return config
 
-    def data_again(self, identity: str) -> list[str]:
+    def data_arguments(self, identity: str) -> list[str]:
         """The words by which another process loads the same data, without asking the network for it."""
         if identity == "synthetic":
             return ["--synthetic"]
@@ -757,10 +763,10 @@ def _perform_in(
     from profiling.run.log import closing_lines, counted
 
     terminal, found = session.terminal, None
-    insist = any(setting.partition("=")[0].strip() == "ops" for setting in request.settings)
+    require_ops = any(setting.partition("=")[0].strip() == "ops" for setting in request.settings)
     if request.runs > 1:
         _require_batch(session, config)
-        return repeat(session, config, out, request.runs, request.target_accuracy, bool(request.resume), insist)
+        return repeat(session, config, out, request.runs, request.target_accuracy, bool(request.resume), require_ops)
     if request.resume:
         found = _find_checkpoint(session, named, out)
     if found:
@@ -784,7 +790,7 @@ def _perform_in(
             found,
             request.target_accuracy,
             started_ns=STARTED_NS,
-            insist=insist,
+            require_ops=require_ops,
             collect=request.profile,
         )
     except Interrupted:
@@ -794,7 +800,7 @@ def _perform_in(
         terminal.say(line)
     terminal.say(f"written to {out}")
     if request.profile:
-        again = request.data_again(dataset.identity)
+        again = request.data_arguments(dataset.identity)
         try:
             profile(session, config, out, again, request.ncu, ceilings)
         except Interrupted:
@@ -812,7 +818,7 @@ def _how_to_go_on(request: Request, session: Session, out: Path) -> str:
     words = ["torchrun", "--standalone", "--nproc-per-node", str(ranks.world)] if ranks.world > 1 else ["python"]
     words += ["train.py", "--out", str(out), "--resume", "auto"]
     if request.data_dir or identity == "synthetic":
-        words += request.data_again(identity)
+        words += request.data_arguments(identity)
     return f"stopped; go on with: {shlex.join(words)}"
 
 

@@ -218,10 +218,10 @@ def cases(chosen: Iterable[Any], machine: Machine) -> dict[str, Op]:
     import torch
 
     from profiling.bench.ahead_of_time import launches
-    from profiling.bench.case import Draw
+    from profiling.bench.case import OperandFactory
     from profiling.bench.kernel_facts import Gpu
 
-    draw, found = Draw(BATCH, torch.device("cpu"), torch.float16, untouched=True), {}
+    draw, found = OperandFactory(BATCH, torch.device("cpu"), torch.float16, untouched=True), {}
     for case in chosen:
         operands = case.operands(draw)
         with torch.no_grad(), launches(Gpu(machine.name, machine.capability)) as builds:

@@ -276,7 +276,7 @@ def train_whole(study: Study, session: "train.Session", config: Config, name: st
         found = checkpoint.newest(folder, session.terminal.warn) if folder.exists() else None
         keep = ("test_accuracy", "train_s", "eval_s", "train_plus_eval_s", "epochs", "status", "seed")
         try:
-            summary = train.run(session, config, folder, found, insist=True)
+            summary = train.run(session, config, folder, found, require_ops=True)
         except NonFiniteError as error:
             session.interrupts.deferred = False
             summary = error.summary

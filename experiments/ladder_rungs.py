@@ -38,7 +38,7 @@ class Rung:
 
 
 _DEVICE = (("preprocess", "on_device"),)
-_KERNELS = (*_DEVICE, ("ops", "triton"))
+_KERNELS = (*_DEVICE, ("ops", "fused"))
 
 RUNGS = (
     Rung("article-341", "redundant BN-ReLU, kinked schedule, 16 workers", "article-341", article_s=341),

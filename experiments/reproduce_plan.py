@@ -25,7 +25,7 @@ TILES = ROOT / "kernels" / "tiles.json"
 OURS = "ours"
 MODES = {
     REFERENCE: ("article-256", {"preprocess": "on_device"}),
-    OURS: ("fused", {"ops": "triton", "conv": "triton"}),
+    OURS: ("fused", {"ops": "fused", "conv": "ours"}),
     "reference-eager": ("article-256", {"preprocess": "on_device", "step": "eager"}),
     "reference-compiled": ("article-256", {"preprocess": "on_device", "step": "compiled"}),
     "batchnorm": ("fused", {"ops": "batchnorm"}),

@@ -55,7 +55,7 @@ class Assignment:
     threads: int | None = None
 
 
-class Stand:
+class TimedRung:
     """A rung ready to be timed, warmed up by an epoch. `facts` are what its row says of its set-up.
 
     Raises DeviceError where the rung cannot run on the device as it would train there.
@@ -172,7 +172,7 @@ def serve(connection: "Connection", assignment: Assignment) -> None:
             asked = connection.recv()
             try:
                 if asked == "set-up":
-                    stand = Stand(assignment.config, _read(assignment.data), device, lambda t: _tell(connection, t))
+                    stand = TimedRung(assignment.config, _read(assignment.data), device, lambda t: _tell(connection, t))
                     answer = "done", stand.facts
                 else:
                     answer = "done", stand.turn()

@@ -132,7 +132,7 @@ def recorded(arch: int) -> list[Named]:
 
     gpu, kernels = Gpu(f"sm_{arch}", (arch // 10, arch % 10)), []
     for name in ("fused", "resnet9"):
-        config = preset(name).with_settings(["ops=triton", "conv=triton", "cutout=8", f"batch_size={IMAGES}"])
+        config = preset(name).with_settings(["ops=fused", "conv=ours", "cutout=8", f"batch_size={IMAGES}"])
         step = fused_step(config, H100._replace(name=gpu.name, capability=gpu.capability))
         kernels += [Named(op.op, op.layer, one) for op in step for one in op.builds]
         with launches(gpu) as builds:
@@ -281,7 +281,7 @@ def tile(build: "Build") -> str:
 
 def interpreted(own: Environment) -> str | None:
     """What is wrong with a step of a tiny network in this Triton's interpreter, None if nothing."""
-    settings = ["widths=16,16,16,16", "conv=triton", "device=cpu", "dtype=float32", "batch_size=2", "cutout=8"]
+    settings = ["widths=16,16,16,16", "conv=ours", "device=cpu", "dtype=float32", "batch_size=2", "cutout=8"]
     asked = json.dumps(preset("fused").with_settings(settings).to_json())
     command = [sys.executable, "-m", "model.probe"]
     variables = own.variables | {"TRITON_INTERPRET": "1"}

@@ -21,19 +21,19 @@ from kernels.reference import BatchNorm, Statistics
 from kernels.running_statistics import check_has_statistics, partials_for, running_partials, update_running
 from kernels.sgd import sgd
 
-CONVOLUTIONS = ("table", "triton")
+CONVOLUTIONS = ("table", "ours")
 
 __all__ = ["augment", "conv_bn_relu", "implementation", "preact_block", "sgd", "stem"]
 
 
 def implementation(conv: str = "table") -> SimpleNamespace:
-    """An implementation whose convolutions are chosen by the tile "table", or all ours: "triton".
+    """An implementation whose convolutions are chosen by the tile "table", or all "ours".
 
     Its blocks are plain values: a network that keeps them can be copied. Raises ValueError for any other choice.
     """
     if conv not in CONVOLUTIONS:
         raise ValueError(f"conv is {conv!r}, expected one of {', '.join(CONVOLUTIONS)}")
-    forced = conv == "triton"
+    forced = conv == "ours"
     return SimpleNamespace(
         stem=stem,
         preact_block=functools.partial(preact_block, forced=forced),

@@ -158,7 +158,7 @@ class Program:
         finally:
             put_back()
 
-    def run_as_it_is(self) -> None:
+    def disable_capture(self) -> None:
         """Forget the recordings, and record no more."""
         self.recorder = None
         self.recordings.clear()

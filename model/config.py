@@ -55,11 +55,11 @@ class Config:
     draw: Literal["per_image", "per_epoch"] = _setting("per_epoch", "when random numbers are drawn")
     workers: int = _setting(0, "loader processes")
     # How it is computed
-    ops: Literal["reference", "batchnorm", "composed", "triton"] = _setting(
+    ops: Literal["reference", "batchnorm", "composed", "fused"] = _setting(
         "reference", "PyTorch's, or this project's kernels: batch norm's, convolutions too, whole blocks"
     )
-    conv: Literal["table", "triton"] = _setting(
-        "table", "ops=triton: the faster convolution by the tile table, or always ours"
+    conv: Literal["table", "ours"] = _setting(
+        "table", "ops=fused: the faster convolution by the tile table, or always ours"
     )
     step: Literal["auto", "eager", "compiled", "captured"] = _setting(
         "auto", "how a step is launched; auto: captured as a CUDA graph on a GPU, eager on a CPU"
@@ -73,7 +73,9 @@ class Config:
             value = getattr(self, f.name)
             allowed = typing.get_args(f.type) if typing.get_origin(f.type) is Literal else ()
             if allowed and value not in allowed:
-                raise UsageError(f"{f.name}={value!r} is not one of {', '.join(allowed)}")
+                renamed = _RENAMED.get((f.name, value))
+                hint = f"; it is called {renamed} now" if renamed else ""
+                raise UsageError(f"{f.name}={value!r} is not one of {', '.join(allowed)}{hint}")
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, float) and not math.isfinite(number):
                     raise UsageError(f"{f.name}={number} is not a finite number")
@@ -112,9 +114,9 @@ class Config:
             raise UsageError("prep_bn_relu is a part of network=resnet; resnet9 always has that group")
         if self.pool_first and self.network != "resnet9":
             raise UsageError("pool_first needs network=resnet9; resnet has no pooling inside")
-        if self.conv != "table" and self.ops != "triton":
-            raise UsageError(f"conv={self.conv} needs ops=triton; ops={self.ops} has no tile table to overrule")
-        if self.ops in ("composed", "triton") and any(width % 16 for width in self.widths):
+        if self.conv != "table" and self.ops != "fused":
+            raise UsageError(f"conv={self.conv} needs ops=fused; ops={self.ops} has no tile table to overrule")
+        if self.ops in ("composed", "fused") and any(width % 16 for width in self.widths):
             raise UsageError(
                 f"widths={list(self.widths)} are not multiples of 16, which the convolutions of ops={self.ops} need; "
                 "use ops=batchnorm or reference"
@@ -223,6 +225,8 @@ def _field(name: str) -> dataclasses.Field:
     raise UsageError(f"unknown setting {name!r}; {hint}")
 
 
+_RENAMED = {("ops", "triton"): "fused", ("conv", "triton"): "ours"}
+
 _SHORT = {
     "dtype": {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"},
     "device": {"gpu": "cuda"},
@@ -313,7 +317,7 @@ def article_256() -> Config:
 
 def fused() -> Config:
     """The same recipe on this project's kernels: augmentation on the device, fused conv-BN-ReLU blocks."""
-    return replace(article_256(), preset="fused", ops="triton", preprocess="on_device")
+    return replace(article_256(), preset="fused", ops="fused", preprocess="on_device")
 
 
 def resnet9() -> Config:

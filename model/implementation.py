@@ -11,7 +11,7 @@ def implementation(config: Config) -> Any:
 
     It is the one that `config.ops` and `config.conv` name, for all of a run.
     """
-    if config.ops == "triton":
+    if config.ops == "fused":
         from kernels import fused
 
         return fused.implementation(config.conv)

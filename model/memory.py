@@ -24,7 +24,7 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
 
 
-def have_at_hand(nbytes: int) -> None:
+def preallocate(nbytes: int) -> None:
     """Touch `nbytes` of memory, or a quarter of what is free, and free them: `keep_freed_memory` then keeps them.
 
     A profiler's own records come to lie between a step's activations, which then need new memory in every step: without

@@ -69,11 +69,11 @@ class TrainingStep:
         self.copies = {}  # a compiler traces gradients in the operands' dtype, and fuses casts with what is around them
         self._loss = torch.compile(self._loss, fullgraph=True, dynamic=False, backend=COMPILER)
 
-    def run_as_it_is(self) -> None:
+    def disable_capture(self) -> None:
         """Neither compile nor record any more."""
         self.__dict__.pop("_loss", None)
         self.copies = self.optimiser.copies
-        self.program.run_as_it_is()
+        self.program.disable_capture()
 
     @contextlib.contextmanager
     def eagerly(self) -> Iterator[None]:

@@ -49,7 +49,7 @@ def triton_conv_share(config: Config, dtype: torch.dtype, device: torch.device) 
 
     with torch.device("meta"):
         network, x = build_network(replace(config, ops="reference", conv="table")), torch.empty(1, 3, 32, 32)
-    forced = config.ops == "composed" or config.conv == "triton"
+    forced = config.ops == "composed" or config.conv == "ours"
     return triton_share(traced_layers(lambda: network(x)), dtype, gpu_of(device), forced)
 
 
@@ -303,8 +303,8 @@ class Trainer:
             if self.step_requested == "eager":
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.step.run_as_it_is()
-            self.evaluator.program.run_as_it_is()
+            self.step.disable_capture()
+            self.evaluator.program.disable_capture()
         if reason:  # outside of the handler, whose exception holds the failed step's memory
             self._prepare(say, "eager")
         return reason

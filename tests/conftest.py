@@ -38,6 +38,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None if asks else True
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads how many processes there are
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Spread over the cores what is more than a test named on the command line; `-n 0` keeps it in one process."""
+    option = config.option
+    a_worker = "PYTEST_XDIST_WORKER" in os.environ or not config.pluginmanager.hasplugin("xdist")
+    if a_worker or HAS_GPU or option.numprocesses is not None or option.usepdb or option.collectonly:
+        return
+    if option.benchmark_skip and not any("::" in word for word in config.args):
+        option.numprocesses, option.dist = os.cpu_count(), "worksteal"
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest deselects by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:

@@ -678,10 +678,10 @@ def test_wrong_data_exits_3(tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the kernels need triton")
 def test_training_on_the_fused_kernels_is_training(tmp_path):
-    """A run of `ops=triton` ends where the reference's does, and either's checkpoint goes on in the other."""
+    """A run of `ops=fused` ends where the reference's does, and either's checkpoint goes on in the other."""
     data = tiny_dataset(16, 10)
     config = tiny_config(widths=(16, 16, 16, 16), batch_size=8, epochs=1, lr_epochs=(0, 0.5, 1), lr_values=(0, 0.02, 0))
-    fused_config = dataclasses.replace(config, ops="triton")
+    fused_config = dataclasses.replace(config, ops="fused")
     session = tiny_session(data)
     with pytest.raises(Interrupted):
         train.run(session, config, tmp_path / "reference", on_step=stop_at(session, 1))
@@ -689,7 +689,7 @@ def test_training_on_the_fused_kernels_is_training(tmp_path):
     expected = train.run(tiny_session(data), config, tmp_path / "reference", found)
     train._require_fit(tiny_session(data), found, fused_config)
     fused = train.run(tiny_session(data), fused_config, tmp_path / "fused", found)
-    assert (fused["ops"], fused["ops_requested"]) == ("triton", "triton")
+    assert (fused["ops"], fused["ops_requested"]) == ("fused", "fused")
     assert fused["triton_conv_share"] > 0.9
     for name in ("train_loss", "test_loss"):
         assert fused[name] == pytest.approx(expected[name], rel=1e-4)
@@ -709,11 +709,11 @@ def test_a_preset_falls_back_to_the_reference_ops_and_says_so(tmp_path):
     assert done.returncode == 0, done.stderr
     assert b"REFERENCE OPS, NOT TRITON" in done.stderr
     summary = json.loads(done.stdout)
-    assert (summary["ops"], summary["ops_requested"], summary["triton_conv_share"]) == ("reference", "triton", 0.0)
+    assert (summary["ops"], summary["ops_requested"], summary["triton_conv_share"]) == ("reference", "fused", 0.0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run here")
-@pytest.mark.parametrize("ops", ["batchnorm", "composed", "triton"])
+@pytest.mark.parametrize("ops", ["batchnorm", "composed", "fused"])
 def test_kernels_asked_for_by_name_never_fall_back(tmp_path, ops):
     done = tiny("--set", f"ops={ops}", "--set", "widths=16,16,16,16", "--out", str(tmp_path / "run"), env=NO_KERNELS)
     assert done.returncode == 4
@@ -728,7 +728,7 @@ def test_kernels_that_are_refused_are_as_good_as_absent(tmp_path, monkeypatch):
     summary = train.run(tiny_session(), config, tmp_path / "falls_back")
     assert (summary["status"], summary["ops"], summary["ops_requested"]) == ("complete", "reference", "batchnorm")
     with pytest.raises(DeviceError, match="ops=batchnorm cannot run here: bn_apply is wrong; use --set") as error:
-        train.run(tiny_session(), config, tmp_path / "insists", insist=True)
+        train.run(tiny_session(), config, tmp_path / "insists", require_ops=True)
     assert error.value.exit_code == 4
     assert not (tmp_path / "insists").exists()
 

@@ -88,10 +88,10 @@ class Batches:
             self.choices = torch.zeros(self.count, 5, dtype=torch.int32, device=device)
             self.position = torch.zeros(1, dtype=torch.int64, device=device)
             return
-        Samples = EveryEpoch if config.preprocess == "every_epoch" else Once
+        Samples = RawImages if config.preprocess == "every_epoch" else PreparedImages
         workers = min(config.workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
         if workers:
-            dtype_made = torch.float32 if Samples is EveryEpoch else dtype
+            dtype_made = torch.float32 if Samples is RawImages else dtype
             workers = _affordable(workers, self._part(0).size * 3 * 32 * 32 * dtype_made.itemsize, world, warn)
         self.sampler = _EpochSampler()
         self.loader = DataLoader(
@@ -189,7 +189,7 @@ class _Samples(Dataset):
         return image, self.drawn[1][image]
 
 
-class EveryEpoch(_Samples):
+class RawImages(_Samples):
     """From uint8 pixels to a normalised fp32 [3, 32, 32] image, every time it is asked for."""
 
     def __init__(self, images: Tensor, config: Config, augmentation: Augmentation, dtype: torch.dtype):
@@ -210,7 +210,7 @@ class EveryEpoch(_Samples):
         return x
 
 
-class Once(_Samples):
+class PreparedImages(_Samples):
     """Padded, normalised and transposed when constructed: [N, 3, 32 + 2*pad, 32 + 2*pad] in the network's dtype."""
 
     def __init__(self, images: Tensor, config: Config, augmentation: Augmentation, dtype: torch.dtype):

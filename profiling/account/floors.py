@@ -27,7 +27,7 @@ _NATURAL = {"batch norm": 2, "batch norm backward": 3, "relu": 2, "relu backward
 
 
 @dataclass(frozen=True)
-class Cut:
+class Fusion:
     """One way to cut a layer into kernels.
 
     passes       of a conv-BN-ReLU layer, forward and backward, with 6 for the convolution itself
@@ -45,25 +45,25 @@ class Cut:
 
 
 CUTS = (
-    Cut(
+    Fusion(
         "eager",
         19,
         {"batch norm": 3, "relu": 2, "relu backward": 3, "batch norm backward": 5, "add": 3, "add backward": 3},
         "convolution 6; batch norm 3 (statistics read, apply reads and writes), ReLU 2; its backward 3, batch norm's 5",
     ),
-    Cut(
+    Fusion(
         "compiled",
         16,
         {"batch norm": 3, "batch norm backward": 7, "add": 3},
         "convolution 6; statistics 1, apply with ReLU 2; backward's sums 3, apply with the mask 4",
     ),
-    Cut(
+    Fusion(
         "compiled, reductions fused",
         14,
         {"batch norm": 3, "batch norm backward": 5, "add": 3},
         "convolution 6; statistics 1, apply with ReLU 2; backward's sums 2, apply 3, the mask recomputed",
     ),
-    Cut(
+    Fusion(
         "limit",
         9,
         {},
@@ -82,15 +82,15 @@ FUSED_SAYS = (
 )
 
 
-def kernels(rows: Sequence[Work], cut: Cut) -> list[Work]:
+def kernels(rows: Sequence[Work], fusion: Fusion) -> list[Work]:
     """What remains of `rows`, a step of the reference network, in this cut: each kernel with its bytes."""
     kept = []
     for row in rows:
         name = "add backward" if row.family == "add" and row.backward else row.family
-        if name in cut.elementwise:
-            kept.append(replace(row, bytes=row.bytes * cut.elementwise[name] // _NATURAL[name]))
+        if name in fusion.elementwise:
+            kept.append(replace(row, bytes=row.bytes * fusion.elementwise[name] // _NATURAL[name]))
         elif row.family in _COUNTED:
-            kept.append(replace(row, bytes=row.bytes + _extra(row, cut)))
+            kept.append(replace(row, bytes=row.bytes + _extra(row, fusion)))
     return kept
 
 
@@ -100,14 +100,14 @@ def fused_kernels(rows: Sequence[Work]) -> list[Work]:
     return [row for row in rows if row.family in (*_COUNTED, *ours)]
 
 
-def _extra(row: Work, cut: Cut) -> int:
+def _extra(row: Work, fusion: Fusion) -> int:
     """Bytes that a gradient's kernel moves besides the convolution's own operands and result."""
     if row.family not in ("dgrad", "wgrad"):
         return 0
     dy, x, w = (math.prod(extents) for extents in row.dims[:3])
     behind_relu = row.dims[2][2] > 1  # a projection's input is masked in the other branch
-    mask = cut.dgrad * x if row.family == "dgrad" and behind_relu else 0
-    return row.bytes // (dy + x + w) * (mask + (dy if cut.of_dy else 0))
+    mask = fusion.dgrad * x if row.family == "dgrad" and behind_relu else 0
+    return row.bytes // (dy + x + w) * (mask + (dy if fusion.of_dy else 0))
 
 
 def floor_ns(rows: Sequence[Work], flops_per_s: float, bytes_per_s: float) -> float:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from profiling.account.trace import Kernel
 
 
-class Learned(NamedTuple):
+class EagerKernel(NamedTuple):
     """A kernel of the eager step; see `Kernel`."""
 
     name: str
@@ -21,22 +21,22 @@ class Learned(NamedTuple):
     dims: str
 
 
-def learn(kernels: Iterable[Kernel]) -> list[Learned]:
+def learn(kernels: Iterable[Kernel]) -> list[EagerKernel]:
     """What a captured step holds, from the `kernels` of the same step run eagerly."""
     eager = sorted((kernel for kernel in kernels if kernel.graph is None), key=lambda kernel: kernel.start_ns)
-    return [Learned(kernel.name, kernel.ops, kernel.dims) for kernel in eager]
+    return [EagerKernel(kernel.name, kernel.ops, kernel.dims) for kernel in eager]
 
 
-def attribute_replays(kernels: Sequence[Kernel], learned: Sequence[Learned]) -> list[Kernel]:
+def attribute_replays(kernels: Sequence[Kernel], learned: Sequence[EagerKernel]) -> list[Kernel]:
     """`kernels`, by their start; those of replays with the operations that were `learned`.
 
     By name, and among kernels of one name by order: branches of a graph may run in another order than they were
     captured in. A kernel of a name that the eager step did not have is left to its name. Where the trace has the nodes
     of a graph, each is given what most replays say of it, so that two branches that changed places once do no harm.
     """
-    waiting: dict[int, dict[str, deque[Learned]]] = {}
-    found: list[Learned | None] = []
-    votes: dict[int, Counter[Learned]] = defaultdict(Counter)
+    waiting: dict[int, dict[str, deque[EagerKernel]]] = {}
+    found: list[EagerKernel | None] = []
+    votes: dict[int, Counter[EagerKernel]] = defaultdict(Counter)
     for kernel in kernels:
         entry = None
         if kernel.graph is not None:

@@ -31,7 +31,7 @@ from kernels.cost import Cost
 from profiling.bench.case import (
     EPS,
     Case,
-    Draw,
+    OperandFactory,
     affine,
     affine_relu,
     masked,
@@ -78,7 +78,7 @@ def bn_stats_add_case(c: int, size: int) -> Case:
 
 
 def bn_finalize_case(c: int, size: int) -> Case:
-    def operands(d: Draw) -> tuple:
+    def operands(d: OperandFactory) -> tuple:
         tiles, _ = reduction_grid(d.batch * size**2, c)
         partials = torch.stack([torch.full((tiles, c), 64.0), torch.zeros(tiles, c), torch.zeros(tiles, c)])
         partials = partials.to(d.device)
@@ -91,7 +91,7 @@ def bn_finalize_case(c: int, size: int) -> Case:
 def bn_apply_case(c: int, size: int, variant: str) -> Case:
     pool = variant == "pool"
 
-    def operands(d: Draw) -> tuple:
+    def operands(d: OperandFactory) -> tuple:
         return d.activation(c, size), *affine(d, c), d.activation(c, size) if variant == "residual" else None
 
     def library(x, scale, shift, zero, one, residual) -> Tensor:
@@ -112,7 +112,7 @@ def bn_relu_case(c: int, size: int, variant: str) -> Case:
     """The whole forward of a batch norm in training, from x: the library takes its statistics in the same call."""
     pool = variant == "pool"
 
-    def operands(d: Draw) -> tuple:
+    def operands(d: OperandFactory) -> tuple:
         residual = d.activation(c, size) if variant == "residual" else None
         return d.activation(c, size), d.positive(c), d.normal(c), residual
 
@@ -129,7 +129,7 @@ def bn_relu_case(c: int, size: int, variant: str) -> Case:
     return Case("bn_relu", variant, _map(c, size), operands, library, ours, cost)
 
 
-def _gradient_operands(d: Draw, c: int, size: int, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _gradient_operands(d: OperandFactory, c: int, size: int, pool: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(dy, x, norm)."""
     x = d.activation(c, size)
     return d.activation(c, size // 2 if pool else size), x, d.norm(x)
@@ -150,7 +150,7 @@ def bn_backward_reduce_case(c: int, size: int, variant: str) -> Case:
 
 
 def bn_coefficients_case(c: int, size: int, variant: str) -> Case:
-    def operands(d: Draw) -> tuple:
+    def operands(d: OperandFactory) -> tuple:
         pool = variant == "pool"
         tiles, _ = reduction_grid(d.batch * (size // 2 if pool else size) ** 2, c, pool)
         return d.normal(2, tiles, c), d.positive(5, c), d.batch * float(size**2)
@@ -190,7 +190,7 @@ def bn_backward_case(c: int, size: int, variant: str) -> Case:
     """
     pool = variant == "pool"
 
-    def operands(d: Draw) -> tuple:
+    def operands(d: OperandFactory) -> tuple:
         x, gamma, beta = d.activation(c, size), d.positive(c), d.normal(c)
         norm = d.norm(x) if d.untouched else bn_finalize_reference(bn_stats_reference(x), gamma, beta, EPS)
         return x, gamma, beta, norm, d.activation(c, size // 2 if pool else size)

@@ -17,7 +17,7 @@ EPS = 1e-5
 
 
 @dataclass(frozen=True)
-class Draw:
+class OperandFactory:
     """Makes operands: `batch` images of `dtype` on `device`, random but the same for the same seed.
 
     Values are off zero on average, so that sums over pixels are of values that do not cancel; and never all alike.
@@ -92,7 +92,7 @@ class Case:
     op: str
     variant: str
     shape: str
-    operands: Callable[[Draw], tuple]
+    operands: Callable[[OperandFactory], tuple]
     library: Callable[..., Any]
     ours: Callable[..., Any]
     cost: Callable[..., Cost]
@@ -146,7 +146,7 @@ def affine_relu(x: Tensor, scale: Tensor, shift: Tensor, zero: Tensor, one: Tens
     return F.relu(F.batch_norm(x, zero, one, scale, shift, False, 0.0, 0.0), inplace=True)
 
 
-def affine(d: Draw, channels: int) -> tuple[Tensor, ...]:
+def affine(d: OperandFactory, channels: int) -> tuple[Tensor, ...]:
     """(scale, shift, zero, one)."""
     zero = torch.zeros(channels, device=d.device)
     return d.positive(channels), d.normal(channels), zero, zero + 1

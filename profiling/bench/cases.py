@@ -21,7 +21,7 @@ from profiling.bench.batchnorm_cases import (
     bn_stats_add_case,
     bn_stats_case,
 )
-from profiling.bench.case import Case, Draw
+from profiling.bench.case import Case, OperandFactory
 from profiling.bench.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
 
 # (C, side of the map) of what a batch norm sees: a block's sum, and x of a BN-ReLU alone, with pool, with residual.
@@ -80,7 +80,7 @@ def _backward_maps() -> Iterator[tuple[int, int, str]]:
 
 
 def augment_case() -> Case:
-    def operands(d: Draw) -> tuple:
+    def operands(d: OperandFactory) -> tuple:
         dataset = 100 * d.batch
         choices = [d.integers(high, dataset, 1, dtype=torch.int32) for high in (9, 9, 2, 25, 25)]
         mean, rstd = 120 * d.positive(3), d.positive(3) / 60

@@ -11,14 +11,14 @@ from kernels.conv_fprop import conv_fprop, conv_fprop_cost
 from kernels.conv_shape import ConvShape
 from kernels.conv_wgrad import conv_wgrad, conv_wgrad_cost
 from kernels.cost import Cost
-from profiling.bench.case import Case, Draw, affine, affine_relu, masked, moments, sums, with_moments
+from profiling.bench.case import Case, OperandFactory, affine, affine_relu, masked, moments, sums, with_moments
 from profiling.device.ceilings import conv_backward
 
 
 def conv_fprop_case(shape: ConvShape, variant: str) -> Case:
     prologue, statistics = "prologue" in variant, "statistics" in variant
 
-    def operands(d: Draw) -> tuple:
+    def operands(d: OperandFactory) -> tuple:
         return d.activation(shape.C, shape.H, shape.W), d.weight(shape), *affine(d, shape.C)
 
     def convolve(a: Tensor, w: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def conv_fprop_case(shape: ConvShape, variant: str) -> Case:
 def conv_dgrad_case(shape: ConvShape, variant: str) -> Case:
     fused = bool(variant)
 
-    def operands(d: Draw) -> tuple:
+    def operands(d: OperandFactory) -> tuple:
         x, dy = d.activation(shape.C, shape.H, shape.W), d.activation(shape.K, shape.P, shape.Q)
         return dy, x, d.weight(shape), d.norm(x)
 
@@ -88,7 +88,7 @@ def conv_dgrad_case(shape: ConvShape, variant: str) -> Case:
 def conv_wgrad_case(shape: ConvShape, variant: str) -> Case:
     prologue = bool(variant)
 
-    def operands(d: Draw) -> tuple:
+    def operands(d: OperandFactory) -> tuple:
         x, dy = d.activation(shape.C, shape.H, shape.W), d.activation(shape.K, shape.P, shape.Q)
         return x, dy, d.weight(shape), *affine(d, shape.C)
 

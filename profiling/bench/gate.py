@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from profiling.bench.case import Case, Draw, tensors
+from profiling.bench.case import Case, OperandFactory, tensors
 
 
-class Gate:
+class Correctness:
     """Whether a result of a case is right: float64's by the library, and `baseline`, PyTorch's in the same dtype."""
 
     def __init__(self, case: Case, operands: tuple, dtype: torch.dtype):
@@ -32,8 +32,8 @@ def verified(case: Case, device: torch.device, dtype: torch.dtype, batch: int, j
     All else is computed on `judge`: with a few images on the CPU, so that a program which watches the device sees our
     kernels alone; where that takes minutes, on the device itself.
     """
-    operands = case.operands(Draw(batch, judge, dtype))
-    gate = Gate(case, operands, dtype)
+    operands = case.operands(OperandFactory(batch, judge, dtype))
+    gate = Correctness(case, operands, dtype)
     gate.baseline = tensors(case.call(case.library, operands)())
     result = case.ours(*tree_map_only(Tensor, lambda x: x.to(device), operands))
     return gate.refusal(case.comparable(tree_map_only(Tensor, lambda x: x.to(judge), result)))

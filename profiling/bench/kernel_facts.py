@@ -9,8 +9,9 @@ from kernels import tiles
 from kernels.tiles import Gpu
 from profiling.bench import loaded_kernels
 from profiling.bench.ahead_of_time import Build, Facts, compile_all, launches, unique
-from profiling.bench.case import Case, Draw
-from profiling.bench.measure import BATCH, MEASURED, UNAVAILABLE, Setup
+from profiling.bench.case import Case, OperandFactory
+from profiling.bench.measure import BATCH, Setup
+from profiling.output.numbers import MEASURED, UNAVAILABLE
 
 DEFAULT_GPUS = (Gpu("sm_80", (8, 0)), Gpu("sm_90", (9, 0)), Gpu("sm_100", (10, 0)))
 """Architectures without a name in the table of tiles: what runs there is the deterministic default."""
@@ -65,7 +66,7 @@ def loaded_facts(case: Case, setup: Setup) -> list[KernelFacts]:
     """
     gpu = tiles.gpu_of(setup.device)
     with torch.no_grad(), loaded_kernels.launched() as kernels:
-        case.ours(*case.operands(Draw(setup.batch, setup.device, setup.dtype)))
+        case.ours(*case.operands(OperandFactory(setup.batch, setup.device, setup.dtype)))
     different = {kernel.hash: kernel for kernel in kernels}.values()
     return [_row(case, gpu, setup.dtype, kernel.name, loaded_kernels.facts(kernel)) for kernel in different]
 
@@ -79,7 +80,7 @@ def table_gpus() -> tuple[Gpu, ...]:
 
 
 def _builds(case: Case, gpu: Gpu, dtype: torch.dtype) -> list[Build]:
-    draw = Draw(BATCH, torch.device("cpu"), dtype, untouched=True)
+    draw = OperandFactory(BATCH, torch.device("cpu"), dtype, untouched=True)
     with torch.no_grad(), launches(gpu) as recorded:
         case.ours(*case.operands(draw))
     return unique(recorded)

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from kernels import jit
 from kernels.cost import Cost
-from kernels.jit import unavailable
-from profiling.bench.case import Case, Draw, tensors
-from profiling.bench.gate import Gate
+from profiling.bench.case import Case, OperandFactory, tensors
+from profiling.bench.gate import Correctness
 from profiling.bench.timing import QUICK, CpuTimer, CudaTimer, Plan, Samples, first_line, interleave, summarise, verdict
 from profiling.device import nvml
+from profiling.output.numbers import Number, measured, modelled, unavailable
 
 OURS, HYBRID = "ours", "library conv + ours"
 EAGER_NCHW, EAGER = "eager NCHW", "eager channels_last"
@@ -34,17 +35,6 @@ BATCH = 512
 CPU_BATCH, QUICK_CPU_BATCH = 8, 2
 
 NO_GPU = "no CUDA GPU"
-MEASURED, MODELLED, UNAVAILABLE = "measured", "modelled", "unavailable"
-
-
-@dataclass(frozen=True)
-class Number:
-    """A figure and where it comes from; `value` is None where it is unavailable, and `source` then says why."""
-
-    value: float | None
-    unit: str
-    status: str
-    source: str
 
 
 @dataclass(frozen=True)
@@ -184,7 +174,7 @@ def _prepared(case: Case, setup: Setup, providers: Sequence[str]) -> tuple[Cost 
     try:
         if setup.on_gpu:
             torch.compiler.reset()  # a case is a shape, and recompilations are counted over all of them
-        operands = case.operands(Draw(setup.batch, setup.device, setup.dtype))
+        operands = case.operands(OperandFactory(setup.batch, setup.device, setup.dtype))
         return case.cost(*operands), *_ready(case, operands, setup, providers)
     except Exception as error:  # out of memory, or a device that an earlier kernel has brought down
         applicable = [provider for provider in providers if provider != HYBRID or case.hybrid is not None]
@@ -196,7 +186,7 @@ def _ready(
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, tuple[str, bool]], dict[str, float]]:
     """(what can be timed, why the others cannot and whether they are wrong, seconds of the first calls)."""
     ready, refused, first_call_s = {}, {}, {}
-    gate = Gate(case, operands, setup.dtype)
+    gate = Correctness(case, operands, setup.dtype)
     # Ours are held against eager's, and before another's right result can lie in the memory that they should write.
     for provider in sorted(providers, key=lambda name: (name != EAGER, name != OURS)):
         try:
@@ -258,7 +248,7 @@ def searching(run: Callable[[], Any], search: bool) -> Callable[[], Any]:
 def _why_not(provider: str, device: torch.device) -> str | None:
     if provider in (EAGER_NCHW, EAGER):
         return None
-    return NO_GPU if device.type != "cuda" else unavailable(device) if provider in WITH_KERNELS else None
+    return NO_GPU if device.type != "cuda" else jit.unavailable(device) if provider in WITH_KERNELS else None
 
 
 def _result(
@@ -278,20 +268,20 @@ def _result(
         **{name: getattr(case, name) for name in ("op", "variant", "shape")},
         **{"case": case.name, "dtype": dtype, "batch": setup.batch, "provider": provider, "mode": mode},
         "bound": setup.ceilings.bound(cost.flops, cost.bytes) if cost else None,
-        "first_call_s": _unavailable("s", reason) if first is None else Number(first, "s", MEASURED, "wall clock"),
+        "first_call_s": unavailable("s", reason) if first is None else measured(first, "s", "wall clock"),
         "wrong": wrong,
     }
     if reason:
-        us, tflops, gb = (_unavailable(unit, reason) for unit in ("us", "TFLOP/s", "GB/s"))
+        us, tflops, gb = (unavailable(unit, reason) for unit in ("us", "TFLOP/s", "GB/s"))
         return Result(**about, us=us, tflops_per_s=tflops, gb_per_s=gb, discarded=samples.discarded if samples else 0)
     s = summarise(samples.us)
     source = "modelled work over measured time"
     clocks = samples.last or nvml.GpuSample(None, None, None)
     return Result(
         **about,
-        us=Number(s.median, "us", MEASURED, setup.timer.source),
-        tflops_per_s=Number(cost.flops / s.median / 1e6, "TFLOP/s", MODELLED, source),
-        gb_per_s=Number(cost.bytes / s.median / 1e3, "GB/s", MODELLED, source),
+        us=measured(s.median, "us", setup.timer.source),
+        tflops_per_s=modelled(cost.flops / s.median / 1e6, "TFLOP/s", source),
+        gb_per_s=modelled(cost.bytes / s.median / 1e3, "GB/s", source),
         **{"p20_us": s.p20, "p80_us": s.p80, "low_us": s.low, "high_us": s.high, "samples_us": tuple(samples.us)},
         discarded=samples.discarded,
         power_capped_share=samples.power_capped_share,
@@ -313,7 +303,7 @@ def _beside(ours: Result, best: Result) -> Result:
     v = verdict(ours.samples_us, best.samples_us)
     return dataclasses.replace(
         ours,
-        speedup=Number(v.speedup, "x", MEASURED, f"median of {best.provider} over ours"),
+        speedup=measured(v.speedup, "x", f"median of {best.provider} over ours"),
         speedup_low=v.low,
         speedup_high=v.high,
         verdict=v.word,
@@ -329,7 +319,3 @@ def lost(device: torch.device) -> bool:
         except RuntimeError:
             return True
     return False
-
-
-def _unavailable(unit: str, reason: str) -> Number:
-    return Number(None, unit, UNAVAILABLE, reason)

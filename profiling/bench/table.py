@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from profiling.bench.kernel_facts import KernelFacts
-from profiling.bench.measure import MODELLED, OURS, UNAVAILABLE, Number, Result, Setup
+from profiling.bench.measure import OURS, Result, Setup
 from profiling.bench.timing import FEWEST, Verdict, verdict
 from profiling.device.environment import fingerprint, machine
 from profiling.output.files import read_jsonl
+from profiling.output.numbers import MODELLED, UNAVAILABLE, Number
 
 SCHEMA = 1
 KEY = ("case", "dtype", "batch", "provider", "mode")

@@ -17,9 +17,9 @@ from kernels.conv_shape import ConvShape
 from kernels.jit import nothing_launched
 from kernels.tiles import Entry, Gpu, Tile
 from profiling.bench.candidates import candidates
-from profiling.bench.case import Case, Draw, tensors
+from profiling.bench.case import Case, OperandFactory, tensors
 from profiling.bench.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
-from profiling.bench.gate import Gate
+from profiling.bench.gate import Correctness
 from profiling.bench.loaded_kernels import launched, local_bytes
 from profiling.bench.measure import Setup, lost, searching
 from profiling.bench.precompile import Precompiler
@@ -208,8 +208,8 @@ class CudaBackend:
         setup = self.setup
         if self.ahead is not None:
             self.ahead.wait(case.name)
-        operands = case.operands(Draw(setup.batch, setup.device, setup.dtype))
-        gate = Gate(case, operands, setup.dtype)
+        operands = case.operands(OperandFactory(setup.batch, setup.device, setup.dtype))
+        gate = Correctness(case, operands, setup.dtype)
         baseline = case.library(*operands)
         wrong = gate.library_refusal(baseline)
         if wrong:
@@ -244,13 +244,13 @@ class CudaBackend:
 def compile_candidates(problem: Problem, dtype: torch.dtype, batch: int, device: str) -> None:
     """Compile the kernels of each candidate as `CudaBackend.time` will launch them."""
     case = problem.case()
-    operands = case.operands(Draw(batch, torch.device(device), dtype, untouched=True))
+    operands = case.operands(OperandFactory(batch, torch.device(device), dtype, untouched=True))
     for tile in problem.candidates:
         with torch.no_grad(), nothing_launched():
             _with_tile(case, operands, tile)()
 
 
-def _flaw(run: Callable[[], Any], case: Case, gate: Gate) -> str | None:
+def _flaw(run: Callable[[], Any], case: Case, gate: Correctness) -> str | None:
     """What is wrong with a tile, None if nothing: its result against float64's, or registers that it spills."""
     with launched() as kernels:
         result = run()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from profiling.device.specifications import DTYPES
 from profiling.output.errors import CommandError, NoDeviceError, OutOfMemoryError
-from profiling.output.numbers import Figure, measured, quoted, unavailable
+from profiling.output.numbers import Number, measured, quoted, unavailable
 
 if TYPE_CHECKING:
     import torch
@@ -36,8 +36,8 @@ class Row(NamedTuple):
     """One ceiling, by the data sheet and as measured; the share of its windows that were under the power cap."""
 
     label: str
-    quoted: Figure
-    measured: Figure
+    quoted: Number
+    measured: Number
     power_capped_share: float | None = None
 
 
@@ -142,7 +142,7 @@ def rows(found: "Ceilings", spec: "Specification | None", reason: str) -> list[R
     ]
 
 
-def _quoted(ceiling: "Ceiling", spec: "Specification | None", reason: str) -> Figure:
+def _quoted(ceiling: "Ceiling", spec: "Specification | None", reason: str) -> Number:
     if ceiling.unit == "s":
         return unavailable("s", "data sheets do not say")
     if spec is None:

@@ -3,11 +3,11 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-STATUSES = ("measured", "modelled", "quoted", "unavailable")
+MEASURED, MODELLED, QUOTED, UNAVAILABLE = STATUSES = ("measured", "modelled", "quoted", "unavailable")
 
 
 @dataclass(frozen=True)
-class Figure:
+class Number:
     """`value` in `unit`; None where it is unavailable, and then `source` says why. Raises ValueError for a mixture."""
 
     value: float | int | None
@@ -28,21 +28,21 @@ class Figure:
         return asdict(self) | ({} if label is None else {"label": label})
 
 
-def measured(value: float | int, unit: str, source: str) -> Figure:
+def measured(value: float | int, unit: str, source: str) -> Number:
     """Seen on this machine."""
-    return Figure(value, unit, "measured", source)
+    return Number(value, unit, "measured", source)
 
 
-def modelled(value: float | int, unit: str, source: str) -> Figure:
+def modelled(value: float | int, unit: str, source: str) -> Number:
     """Calculated."""
-    return Figure(value, unit, "modelled", source)
+    return Number(value, unit, "modelled", source)
 
 
-def quoted(value: float | int, unit: str, source: str) -> Figure:
+def quoted(value: float | int, unit: str, source: str) -> Number:
     """Said by somebody else."""
-    return Figure(value, unit, "quoted", source)
+    return Number(value, unit, "quoted", source)
 
 
-def unavailable(unit: str, reason: str) -> Figure:
+def unavailable(unit: str, reason: str) -> Number:
     """Not known."""
-    return Figure(None, unit, "unavailable", reason)
+    return Number(None, unit, "unavailable", reason)

@@ -16,7 +16,7 @@ from profiling.device.specifications import V100_FLOPS_PER_S, boost_mhz, specifi
 from profiling.output.errors import ReportError
 from profiling.output.files import write_json, write_text
 from profiling.output.forms import clean
-from profiling.output.numbers import Figure, measured, modelled, quoted, unavailable
+from profiling.output.numbers import Number, measured, modelled, quoted, unavailable
 from profiling.report.html import render_html
 from profiling.report.markdown import render_markdown
 from profiling.report.sentences import assumption, headline, sentences
@@ -137,12 +137,12 @@ def _figures(run: Run, a: Analysis) -> dict[str, dict[str, Any]]:
     rate = e.flops / seconds if seconds and e.flops else None
     no_rate = "the work of a step was not counted, or no step was made"
 
-    def share_of(peak: float | None, source: str, reason: str) -> Figure:
+    def share_of(peak: float | None, source: str, reason: str) -> Number:
         if rate is None or peak is None:
             return unavailable("share", reason if rate is not None else no_rate)
         return measured(rate / peak, "share", source)
 
-    def of_summary(key: str, unit: str, source: str) -> Figure:
+    def of_summary(key: str, unit: str, source: str) -> Number:
         return unavailable(unit, "the run did not get that far") if s[key] is None else measured(s[key], unit, source)
 
     clock = "monotonic clock of the run"
@@ -212,7 +212,7 @@ def _windows(run: Run) -> list[tuple[int, int]]:
     return [(phase["start_ns"], phase["end_ns"]) for phase in phases if phase["name"] == "training"]
 
 
-def _mfu_at_clock(run: Run, a: Analysis, rate: float | None, reason: str) -> Figure:
+def _mfu_at_clock(run: Run, a: Analysis, rate: float | None, reason: str) -> Number:
     """The share of the peak that the GPU had at the clocks it really ran at; `reason` is for want of the other two."""
     if rate is None or a.evidence.peak is None or a.specification is None:
         return unavailable("share", reason)

@@ -8,7 +8,7 @@ from typing import Any
 NEXT = {
     "conv_inefficiency": "python -m profiling bench --tune, and the slowest layers in the table of layers",
     "convolution": "python -m profiling device, for the ceiling that they are to be held against",
-    "batch norm": "--set ops=triton, which leaves batch norm's passes to the convolutions' prologues and epilogues",
+    "batch norm": "--set ops=fused, which leaves batch norm's passes to the convolutions' prologues and epilogues",
     "memory-bound": "the preset fused, in which a shortcut costs no pass of its own",
     "layout and cast": "find the operation that changes layout or dtype in the table of kernels: none should",
     "optimiser and loss": "a larger batch, which updates less often",

@@ -21,7 +21,7 @@ from profiling.device import nvml
 from profiling.device.nvml import GpuSample
 from profiling.output import numbers
 from profiling.output.files import append_jsonl, read_bytes
-from profiling.output.numbers import Figure
+from profiling.output.numbers import Number
 from profiling.run import sampler
 
 STOP_S = 2.0
@@ -107,7 +107,7 @@ class Telemetry:
         known = [(s.t_ns, getattr(s, field)) for s in self.samples if getattr(s, field) is not None]
         return [t for t, _ in known], [value for _, value in known]
 
-    def sm_clock(self, windows: Sequence[tuple[int, int]]) -> Figure:
+    def sm_clock(self, windows: Sequence[tuple[int, int]]) -> Number:
         """The mean SM clock in Hz of the samples within `windows`, (start_ns, end_ns) each.
 
         Unavailable below FEWEST of them.
@@ -122,7 +122,7 @@ class Telemetry:
         source = f"mean of {len(seen)} NVML samples in training, {min(seen):,} to {max(seen):,} MHz"
         return numbers.measured(1e6 * fmean(seen), "Hz", source)
 
-    def energy(self) -> Figure:
+    def energy(self) -> Number:
         """Joules between the first and the last sample, from the driver's counter and not from an integral of power."""
         times, counter = self.series("energy_j")
         if len(counter) < 2:
@@ -138,7 +138,7 @@ class Telemetry:
         _, seen = self.series("reasons")
         return {reason: n / len(seen) for reason, n in Counter(itertools.chain.from_iterable(seen)).most_common()}
 
-    def throttled_share(self) -> Figure:
+    def throttled_share(self) -> Number:
         """The share of samples, 0 to 1, in which heat or power held the clocks down; its source names the reasons."""
         _, seen = self.series("reasons")
         if not seen:

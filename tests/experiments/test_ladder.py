@@ -350,7 +350,7 @@ def test_a_whole_run_that_was_killed_goes_on_from_its_checkpoint(tmp_path, monke
     whole = ladder.train_whole(study(tmp_path / "a"), tiny_session(), config, "x")
     original = train.run
 
-    def dies(session, config, folder, found, insist):
+    def dies(session, config, folder, found, require_ops):
         def on_step(number: int) -> None:
             if number == 6:
                 raise Killed

@@ -92,8 +92,8 @@ def test_the_modes_are_trained_as_they_are_called(tmp_path):
         assert value(planned[mode], "--preset") == name
         assert settings(planned[mode]) == changed
         assert value(planned[mode], "--epochs") == "2"
-    assert settings(planned["ours"]) == {"ops": "triton", "conv": "triton"}, "so that nothing stands in for a kernel"
-    assert settings(planned["fused-1"]) == {"ops": "triton"}, "the faster convolution of each layer"
+    assert settings(planned["ours"]) == {"ops": "fused", "conv": "ours"}, "so that nothing stands in for a kernel"
+    assert settings(planned["fused-1"]) == {"ops": "fused"}, "the faster convolution of each layer"
     assert "--epochs" not in planned["fused-0"].words()
     assert set(VARIED) >= {key for _, changed in MODES.values() for key in changed}
     tuned = dict(planned["reference-max-autotune"].environment)

@@ -26,7 +26,7 @@ def trained(out, name: str, rows: list[dict], **summary) -> None:
     write_json(folder / "config.json", {})
     for row in rows:
         append_jsonl(folder / "log.jsonl", row)
-    known = {"status": "complete", "ops": "triton", "step": "captured", "data_identity": "copy", "train_s": 3.0}
+    known = {"status": "complete", "ops": "fused", "step": "captured", "data_identity": "copy", "train_s": 3.0}
     known |= {
         "peak_memory_bytes": 300 * 10**6,
         "wall_s": 9.0,
@@ -65,7 +65,7 @@ def test_without_a_reference_there_is_no_verdict():
 
 
 def test_what_ran_is_held_against_what_was_asked():
-    asked = {"ops": "triton", "ops_requested": "triton", "step": "captured", "step_requested": "captured"}
+    asked = {"ops": "fused", "ops_requested": "fused", "step": "captured", "step_requested": "captured"}
     assert not_as_asked(asked) == ""
     fell = {"ops": "reference", "step": "eager"}
     assert not_as_asked(asked | fell) == "RAN ops=reference, asked triton; RAN step=eager, asked captured"

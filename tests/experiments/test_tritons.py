@@ -259,7 +259,7 @@ def test_what_the_interpreter_says(tmp_path, monkeypatch, answer, said):
     Path(sys.executable).write_text(f"#!/bin/sh\ncat > {tmp_path}/asked\necho '{answer}'\nexit 3\n")
     Path(sys.executable).chmod(0o755)
     assert tritons.interpreted(Environment("9.9.9", {}, dict(os.environ))) == said
-    assert json.loads((tmp_path / "asked").read_text())["ops"] == "triton"
+    assert json.loads((tmp_path / "asked").read_text())["ops"] == "fused"
 
 
 def test_the_table_names_what_is_wrong(tmp_path, quick, monkeypatch):

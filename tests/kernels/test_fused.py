@@ -122,7 +122,7 @@ def test_the_same_state_dict(device, name):
 
 @pytest.mark.parametrize(
     ("name", "conv", "training"),
-    [("two_blocks", "table", True), ("two_blocks", "triton", False), ("resnet9_pool_last", "triton", True)],
+    [("two_blocks", "table", True), ("two_blocks", "ours", False), ("resnet9_pool_last", "ours", True)],
     ids=["training", "evaluation", "resnet9"],
 )
 def test_compiles_into_one_graph(device, name, conv, training):
@@ -135,7 +135,7 @@ def test_forced_convolutions_are_ours_whatever_the_table_says(device, monkeypatc
     called, conv_fprop = [], conv_dispatch.conv_fprop
     monkeypatch.setattr(conv_dispatch, "conv_fprop", lambda *args: called.append(args) or conv_fprop(*args))
     prefer_library(monkeypatch, *OPS)
-    for conv, launches in (("table", 0), ("triton", 5)):
+    for conv, launches in (("table", 0), ("ours", 5)):
         called.clear()
         copy.deepcopy(same_networks("two_blocks", fused.implementation(conv), device=device)[0])(x)
         assert len(called) == launches
@@ -233,7 +233,7 @@ def builds_of_the_blocks_alone(arch: int) -> list[Build]:
     """At batch 512: a prologue with less than everything in the epilogue. The tests of the ops compile all else."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "gpu_of", lambda device: Gpu("", (arch // 10, 0)))
-        builds = network_builds(fused.implementation("triton"), batch=512)
+        builds = network_builds(fused.implementation("ours"), batch=512)
     return [
         build.on(arch)
         for build in builds

@@ -100,8 +100,10 @@ def test_contradictions_raise():
         preset("resnet9").with_settings(["draw=per_image"])
     with pytest.raises(UsageError, match="prep_bn_relu"):
         preset("resnet9").with_settings(["prep_bn_relu=true"])
-    with pytest.raises(UsageError, match="conv=triton needs ops=triton"):
-        preset("article-256").with_settings(["conv=triton"])
+    with pytest.raises(UsageError, match="it is called fused now"):
+        preset("article-256").with_settings(["ops=triton"])
+    with pytest.raises(UsageError, match="conv=ours needs ops=fused"):
+        preset("article-256").with_settings(["conv=ours"])
     with pytest.raises(UsageError, match="multiples of 16"):
         preset("fused").with_settings(["widths=8,16,16,16"])
     with pytest.raises(UsageError, match="twice"):

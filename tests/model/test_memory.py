@@ -35,10 +35,10 @@ print(faults(), keep_freed_memory(), min(faults() for _ in range(4)), sep=";")
 def test_memory_at_hand_needs_no_new_pages():
     code = """
 import resource, sys, torch
-from model.memory import have_at_hand, keep_freed_memory
+from model.memory import preallocate, keep_freed_memory
 keep_freed_memory()
 if sys.argv[1] == "at hand":
-    have_at_hand(200 * 2**20)
+    preallocate(200 * 2**20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 held = [torch.empty(4 * 2**20).fill_(1) for _ in range(10)]
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)

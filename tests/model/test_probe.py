@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="asks the interpreter")
 
 
-def config(ops="triton", network="resnet9", **changes):
+def config(ops="fused", network="resnet9", **changes):
     widths = (16, 16, 16, 16)
     return Config(ops=ops, network=network, widths=widths, device="cpu", dtype="float32", batch_size=20, **changes)
 
@@ -45,7 +45,7 @@ def nothing_known(monkeypatch, tmp_path):
 # What the probe finds
 
 
-@pytest.mark.parametrize("ops", ["batchnorm", "composed", "triton"])
+@pytest.mark.parametrize("ops", ["batchnorm", "composed", "fused"])
 @pytest.mark.parametrize("network", ["resnet", "resnet9"])
 def test_right_kernels_are_accepted(no_overflow_checks, network, ops):  # noqa: F811
     begun = []
@@ -324,7 +324,7 @@ def test_a_rank_without_kernels_keeps_all_from_them(monkeypatch):
 
 def test_refused_ops_are_replaced_by_the_reference(monkeypatch):
     answers(monkeypatch, "wrong")
-    asked = config(conv="triton")
+    asked = config(conv="ours")
     assert with_available_ops(asked, CPU) == (dataclasses.replace(asked, ops="reference", conv="table"), "wrong")
     answers(monkeypatch, None)
     monkeypatch.setattr(verdict, "_known", {})

@@ -35,7 +35,7 @@ class OurOps(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("ops", ["reference", "batchnorm", "composed", "triton"])
+@pytest.mark.parametrize("ops", ["reference", "batchnorm", "composed", "fused"])
 def test_ops_choose_what_makes_a_batch_and_what_updates_the_weights_too(device, ops):
     """`reference` is PyTorch alone, on a GPU as well: what the others are held against must have nothing of ours."""
     trainer = make(tiny_dataset(8, 4), device=device, ops=ops, widths=(16, 16, 16, 16), batch_size=4)
@@ -50,7 +50,7 @@ def test_ops_choose_what_makes_a_batch_and_what_updates_the_weights_too(device, 
         assert "augment" in evaluation.names
 
 
-@pytest.mark.parametrize("ops", ["reference", "triton"])
+@pytest.mark.parametrize("ops", ["reference", "fused"])
 def test_a_rank_without_images_of_the_last_batch_makes_an_empty_one(ops):
     data = tiny_dataset(70, 10)
     batches = Batches(

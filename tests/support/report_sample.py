@@ -60,7 +60,7 @@ SMALL = [
 
 
 def figure(value: float | None, unit: str, status: str, source: str, label: str | None = None) -> dict[str, Any]:
-    """A Figure's record; unavailable if `value` is None, and then `source` is the reason."""
+    """A Number's record; unavailable if `value` is None, and then `source` is the reason."""
     record = {"value": value, "unit": unit, "status": "unavailable" if value is None else status, "source": source}
     return record if label is None else record | {"label": label}
 
@@ -242,7 +242,7 @@ def _common() -> dict[str, Any]:
             "data_source": "data/",
             "device": "NVIDIA H200",
             "dtype": "float16",
-            "ops": "triton",
+            "ops": "fused",
             "epochs": 35,
             "steps": 3430,
             "batch_size": 512,

@@ -88,7 +88,7 @@ def activation(*shape: int) -> Tensor:
 
 def whole_run(name: str) -> dict:
     """Counts for training batches of 512 and 336, evaluation batches of 500, augmentation and update."""
-    config = replace(preset(name), conv="triton")
+    config = replace(preset(name), conv="ours")
     compiler = triton.compiler.compile = Compiler()
     network = build_network(config)
     # The library's first convolution is not what is counted, and takes half a minute at such a batch.
@@ -142,7 +142,7 @@ def whole_run(name: str) -> dict:
 
 
 def probed(name: str) -> dict:
-    config = replace(preset(name), conv="triton", batch_size=2)
+    config = replace(preset(name), conv="ours", batch_size=2)
     compiler = triton.compiler.compile = Compiler()
     compile_kernels(lambda: probe._results(config, cpu, torch.float16), cpu)
     return {"ahead": [name for name, _ in compiler.take()], "launched_ahead": len(launched)}

@@ -19,7 +19,7 @@ from kernels import contract, tiles
 from kernels.jit import nothing_launched
 from kernels.sgd import sgd
 from profiling.bench.ahead_of_time import launches, source
-from profiling.bench.case import Draw
+from profiling.bench.case import OperandFactory
 from profiling.bench.cases import cases
 
 GPU, TARGET = tiles.Gpu("NVIDIA H100 80GB HBM3", (9, 0)), GPUTarget("cuda", 90, 32)
@@ -53,7 +53,7 @@ def run_all() -> None:
             sgd(w, dw, v, w.half(), rates, step, bad, 0.9, 5e-4)
         for batch in (2, 3):
             for case in cases():
-                case.ours(*case.operands(Draw(batch, cpu, torch.float16, untouched=True)))
+                case.ours(*case.operands(OperandFactory(batch, cpu, torch.float16, untouched=True)))
 
 
 def main() -> None:

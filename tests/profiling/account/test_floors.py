@@ -27,7 +27,7 @@ def test_the_floors_of_the_articles_run(cut):
 
 
 def test_the_fused_floor_is_of_the_kernels_as_they_are():
-    rows = fused_kernels(step(ops="triton"))
+    rows = fused_kernels(step(ops="fused"))
     assert seconds(rows, V100) == pytest.approx(47.4, rel=0.01)
     assert seconds(rows, H200) == pytest.approx(8.10, rel=0.01)
 

@@ -7,7 +7,7 @@ from traces import BUSY, STEP_NS, US, HandMadeTrace, training_step
 
 from profiling.account.attribution import idle, per_step
 from profiling.account.categories import categorise
-from profiling.account.replay import Learned, attribute_replays, learn
+from profiling.account.replay import EagerKernel, attribute_replays, learn
 from profiling.account.trace import read
 
 
@@ -62,8 +62,8 @@ def test_trace_without_replays_is_as_it_was(path):
     assert attribute_replays(trace.kernels, [CONV]) == trace.kernels
 
 
-ADD, RELU = Learned("elementwise", ("aten::add",), "[[1]]"), Learned("elementwise", ("aten::relu",), "[[2]]")
-CONV = Learned("implicit_gemm", ("aten::conv2d",), "[[3]]")
+ADD, RELU = EagerKernel("elementwise", ("aten::add",), "[[1]]"), EagerKernel("elementwise", ("aten::relu",), "[[2]]")
+CONV = EagerKernel("implicit_gemm", ("aten::conv2d",), "[[3]]")
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,8 @@ def test_only_eager_kernels_are_learned_from(path):
     made.kernel("first", 25, 200, 10, stream=20)
     made.graph(100, [("third", 400, 10)])
     assert learn(read(made.write(path)).kernels) == [
-        Learned("first", ("aten::relu",), "[[2]]"),
-        Learned("second", ("aten::relu",), "[[2]]"),
+        EagerKernel("first", ("aten::relu",), "[[2]]"),
+        EagerKernel("second", ("aten::relu",), "[[2]]"),
     ]
 
 
@@ -114,7 +114,7 @@ def test_recorded_replay_has_no_idle_of_the_hosts():
     if not folder:
         pytest.skip("needs GPU_TRACES_DIR, a folder of recorded traces")
     trace = read(Path(folder) / "graph_replay.json.gz")
-    learned = [Learned(k.name, ("aten::mm",), "") for k in trace.kernels if k.graph is not None]
+    learned = [EagerKernel(k.name, ("aten::mm",), "") for k in trace.kernels if k.graph is not None]
     assert len(learned) == 421
     kernels = attribute_replays(trace.kernels, learned)
     assert sum(categorise(k) == "convolution" for k in kernels) >= 421

@@ -9,7 +9,7 @@ FLOPS_PER_IMAGE = 2_756_474_880  # the article's network: three passes, no dgrad
 PARAMETERS = 5_205_834
 
 
-@pytest.mark.parametrize("ops", ["reference", "batchnorm", "composed", "triton"])
+@pytest.mark.parametrize("ops", ["reference", "batchnorm", "composed", "fused"])
 def test_convolutions_of_every_implementation_are_the_networks(ops):
     rows = [r for r in step(ops=ops) if r.family in ("fprop", "dgrad", "wgrad", "matrix product")]
     assert [sum(r.family == f for r in rows) for f in ("fprop", "dgrad", "wgrad")] == [20, 19, 20]
@@ -35,7 +35,7 @@ def test_no_gradient_for_the_image_is_no_work():
 
 @pytest.mark.parametrize(
     ("ops", "op", "passes"),
-    [("reference", "aten::_fused_sgd_", 5), ("batchnorm", "cifar::sgd", 6.5), ("triton", "cifar::sgd", 6.5)],
+    [("reference", "aten::_fused_sgd_", 5), ("batchnorm", "cifar::sgd", 6.5), ("fused", "cifar::sgd", 6.5)],
 )
 def test_the_update_is_the_one_that_runs(ops, op, passes):
     """PyTorch's in one pass, three read and two written; ours reads the gradient twice, and writes the 16-bit copy."""
@@ -43,7 +43,7 @@ def test_the_update_is_the_one_that_runs(ops, op, passes):
     assert (update.op, update.bytes) == (op, passes * 4 * PARAMETERS)
 
 
-@pytest.mark.parametrize("ops", ["reference", "batchnorm", "composed", "triton"])
+@pytest.mark.parametrize("ops", ["reference", "batchnorm", "composed", "fused"])
 def test_a_batch_is_made_by_the_ops_that_make_it(ops):
     """By none where it comes from the host."""
     made = [row.op for row in step("resnet9", ops=ops) if row.family == "augment"]
@@ -58,7 +58,7 @@ def test_an_augmentation_s_kernels_are_still_recognised_as_their_ops():
 
 
 def test_an_op_made_of_kernels_is_counted_as_its_kernels():
-    names = {r.op for r in step(ops="triton")}
+    names = {r.op for r in step(ops="fused")}
     assert "cifar::preact_block" not in names
     assert {"cifar::conv_fprop", "cifar::conv_dgrad", "cifar::conv_wgrad", "cifar::bn_backward_apply"} <= names
 

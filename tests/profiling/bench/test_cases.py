@@ -21,7 +21,7 @@ from profiling.bench.batchnorm_cases import (
     bn_stats_add_case,
     bn_stats_case,
 )
-from profiling.bench.case import Draw
+from profiling.bench.case import OperandFactory
 from profiling.bench.cases import augment_case, cases
 from profiling.bench.command import OPS
 from profiling.bench.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
@@ -118,7 +118,7 @@ def test_ours_computes_what_the_library_does(case, monkeypatch, device):
     monkeypatch.setattr(measure, "_why_not", lambda provider, device: None)
     setup = measure.Setup(device, torch.float16, 4, QUICK, CpuTimer())
     providers = (measure.EAGER_NCHW, measure.EAGER, measure.HYBRID, measure.OURS)
-    operands = case.operands(Draw(setup.batch, setup.device, setup.dtype))
+    operands = case.operands(OperandFactory(setup.batch, setup.device, setup.dtype))
     ready, refused, _ = measure._ready(case, operands, setup, providers)
     assert not refused
     assert {measure.EAGER, measure.OURS} <= set(ready)
@@ -129,16 +129,16 @@ def test_ours_computes_what_the_library_does(case, monkeypatch, device):
 
 
 def test_operands_repeat_for_a_seed_and_differ_for_another():
-    x = Draw(2, CPU).activation(8, 4)
-    assert torch.equal(x, Draw(2, CPU).activation(8, 4))
-    assert not torch.equal(x, Draw(2, CPU, seed=1).activation(8, 4))
+    x = OperandFactory(2, CPU).activation(8, 4)
+    assert torch.equal(x, OperandFactory(2, CPU).activation(8, 4))
+    assert not torch.equal(x, OperandFactory(2, CPU, seed=1).activation(8, 4))
     assert x.dtype == torch.float16
     assert x.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_untouched_operands_look_like_drawn_ones():
     for case in SMALL:
-        drawn, untouched = (case.operands(Draw(2, CPU, untouched=u)) for u in (False, True))
+        drawn, untouched = (case.operands(OperandFactory(2, CPU, untouched=u)) for u in (False, True))
         for a, b in zip(drawn, untouched, strict=True):
             if torch.is_tensor(a):
                 assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), case.name

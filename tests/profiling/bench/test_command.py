@@ -17,7 +17,7 @@ from profiling.bench import cases, kernel_facts, precompile, tuning
 from profiling.bench import command as bench_command
 from profiling.bench import measure as bench
 from profiling.bench.ahead_of_time import Facts
-from profiling.bench.case import Draw, with_moments
+from profiling.bench.case import OperandFactory, with_moments
 from profiling.bench.tuning import Timings
 from profiling.device import environment as environments
 from profiling.device.environment import environment
@@ -113,7 +113,7 @@ def test_tuning_needs_a_gpu():
 def test_a_kernel_found_wrong_is_exit_1(monkeypatch):
     from profiling.bench import gate
 
-    monkeypatch.setattr(gate.Gate, "refusal", lambda gate, result: "off")
+    monkeypatch.setattr(gate.Correctness, "refusal", lambda gate, result: "off")
     monkeypatch.setattr(
         bench, "_why_not", lambda provider, device: None if provider in (bench.EAGER, bench.OURS) else "not here"
     )
@@ -294,7 +294,7 @@ def test_on_a_gpu_nothing_is_compiled_for_the_facts_and_they_follow_their_case(m
 
     def measure(case, setup, providers):
         samples = bench.Samples(us=[1.0, 2.0, 3.0])
-        cost = case.cost(*case.operands(Draw(2, cpu)))
+        cost = case.cost(*case.operands(OperandFactory(2, cpu)))
         return [bench._result(case, where, cost, bench.OURS, "hot", samples, {}, {bench.OURS: 0.1})]
 
     monkeypatch.setattr(bench, "setup", lambda dtype, quick: where)

@@ -124,7 +124,7 @@ def test_what_was_not_measured_is_not_compared(tmp_path):
 def test_a_line_has_the_figures_or_the_reason_never_a_zero():
     ours = result(
         provider=OURS,
-        speedup=Number(1.5, "x", "measured", ""),
+        speedup=Number(1.5, "x", "measured", "script"),
         speedup_low=1.4,
         speedup_high=1.6,
         verdict="FAST",
@@ -135,7 +135,7 @@ def test_a_line_has_the_figures_or_the_reason_never_a_zero():
         ours,
         samples_us=(),
         speedup=None,
-        **{name: Number(None, "", "unavailable", "no CUDA GPU") for name in ("us", "tflops_per_s", "gb_per_s")},
+        **{name: Number(None, "us", "unavailable", "no CUDA GPU") for name in ("us", "tflops_per_s", "gb_per_s")},
     )
     first, second = (line.split()[3:] for line in table.lines([ours, missing]))
     assert first[:5] == [OURS, "100.0", "~1.5", "~3,456.7", "memory"]

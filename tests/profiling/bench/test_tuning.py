@@ -13,7 +13,7 @@ from kernels.tiles import OPS, Entry, Gpu, Tile
 from profiling.bench import tuning
 from profiling.bench.ahead_of_time import launches
 from profiling.bench.candidates import candidates
-from profiling.bench.case import Draw
+from profiling.bench.case import OperandFactory
 from profiling.bench.cases import LAYERS
 from profiling.bench.measure import Setup
 from profiling.bench.timing import QUICK
@@ -344,7 +344,7 @@ def test_candidates_are_compiled_ahead_one_by_one_in_the_order_of_timing(monkeyp
     submitted = [(p.case().name, (tile,), (FP16, 2, "cpu")) for p in problems for tile in p.candidates]
     assert ahead.log == submitted
     with contextlib.suppress(ZeroDivisionError):
-        monkeypatch.setattr(tuning, "Gate", lambda *arguments: 1 / 0)
+        monkeypatch.setattr(tuning, "Correctness", lambda *arguments: 1 / 0)
         backend.time(problems[0].case(), problems[0].candidates, problems[0].incumbent)
     assert ahead.log[-1] == ("waited", problems[0].case().name)
 
@@ -357,7 +357,7 @@ def test_what_is_compiled_ahead_is_what_will_be_launched(op):
     with launches(H200) as ahead:
         tuning.compile_candidates(problem, FP16, 2, "cpu")
     case = problem.case()
-    operands = case.operands(Draw(2, torch.device("cpu"), FP16))
+    operands = case.operands(OperandFactory(2, torch.device("cpu"), FP16))
     with torch.no_grad(), launches(H200) as launched:
         for tile in problem.candidates:
             with forced(tile):

@@ -1,6 +1,6 @@
 import pytest
 
-from profiling.output.numbers import Figure, measured, modelled, quoted, unavailable
+from profiling.output.numbers import Number, measured, modelled, quoted, unavailable
 
 
 @pytest.mark.parametrize("make", [measured, modelled, quoted])
@@ -30,4 +30,4 @@ def test_unavailable_is_null_and_never_zero():
 )
 def test_a_figure_that_hides_something_is_refused(parts):
     with pytest.raises(ValueError, match=r"cannot be|expected one of|needs its source"):
-        Figure(*parts)
+        Number(*parts)
