@@ -124,6 +124,36 @@ def batch_size(
 
 
 @app.command()
+def steps(
+    small: Small = False,
+    out: Annotated[Path | None, typer.Option(help="A folder for steps.json.")] = None,
+    data_dir: DataDir = None,
+    settings: Settings = None,
+    seed: Seed = None,
+    as_json: Json = False,
+    preset: Annotated[str | None, typer.Option(help="What to train. Default: fused on a GPU, laptop on a CPU.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Default: 128, 512 and 2048. Repeatable.")] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option(help="eager, compiled, captured or plain. Default: all but plain. Repeatable.")
+    ] = None,
+    count: Annotated[int, typer.Option("--steps", min=1, help="Steps of one sample.")] = 20,
+) -> None:
+    """Images per second of a training step, run in several ways.
+
+    Eagerly, compiled and captured in turns, and the idle share of the GPU; plain is the loop that a user would write.
+    Without --data-dir on generated images, which take the same time.
+    """
+    _experiment(
+        "steps",
+        lambda: Request(small, out, data_dir, False, tuple(settings or ()), seed, as_json),
+        preset_name=preset,
+        batches=tuple(batch or (128, 512, 2048)),
+        modes=tuple(mode or ("eager", "compiled", "captured")),
+        steps=count,
+    )
+
+
+@app.command()
 def reproduce(
     stage: Annotated[
         str | None, typer.Option(help="smoke (230 s), numbers (440 s) or peers (560 s). Default: all, in this order.")

@@ -145,7 +145,7 @@ class _Plan:
             Step(
                 "step-modes",
                 stage,
-                _module("experiments.step_modes", "--quick", "--out", str(self.out)),
+                _module("experiments", "steps", "--small", "--out", str(self.out)),
                 120,
                 reason=self.no_gpu,
             ),

@@ -11,7 +11,17 @@ from model.errors import DataError
 from model.interrupts import Interrupted
 from profiling import ROOT
 
-NAMES = {"ladder", "lr-finder", "forgetting", "batch-size", "reproduce", "predictions", "machine-code", "tritons"}
+NAMES = {
+    "ladder",
+    "lr-finder",
+    "forgetting",
+    "batch-size",
+    "steps",
+    "reproduce",
+    "predictions",
+    "machine-code",
+    "tritons",
+}
 
 
 def command(*words: str):
@@ -43,9 +53,27 @@ def test_every_experiment_is_a_command():
         (["ladder", "--set", "workers=2"], "would make rungs alike"),
         (["ladder", "--synthetic", "--data-dir", "x"], "contradict"),
         (["ladder", "--epochs-per-rung", "5"], "an even number"),
+        (["steps", "--batch", "0"], "batch_size=0 is too small"),
+        (["steps", "--batch", "99999999999999999999"], "batch_size=99999999999999999999 is too large"),
+        (["steps", "--mode", "slow"], "--mode is 'slow', expected one of eager"),
+        (["steps", "--preset", "lapto"], "did you mean 'laptop'?"),
+        (["steps", "--set", "batch-size=8"], "--set batch_size is what this measures several of; give --batch"),
+        (["steps", "--out", "README.md"], "README.md is not a folder"),
         (["reproduce", "--budget", "1"], "at least 5"),
     ],
-    ids=["unknown_setting", "varied_setting", "two_sources", "odd_turns", "no_budget"],
+    ids=[
+        "unknown_setting",
+        "varied_setting",
+        "two_sources",
+        "odd_turns",
+        "no_batch",
+        "huge_batch",
+        "no_mode",
+        "no_preset",
+        "batch_twice",
+        "a_file",
+        "no_budget",
+    ],
 )
 def test_a_slip_of_the_finger_is_a_line_and_exit_code_2(words, message):
     done = command(*words)

@@ -137,9 +137,9 @@ def test_what_was_predicted_is_told_beside_what_was_measured(tmp_path):
     assert "== predicted: A step took twice as long.\n== predicted: So did a kernel.\n" in told
 
 
-def test_step_modes_are_a_line(tmp_path):
+def test_modes_of_a_step_are_a_line(tmp_path):
     rows = [{"batch": 512, "step": "eager", "reason": None, "images_per_s": 1e5}]
-    write_json(tmp_path / "step_modes.json", {"rows": [*rows, {"batch": 512, "step": "compiled", "reason": "no"}]})
+    write_json(tmp_path / "steps.json", {"rows": [*rows, {"batch": 512, "step": "compiled", "reason": "no"}]})
     assert "by batch: 512 eager 100,000 images/s; 512 compiled unavailable (no)" in text(tmp_path, document())
 
 

@@ -3,10 +3,17 @@ import json
 import pytest
 import torch
 from runs import tiny_config, tiny_dataset
+from typer.testing import CliRunner
 
-from experiments import step_modes, step_speeds
+from experiments import step_speeds
+from experiments.__main__ import app
+from experiments.steps import MODES
+from experiments.study.folder import Request
 from model.errors import RunError
+from model.network import ResNet
+from profiling.account.flops import flops_per_image
 from profiling.bench.timing import QUICK
+from profiling.output.terminal import Terminal
 
 CPU = torch.device("cpu")
 
@@ -14,9 +21,9 @@ CPU = torch.device("cpu")
 def test_modes_take_turns_on_whole_batches(monkeypatch):
     """On a CPU nothing is captured, and the row says so."""
     monkeypatch.setattr("model.step.COMPILER", "eager")
-    rows = step_speeds.measure(tiny_config(), tiny_dataset(), CPU, step_modes.MODES, 3, QUICK)
-    assert [row["step"] for row in rows] == list(step_modes.MODES)
-    eager, compiled, captured = rows
+    rows = step_speeds.measure(tiny_config(), tiny_dataset(), CPU, MODES, 3, QUICK)
+    assert [row["step"] for row in rows] == list(MODES)
+    eager, compiled, captured, plain = rows
     for row in (eager, compiled):
         assert row["reason"] is None
         assert 0 < row["low"] <= row["images_per_s"] <= row["high"]
@@ -25,7 +32,18 @@ def test_modes_take_turns_on_whole_batches(monkeypatch):
     assert "needs a CUDA GPU" in captured["reason"]
     assert "images_per_s" not in captured
     assert "unavailable: a CUDA graph" in step_speeds.cells(captured)[2]
+    assert plain["reason"] == "the plain loop is of network=resnet"
     json.dumps(rows)
+
+
+def test_plain_loop_trains_the_article_s_network():
+    network = step_speeds.PlainResNet()
+    assert flops_per_image(step_speeds.PlainResNet) == flops_per_image(ResNet)
+    assert sum(p.numel() for p in network.parameters()) == 5_205_834
+    config = tiny_config(network="resnet", widths=(8, 8, 8, 8), batch_size=4)
+    (row,) = step_speeds.measure(config, tiny_dataset(), CPU, ("plain",), 2, QUICK)
+    assert row["images_per_s"] > 0
+    assert row["against"] == "plain"
 
 
 def test_a_batch_of_more_images_than_there_are_is_refused():
@@ -41,21 +59,27 @@ def test_training_goes_on_without_an_end():
     assert trainer.step.number == 7
 
 
-def test_the_command_prints_a_table_and_writes_what_it_measured(monkeypatch, tmp_path, capsys):
+WORDS = ["--set", "widths=8,8,8,8", "--set", "device=cpu", "--set", "dtype=float32", "--preset", "laptop", "--small"]
+
+
+@pytest.fixture
+def tiny_data(monkeypatch):
     monkeypatch.setattr(step_speeds, "load", lambda *args, **kwargs: tiny_dataset())
     monkeypatch.setattr(step_speeds, "as_many_as_cifar10", lambda dataset: dataset)
-    settings = ["--set", "widths=8,8,8,8", "--set", "device=cpu", "--set", "dtype=float32"]
-    command = ["step_modes", "--batch", "20", "35", "--modes", "eager", "--steps", "2", "--quick", "--preset", "laptop"]
-    monkeypatch.setattr("sys.argv", [*command, *settings, "--out", str(tmp_path / "out")])
-    step_modes.main()
-    out = capsys.readouterr().out
-    assert "eager" in out
-    written = json.loads((tmp_path / "out" / "step_modes.json").read_text())
+    monkeypatch.setattr("model.interrupts.Interrupts.install", lambda self: None)
+
+
+def test_command_prints_a_table_and_writes_what_it_measured(tiny_data, tmp_path):
+    words = ["steps", "--batch", "20", "--batch", "35", "--mode", "eager", "--steps", "2", *WORDS]
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 0, done.output
+    assert "eager" in done.output
+    written = json.loads((tmp_path / "out" / "steps.json").read_text())
     assert [row["batch"] for row in written["rows"]] == [20, 35]
     assert written["environment"]["packages"]["torch"]
 
 
-def test_a_batch_that_fails_leaves_what_was_measured(monkeypatch, tmp_path):
+def test_a_batch_that_fails_leaves_what_was_measured(monkeypatch, tiny_data, tmp_path):
     """One mode that runs out of memory is a row with its reason; an error that nobody expects comes after the rows."""
     original, batches = step_speeds.prepare, []
 
@@ -71,14 +95,11 @@ def test_a_batch_that_fails_leaves_what_was_measured(monkeypatch, tmp_path):
 
     monkeypatch.setattr(step_speeds, "prepare", prepare)
     monkeypatch.setattr(step_speeds, "idle_share", breaks)
-    monkeypatch.setattr(step_speeds, "load", lambda *args, **kwargs: tiny_dataset())
-    monkeypatch.setattr(step_speeds, "as_many_as_cifar10", lambda dataset: dataset)
-    settings = ["--set", "widths=8,8,8,8", "--set", "device=cpu", "--set", "dtype=float32"]
-    command = ["step_modes", "--batch", "20", "35", "--modes", "eager", "captured", "--steps", "2", "--quick"]
-    monkeypatch.setattr("sys.argv", [*command, "--preset", "laptop", *settings, "--out", str(tmp_path)])
+    settings = ("widths=8,8,8,8", "device=cpu", "dtype=float32")
+    request = Request(small=True, out=tmp_path, settings=settings)
     with pytest.raises(RuntimeError, match="illegal"):
-        step_modes.main()
-    eager, captured = json.loads((tmp_path / "step_modes.json").read_text())["rows"]
+        step_speeds.report(request, Terminal(speaks=False), "laptop", (20, 35), ("eager", "captured"), 2)
+    eager, captured = json.loads((tmp_path / "steps.json").read_text())["rows"]
     assert (eager["batch"], eager["reason"]) == (20, None)
     assert "out of memory at batch_size=20" in captured["reason"]
 
