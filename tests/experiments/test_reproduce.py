@@ -270,8 +270,8 @@ def test_a_command_that_is_killed_loses_nothing_and_leaves_nobody_behind(tmp_pat
     out, pack, number = tmp_path / "out", tmp_path / "out.tar.gz", tmp_path / "number"
     code = f"import os, time; open({str(number)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     driver = (
-        "import sys; from pathlib import Path; sys.path[:0] = ['.', 'tests']\n"
-        "from experiments import reproduce; from test_reproduce import *\n"
+        "import sys; from pathlib import Path; sys.path[:0] = ['.', 'tests/support']\n"
+        "from experiments import reproduce; from tests.experiments.test_reproduce import *\n"
         "reproduce.facts = lambda: CPU\n"
         f"reproduce.plan = lambda *a: [script('first', {once(tmp_path / 'first')!r}), script('second', {code!r})]\n"
         "from experiments.__main__ import app\n"
@@ -414,8 +414,8 @@ def test_the_machine_is_asked_in_a_process_of_its_own(monkeypatch):
 
 def test_the_command_prints_its_record_for_a_script(tmp_path):
     driver = (
-        "import sys; sys.path[:0] = ['.', 'tests']\n"
-        "from experiments import reproduce; from test_reproduce import *\n"
+        "import sys; sys.path[:0] = ['.', 'tests/support']\n"
+        "from experiments import reproduce; from tests.experiments.test_reproduce import *\n"
         "reproduce.facts, reproduce.plan = lambda: CPU, lambda *a: [script('first', 'pass')]\n"
         "from experiments.__main__ import app\n"
         f"app(['reproduce', '--stage=smoke', '--json', '--out', {str(tmp_path / 'out')!r}])"
@@ -426,7 +426,7 @@ def test_the_command_prints_its_record_for_a_script(tmp_path):
 
 
 ILL = """
-import sys; sys.path[:0] = [".", "tests"]
+import sys; sys.path[:0] = [".", "tests/support"]
 from dataclasses import replace
 from experiments import reproduce, reproduce_plan
 ill = {

@@ -68,7 +68,7 @@ def test_what_ran_is_held_against_what_was_asked():
     asked = {"ops": "fused", "ops_requested": "fused", "step": "captured", "step_requested": "captured"}
     assert not_as_asked(asked) == ""
     fell = {"ops": "reference", "step": "eager"}
-    assert not_as_asked(asked | fell) == "RAN ops=reference, asked triton; RAN step=eager, asked captured"
+    assert not_as_asked(asked | fell) == "RAN ops=reference, asked fused; RAN step=eager, asked captured"
 
 
 def test_on_the_official_files_the_articles_accuracy_counts():
@@ -98,13 +98,13 @@ def test_every_run_is_a_line_with_its_figures_and_its_verdict(tmp_path):
     cells = {line.split()[0]: line.split() for line in lines[1:6]}
     assert lines[0].split()[:4] == ["run", "ms/step", "images/s", "peak"]
     assert cells["ours"] == [
-        *("ours", "5.000", "2,000", "300", "1.0100", "0.5050", "-", "61.00%", "captured/triton", "9.0", "right")
+        *("ours", "5.000", "2,000", "300", "1.0100", "0.5050", "-", "61.00%", "captured/fused", "9.0", "right")
     ]
     assert cells["reference"][-2:] == ["the", "reference"]
     assert " ".join(cells["batchnorm"][10:]).startswith("WRONG: loss of epoch 1 +20.0%")
     assert " ".join(cells["composed"][10:]) == "RAN step=eager, asked captured; right"
     assert cells["fused-0"][1:3] == ["3.333", "3,000"], "medians of the epochs after the first"
-    assert cells["fused-0"][6:] == ["0.1000", "60.00%", "captured/triton", "9.0", "4", "epochs", "in", "9.9", "s"]
+    assert cells["fused-0"][6:] == ["0.1000", "60.00%", "captured/fused", "9.0", "4", "epochs", "in", "9.9", "s"]
     assert not any(line.startswith(("warm-", "reference-0 ")) for line in lines)
 
 

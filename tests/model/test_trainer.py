@@ -70,7 +70,7 @@ def test_what_training_reads_is_not_made_in_inference_mode(monkeypatch):
         seen.append(torch.is_inference_mode_enabled())
         return normalisation(device)
 
-    for module in ("batches", "evaluation"):
+    for module in ("data.batches", "evaluation"):
         monkeypatch.setattr(f"model.{module}.normalisation", watched)
     make(preprocess="once").evaluate()
     assert seen

@@ -435,7 +435,7 @@ def test_a_name_lookup_that_hangs_does_not_hold_up_the_others(monkeypatch):
 def run_elsewhere(data_dir: Path, urls: str, prelude: str = "") -> subprocess.Popen:
     """fetch in a process of its own, with the small archive."""
     code = (
-        "import pathlib\nfrom model import archive, download\n"
+        "import pathlib\nfrom model.data import archive, download\n"
         f"for name, value in {SMALL!r}.items(): setattr(archive if hasattr(archive, name) else download, name, value)\n"
         f"{prelude}\n"
         f"download.fetch(pathlib.Path({str(data_dir)!r}), say=lambda s: print(s, flush=True), progress=lambda *_: None)"
