@@ -12,8 +12,8 @@ from pathlib import Path
 
 from experiments.study.arguments import Parser, at_least
 from experiments.study.folder import Request
-from model.config import preset
 from model.errors import RunError, UsageError
+from model.presets import preset
 
 MODES = ("eager", "compiled", "captured")
 VARIED = {"batch_size": "--batch", "step": "--modes"}

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 import train
-from model.config import Config, preset
+from model.config import Config
 from model.data.batches import Batches
 from model.data.cifar10 import Dataset, load
 from model.distributed import Ranks
 from model.errors import RunError
 from model.memory import out_of_memory
+from model.presets import preset
 from model.trainer import Trainer, choose_device, choose_dtype, search_convolutions, with_available_ops
 from profiling.bench.timing import QUICK, CpuTimer, CudaTimer, Plan, interleave, summarise, verdict
 from profiling.device.environment import environment

@@ -23,10 +23,13 @@ from typer.testing import CliRunner
 
 import train
 from model import checkpoint, folder
+from model.config import Config
 from model.distributed import Ranks
 from model.errors import CheckpointError, DeviceError, NonFiniteError, OutOfMemoryError, RunError, TargetMissedError
 from model.evaluation import Evaluator
 from model.interrupts import Interrupted
+from model.presets import PRESETS
+from model.session import require_fit
 from model.step import TrainingStep
 from model.trainer import Trainer
 from profiling import ROOT
@@ -318,7 +321,7 @@ def test_a_killed_worker_is_a_line_with_advice(tmp_path, monkeypatch, step):
     assert read_json(tmp_path / "summary.json")["exit_code"] == 1
     saved = checkpoint.load(tmp_path)
     assert saved.step > step  # the step in which the worker ended is whole
-    train._require_fit(session, saved, dataclasses.replace(config, workers=0))
+    require_fit(session, saved, dataclasses.replace(config, workers=0))
 
 
 def test_out_of_memory_names_a_batch_to_try(tmp_path, monkeypatch):
@@ -396,17 +399,17 @@ def test_a_missed_target(tmp_path):
 )
 def test_a_checkpoint_of_another_run_is_refused(whole, changes, words):
     with pytest.raises(CheckpointError, match=words):
-        train._require_fit(tiny_session(), checkpoint.load(whole), tiny_config(**changes))
+        require_fit(tiny_session(), checkpoint.load(whole), tiny_config(**changes))
 
 
 def test_a_checkpoint_of_other_data_or_another_number_of_processes_is_refused(whole):
     found = checkpoint.load(whole)
     with pytest.raises(CheckpointError, match=r"other images than these \(synthetic: made in a test\); name its own"):
-        train._require_fit(tiny_session(tiny_dataset(71)), found, tiny_config())
+        require_fit(tiny_session(tiny_dataset(71)), found, tiny_config())
     session = dataclasses.replace(tiny_session(), ranks=Ranks(0, 4))
     with pytest.raises(CheckpointError, match="processes: 1 in the checkpoint, 4"):
-        train._require_fit(session, found, tiny_config())
-    train._require_fit(tiny_session(), found, tiny_config(dtype="bfloat16", checkpoint_s=9.0))
+        require_fit(session, found, tiny_config())
+    require_fit(tiny_session(), found, tiny_config(dtype="bfloat16", checkpoint_s=9.0))
 
 
 @pytest.mark.parametrize(
@@ -418,7 +421,7 @@ def test_a_checkpoint_of_a_step_that_its_run_cannot_have_is_refused(whole, step,
     rows = [{**row, "step": 2 * row["epoch"]} for row in found.state.history[:epochs]]
     found = dataclasses.replace(found, step=step, state=dataclasses.replace(found.state, history=rows))
     with pytest.raises(CheckpointError, match=r"checkpoint-00000012\.json: (step|history)"):
-        train._require_fit(tiny_session(), found, tiny_config())
+        require_fit(tiny_session(), found, tiny_config())
 
 
 def test_no_memory_is_taken_for_what_a_checkpoint_claims(whole):
@@ -429,7 +432,7 @@ def test_no_memory_is_taken_for_what_a_checkpoint_claims(whole):
     with pytest.raises(CheckpointError, match=r"does not fit the network: .* and [0-9]+ more"):
         train.evaluate(tiny_session(), wide, found)
     with pytest.raises(CheckpointError, match="does not fit the network"):
-        train._require_fit(
+        require_fit(
             tiny_session(), dataclasses.replace(found, state=dataclasses.replace(found.state, config=wide)), wide
         )
 
@@ -616,8 +619,9 @@ def test_an_environment_that_is_not_torchrun_s_exits_2(environment, words, monke
     assert result.output.count("\n") == 1
 
 
-def test_arguments_are_checked_before_torch_is_imported():
-    code = "import sys, train\ntry:\n    train.app()\nfinally:\n    assert 'torch' not in sys.modules"
+def test_arguments_are_read_before_torch_is_imported(tmp_path):
+    (tmp_path / "torch.py").write_text("import os; os._exit(99)")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     for arguments, expected in [
         (["--list"], 0),
         (["--set", "batchsize=4"], 2),
@@ -625,14 +629,16 @@ def test_arguments_are_checked_before_torch_is_imported():
         (["--resume", "none.json"], 8),
         (["--evaluate", "none"], 8),
         (["--data-dir", "none"], 3),
+        (["--synthetic"], 99),
     ]:
-        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == expected, done.stderr
+        command = [sys.executable, "train.py", *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == expected, (arguments, done.stderr)
 
 
 def test_every_setting_is_documented():
     shown = invoke("--list-settings", "--preset", "article-256", "--lr", "0.2", "--batch-size", "64").output
-    fields = [f.name for f in dataclasses.fields(train.Config) if f.name != "preset"]
+    fields = [f.name for f in dataclasses.fields(Config) if f.name != "preset"]
     assert [line.partition("=")[0] for line in shown.splitlines()] == [*fields, "lr"]
     assert all(len(line.split()) > 1 for line in shown.splitlines())
     assert {"lr_values=0,0.2,0.00227273,0", "batch_size=64"} <= {line.split()[0] for line in shown.splitlines()}
@@ -646,7 +652,7 @@ def test_what_people_type_for_help_and_the_version():
 def test_the_list_names_every_preset():
     result = invoke("--list")
     assert result.exit_code == 0
-    assert all(name in result.output for name in train.PRESETS)
+    assert all(name in result.output for name in PRESETS)
     assert json.loads(invoke("--list", "--json").output)["article-256"]["batch_size"] == 512
 
 
@@ -687,7 +693,7 @@ def test_training_on_the_fused_kernels_is_training(tmp_path):
         train.run(session, config, tmp_path / "reference", on_step=stop_at(session, 1))
     found = checkpoint.load(tmp_path / "reference")
     expected = train.run(tiny_session(data), config, tmp_path / "reference", found)
-    train._require_fit(tiny_session(data), found, fused_config)
+    require_fit(tiny_session(data), found, fused_config)
     fused = train.run(tiny_session(data), fused_config, tmp_path / "fused", found)
     assert (fused["ops"], fused["ops_requested"]) == ("fused", "fused")
     assert fused["triton_conv_share"] > 0.9
