@@ -43,9 +43,7 @@ def command_of(perform: Callable[[Request], Any]) -> typer.Typer:
     def take(read: Callable[[], Request | str]) -> Any:
         asked = []
         speaks = not os.environ.get("RANK", "0").isdecimal() or _speaks()
-        code = command_line.guarded(
-            lambda: asked.append(read()), lambda error: Terminal().error(str(error)) if speaks else None
-        )
+        code = command_line.guarded(lambda: asked.append(read()), lambda error: speaks and Terminal().error(str(error)))
         if code:
             raise typer.Exit(code)
         if isinstance(asked[0], str):
@@ -443,9 +441,8 @@ def _perform_in(
     except Interrupted:
         terminal.say(request.go_on(out, ranks.world, dataset.identity))
         raise
-    for line in closing_lines(summary):
+    for line in (*closing_lines(summary), f"written to {out}"):
         terminal.say(line)
-    terminal.say(f"written to {out}")
     if request.profile:
         again = request.data_arguments(dataset.identity)
         try:
