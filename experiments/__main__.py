@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import typer
 
 from experiments.study.folder import Request
-from model.errors import RunError
 from model.interrupts import Interrupted, Interrupts
 from profiling.output import command_line
 
@@ -243,30 +242,34 @@ def _experiment(name: str, read: Callable[[], Request], **options: Any) -> None:
     A module's `check(request, **options)`, where it has one, raises UsageError before torch is imported. `run` returns
     what --json prints. Any failure is one line on stderr and its exit code.
     """
-    try:
-        request = read()
-        module = importlib.import_module(f"experiments.{name}")
+    asked = []
+
+    def check() -> None:
+        request, module = read(), importlib.import_module(f"experiments.{name}")
         if hasattr(module, "check"):
             module.check(request, **options)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
+        asked.extend((request, module))
+
+    if code := command_line.guarded(check, lambda error: print(f"error: {error}", file=sys.stderr)):
+        raise typer.Exit(code)
     from profiling.output.terminal import Terminal
 
-    interrupts, terminal = Interrupts(), Terminal(json=request.json)
+    request, module = asked
+    interrupts, terminal, results = Interrupts(), Terminal(json=request.json), []
     interrupts.install()
-    try:
-        result = module.run(request, terminal, interrupts, **options)
-    except RunError as error:
+
+    def tell(error: BaseException) -> None:
         interrupts.deferred = True
-        terminal.error(str(error))
-        raise typer.Exit(error.exit_code) from None
-    except Interrupted as error:
-        interrupts.deferred = True
-        terminal.say(f"{error}: what was done is kept; the same command with the same --out goes on")
-        raise typer.Exit(error.exit_code) from None
+        if isinstance(error, Interrupted):
+            terminal.say(f"{error}: what was done is kept; the same command with the same --out goes on")
+        else:
+            terminal.error(str(error))
+
+    code = command_line.guarded(lambda: results.append(module.run(request, terminal, interrupts, **options)), tell)
+    if code:
+        raise typer.Exit(code)
     if request.json:
-        terminal.put(json.dumps(result, indent=2, allow_nan=False))
+        terminal.put(json.dumps(results[0], indent=2, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.forgetting_rules import Evidence, read_evidence, times
 from experiments.study.folder import Plot, Request, Table, open_study
-from model.config import Config, laptop
+from model.config import Config
 from model.errors import NonFiniteError, UsageError
+from model.presets import laptop
 from profiling.report.plot import Chart, axis, colour, layout, line, margin, trace
 
 if TYPE_CHECKING:

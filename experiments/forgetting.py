@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from experiments import forgetting_rules, retention
 from experiments.study import training
 from experiments.study.folder import Plot, Request, Table, open_study
-from model.config import Config, laptop
+from model.config import Config
+from model.presets import laptop
 from profiling.report.plot import Chart, axis, colour, escape, layout, line, margin, trace
 
 if TYPE_CHECKING:

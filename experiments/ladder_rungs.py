@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from model.config import Config, preset
+from model.config import Config
 from model.errors import UsageError
+from model.presets import preset
 
 ARTICLE_EPOCHS, ARTICLE_IMAGES, ARTICLE_TEST_IMAGES = 35, 50_000, 10_000
 INPUT = ("article-308", "article-301", "article-297")

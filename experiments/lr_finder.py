@@ -18,10 +18,11 @@ import numpy as np
 
 from experiments.study import training
 from experiments.study.folder import Plot, Request, Table, open_study
-from model.config import Config, fused, laptop
+from model.config import Config
 from model.data.batches import Batches
 from model.data.cifar10 import Dataset
 from model.distributed import Ranks
+from model.presets import fused, laptop
 from model.trainer import Trainer
 from profiling.report.plot import Chart, axis, colour, escape, layout, line, margin, trace
 

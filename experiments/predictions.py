@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from experiments import expected
 from experiments.expected import Compile, Op, Prediction
 from experiments.study.folder import Request
-from model.config import Config, preset
+from model.config import Config
 from model.errors import DataError, RunError, UsageError
+from model.presets import preset
 from profiling import ROOT
 from profiling.device.specifications import MACHINES, Machine
 from profiling.output.files import read_json, read_jsonl, write_json, write_text

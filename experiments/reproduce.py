@@ -35,8 +35,8 @@ from experiments.reproduce_plan import STAGES, VARIED, Step, plan, take_tiles
 from experiments.study.folder import Request, Study
 from model.errors import DeviceError, RunError, UsageError
 from model.interrupts import Interrupted, Interrupts
+from profiling import ROOT
 from profiling.output.files import read_json, write_json, write_text
-from train import ROOT
 
 if TYPE_CHECKING:
     from profiling.output.terminal import Terminal

@@ -15,9 +15,9 @@ from typing import Any
 
 from experiments.reproduce_runs import FUSED, REFERENCE, WARM, WARM_UP, data_identity
 from experiments.study.folder import Request
+from profiling import ROOT
 from profiling.device import ncu, specifications
 from profiling.report.collect_command import PROFILE_PASS
-from train import ROOT
 
 STAGES = {"smoke": 230.0, "numbers": 440.0, "peers": 560.0}
 """Seconds that a stage may take."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.longest_kernels import step_ms
+from model.presets import TARGET
 from profiling.output.files import read_json, read_jsonl
-from train import TARGET
 
 Row = dict[str, Any]
 REFERENCE, FUSED = "reference", "fused"

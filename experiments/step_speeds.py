@@ -18,13 +18,14 @@ from torch import Tensor, nn
 import train
 from experiments.steps import BATCHES, MODES
 from experiments.study.folder import Request
-from model.config import Config, preset
+from model.config import Config
 from model.data.batches import Batches
 from model.data.cifar10 import Dataset, load
 from model.distributed import Ranks
 from model.errors import RunError
 from model.memory import out_of_memory
 from model.network import ARTICLE_WIDTHS
+from model.presets import preset
 from model.trainer import Trainer, choose_device, choose_dtype, search_convolutions, with_available_ops
 from profiling.bench.timing import QUICK, CpuTimer, CudaTimer, Plan, interleave, summarise, verdict
 from profiling.device.environment import environment
@@ -200,7 +201,7 @@ def report(
     dataset = load(request.data_dir, synthetic=request.data_dir is None, say=terminal.say)
     if dataset.identity == "synthetic":
         dataset = as_many_as_cifar10(dataset)
-    plan, rows, machine = QUICK if request.small else PLAN, [], environment(device, train.ROOT)
+    plan, rows, machine = QUICK if request.small else PLAN, [], environment(device, ROOT)
     for batch in batches:
         rows += measure(dataclasses.replace(config, batch_size=batch), dataset, device, modes, steps, plan)
         if request.out:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments.study.folder import Request
-from model.config import preset
 from model.errors import UsageError
 from model.interrupts import Interrupts
+from model.presets import preset
 
 if TYPE_CHECKING:
     from profiling.output.terminal import Terminal

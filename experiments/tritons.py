@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments.study.folder import Request
 from experiments.tritons_table import ARCHITECTURES, found, known, markdown, summary
-from model.config import Config, preset
+from model.config import Config
 from model.errors import RunError, UsageError
+from model.presets import preset
 from profiling import ROOT
 from profiling.output.files import append_jsonl, read_jsonl, write_text
 

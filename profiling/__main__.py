@@ -169,22 +169,13 @@ def compare(
 
 def _end(command: Callable[[], int], terminal: "Terminal") -> None:
     """Run `command` and exit; a failure is a line on stderr and its exit code."""
-    from profiling.output.errors import CommandError
-
     try:
-        code = command()
-    except CommandError as error:
-        terminal.error(str(error))
-        code = error.exit_code
+        code = command_line.guarded(command, lambda error: terminal.error(str(error)))
     except KeyboardInterrupt:
         code = 130
-    except Exception as error:
-        line = command_line.refused_path(error) if isinstance(error, OSError) else None
-        if line:
-            terminal.error(line)
-        else:
-            traceback.print_exc()
-        code = 2 if line else CRASHED
+    except Exception:
+        traceback.print_exc()
+        code = CRASHED
     sys.exit(code)
 
 

@@ -13,9 +13,10 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from model.config import Config, preset
+from model.config import Config
 from model.errors import UsageError
 from model.folder import hold
+from model.presets import preset
 from profiling.output.errors import ReportError
 from profiling.output.files import append_jsonl, read_json, read_jsonl, write_json, write_text
 from profiling.output.terminal import Terminal

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from model.config import Config, article_297, fused, laptop
+from model.config import Config
 from model.data.batches import Batches
 from model.data.choices import draw_order
 from model.data.cifar10 import Dataset
 from model.distributed import Ranks
+from model.presets import article_297, fused, laptop
 from model.trainer import Trainer, choose_dtype, with_available_ops
 
 if TYPE_CHECKING:

@@ -2,8 +2,9 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import typer
 
@@ -18,8 +19,8 @@ MANNERS: dict[str, Any] = {
 _UsageError = typer.BadParameter.__base__  # typer has a click of its own from 0.26 on, and exports this class only
 
 
-def run(app: typer.Typer) -> NoReturn:
-    """Run the app on the process's arguments and exit with its code."""
+def run(app: typer.Typer) -> Any:
+    """Run the app on the process's arguments and exit with its code, or return what is not an exit code."""
     words = sys.argv[1:]
     for before, word in zip(["", *words], words, strict=False):
         if not word or (word.startswith("--") and word.endswith("=")):  # Path("") would be the present folder
@@ -35,14 +36,37 @@ def run(app: typer.Typer) -> NoReturn:
             error.show()  # the help
         code = error.exit_code
     except OSError as error:
-        line = refused_path(error)
-        if line is None:
+        if not (line := refused_path(error)):
             raise
         print(f"error: {line}", file=sys.stderr)
         code = 2
     except typer.Abort:  # Ctrl-C
         code = 130
-    sys.exit(code)
+    if code is None or isinstance(code, int):
+        sys.exit(code)
+    return code
+
+
+class PathError(Exception):
+    """A path of the command line that the file system refuses."""
+
+    exit_code = 2
+
+
+def guarded(command: Callable[[], int | None], tell: Callable[[BaseException], Any]) -> int:
+    """The exit code of `command()`. `tell(error)` says in one line what carries an `exit_code`, or a refused path.
+
+    Any other exception is a fault of the program, and is raised.
+    """
+    try:
+        return command() or 0
+    except BaseException as raised:
+        line = refused_path(raised) if isinstance(raised, OSError) else None
+        error = PathError(line) if line else raised
+        if not hasattr(error, "exit_code"):
+            raise
+    tell(error)
+    return error.exit_code
 
 
 def refused_path(error: OSError) -> str | None:

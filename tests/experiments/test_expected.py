@@ -4,7 +4,7 @@ import pytest
 
 from experiments import expected
 from experiments.expected import GAP_US, START_US, Launch, predict
-from model.config import preset
+from model.presets import preset
 from profiling.bench import cases
 from profiling.bench.ahead_of_time import Build, Facts
 from profiling.device.specifications import H200

@@ -15,8 +15,9 @@ from runs import tiny_dataset, tiny_session
 from experiments import ladder, ladder_chart, ladder_report, stand
 from experiments.ladder_rungs import HOST, RUNGS, WITHOUT_HOST, Rung, require_own
 from experiments.study.folder import Request, Study
-from model.config import PRESETS, Config
+from model.config import Config
 from model.errors import UsageError
+from model.presets import PRESETS
 from profiling.output.terminal import Terminal
 
 QUIET = Terminal(speaks=False)

@@ -5,8 +5,8 @@ from typer.testing import CliRunner
 
 from experiments import predictions
 from experiments.__main__ import app
-from model.config import preset
 from model.errors import DataError
+from model.presets import preset
 from profiling.bench import cases
 from profiling.bench.ahead_of_time import Build, Facts
 from profiling.device.specifications import H100, H200

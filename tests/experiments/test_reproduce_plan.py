@@ -9,7 +9,7 @@ import pytest
 from experiments import reproduce_plan
 from experiments.reproduce_plan import CHECKED, MODES, STAGES, VARIED, Step, plan
 from experiments.study.folder import Request
-from model.config import preset
+from model.presets import preset
 from profiling.bench import cases
 from profiling.device.specifications import MACHINES
 from profiling.output.files import write_json

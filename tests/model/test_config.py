@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from model.config import PRESETS, Config, preset
+from model.config import Config
 from model.errors import UsageError
+from model.presets import PRESETS, preset
 
 ARTICLE = ["article-341", "article-323", "article-308", "article-301", "article-297", "article-256"]
 

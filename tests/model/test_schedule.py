@@ -2,7 +2,7 @@ import pytest
 import torch
 from runs import tiny_config
 
-from model.config import preset
+from model.presets import preset
 from model.schedule import learning_rate, piecewise_linear, rate_table
 
 KINK = ((0, 15, 15, 30, 35), (0, 0.1, 0.105, 0.005, 0))

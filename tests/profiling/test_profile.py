@@ -13,6 +13,7 @@ import pytest
 import runs
 import torch
 
+import profile_pass
 import train
 from model.errors import UsageError
 from profiling import ROOT
@@ -32,7 +33,7 @@ def profiled(tmp_path_factory) -> Path:
     """A profiled run of 12 steps, and its report."""
     out, session = tmp_path_factory.mktemp("profiled") / "run", runs.tiny_session()
     train.run(session, runs.tiny_config(), out, collect=True)
-    train._profile_pass(session, out, counters=False)
+    profile_pass.profile_pass(session, out, counters=False)
     ceilings = measure(session.device, torch.float32, seconds=0.002, batch=1)
     write_json(out / "records" / "ceilings.json", ceilings.to_json())
     build.write(out)
@@ -152,7 +153,7 @@ def test_ceilings_of_this_machine_are_taken_instead_of_measured(copy, monkeypatc
     """Of any other they are refused before the run begins."""
     file, session = tmp_path / "ceilings.json", runs.tiny_session()
     measured = (copy / "records" / "ceilings.json").rename(file)
-    found = train._ceilings(measured, session, runs.tiny_config())
+    found = profile_pass.ceilings_for(measured, session, runs.tiny_config())
     monkeypatch.setattr(collect_command, "PROFILE_PASS", [sys.executable, "-c", "pass"])
     monkeypatch.setattr(
         collect_command, "MEASURE_CEILINGS", [sys.executable, "-c", "raise SystemExit('measured again')"]
@@ -168,9 +169,9 @@ def test_ceilings_of_this_machine_are_taken_instead_of_measured(copy, monkeypatc
     ):
         write_json(file, found.to_json() | changes)
         with pytest.raises(UsageError, match=says):
-            train._ceilings(file, session, runs.tiny_config())
+            profile_pass.ceilings_for(file, session, runs.tiny_config())
     with pytest.raises(UsageError, match="No such file"):
-        train._ceilings(tmp_path / "none.json", session, runs.tiny_config())
+        profile_pass.ceilings_for(tmp_path / "none.json", session, runs.tiny_config())
 
 
 def test_ceilings_without_a_profile_are_refused():

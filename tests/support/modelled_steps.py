@@ -5,7 +5,7 @@ import functools
 
 import torch
 
-from model.config import preset
+from model.presets import preset
 from model.trainer import modelled_step
 from profiling.account.work import Work, work_of
 

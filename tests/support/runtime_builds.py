@@ -26,7 +26,7 @@ from kernels.bn_apply import bn_apply
 from kernels.sgd import sgd
 from model import probe
 from model.compilation import compile_kernels
-from model.config import preset
+from model.presets import preset
 from model.trainer import build_network
 
 launched: list[str] = []

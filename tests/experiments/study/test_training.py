@@ -6,7 +6,7 @@ from runs import tiny_config, tiny_dataset, tiny_session
 
 from experiments.study import training
 from experiments.study.folder import Request
-from model.config import laptop
+from model.presets import laptop
 
 
 def test_smaller_subsets_are_parts_of_larger_ones_and_not_in_the_files_order():
