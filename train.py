@@ -98,7 +98,7 @@ def run(
     """
     from model.memory import out_of_memory, peak
     from model.trainer import build_network, choose_dtype, step_mode, triton_conv_share, with_available_ops
-    from profiling.account.flops import flops_per_image
+    from profiling.account.work import flops_per_image
     from profiling.device.environment import device_name, environment
     from profiling.run.clock import Clock
     from profiling.run.log import RunLog
@@ -322,16 +322,16 @@ def profile(
     counters: bool = False,
     ceilings: "Ceilings | None" = None,
 ) -> None:
-    """Account for the run in `out`, as `profiling.report.collect_command.profile` does, whose arguments these are."""
+    """Account for the run in `out`, as `profiling.report.command.profile` does, whose arguments these are."""
     import torch
 
     from model.trainer import choose_dtype
-    from profiling.report import collect_command
+    from profiling.report import command
 
     if session.device.type == "cuda":
         torch.cuda.empty_cache()
     dtype = str(choose_dtype(config.dtype, session.device, config.ops)).removeprefix("torch.")
-    collect_command.profile(out, str(session.device), dtype, data, session.terminal, counters, ceilings)
+    command.profile(out, str(session.device), dtype, data, session.terminal, counters, ceilings)
 
 
 def _profile_pass(session: Session, out: Path, counters: bool) -> None:
@@ -375,7 +375,7 @@ def _work(config: Config, dtype: "torch.dtype", images: int) -> dict[str, Any]:
 
     from model.trainer import build_network, modelled_step
     from profiling.account import work
-    from profiling.account.flops import flops_per_image
+    from profiling.account.work import flops_per_image
 
     article = preset("article-256")
     variants = {

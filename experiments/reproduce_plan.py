@@ -16,7 +16,7 @@ from typing import Any
 from experiments.reproduce_runs import FUSED, REFERENCE, WARM, WARM_UP, data_identity
 from experiments.study.folder import Request
 from profiling.device import ncu, specifications
-from profiling.report.collect_command import PROFILE_PASS
+from profiling.report.command import PROFILE_PASS
 from train import ROOT
 
 STAGES = {"smoke": 230.0, "numbers": 440.0, "peers": 560.0}

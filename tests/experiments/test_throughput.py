@@ -6,7 +6,7 @@ import torch
 
 from experiments import loops, throughput
 from model.network import ResNet
-from profiling.account.flops import flops_per_image
+from profiling.account.work import flops_per_image
 
 
 def test_the_plain_loop_trains_the_article_s_network():

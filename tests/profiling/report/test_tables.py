@@ -3,7 +3,7 @@ from report_sample import MADE_UP, cpu, empty, figure, gpu, hostile
 
 from profiling.output.units import MISSING
 from profiling.report import tables
-from profiling.report.telemetry_table import telemetry_table
+from profiling.report.timeline import telemetry_table
 
 MINUS = "\N{MINUS SIGN}"
 TABLES = [
