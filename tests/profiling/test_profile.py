@@ -24,6 +24,7 @@ from profiling.report import build, command
 from profiling.run import collect
 
 RUNS = str(ROOT / "tests" / "support" / "runs.py")
+DAMAGES = ("gone", "empty", "half", "garbage", "another_version")
 RECORDS = ("phases.json", "steps.json", "work.json", "profile.json", "ceilings.json", "trace.json.gz")
 
 
@@ -90,8 +91,14 @@ def test_work_is_found_for_the_convolutions_of_the_trace(profiled):
     assert all(row["flops"] and row["flops_per_s"] and row["roof_fraction"] > 0 for row in layers.values())
 
 
-@pytest.mark.parametrize("name", RECORDS)
-@pytest.mark.parametrize("damage", ["gone", "empty", "half", "garbage", "another_version"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        pytest.param(name, damage, marks=[] if (i - j) % 5 == 0 else pytest.mark.slow)
+        for i, name in enumerate(RECORDS)
+        for j, damage in enumerate(DAMAGES)
+    ],
+)
 def test_a_damaged_record_is_named_and_the_rest_stands(copy, name, damage):
     path = copy / "records" / name
     data = path.read_bytes()

@@ -100,7 +100,7 @@ def test_kernels_launched_early_on_purpose_are_no_lie(tmp_path):
     assert (found.refused, found.lacks) == ([], [])
 
 
-@pytest.mark.parametrize("nodes", [True, False], ids=["with_nodes", "without"])
+@pytest.mark.parametrize("nodes", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["with_nodes", "without"])
 @pytest.mark.parametrize(("lie", "reason"), LIES.values(), ids=LIES)
 def test_steps_that_lie_are_refused_and_no_others(tmp_path, lie, reason, nodes):
     found = judged(tmp_path, lambda number, kernels: lie(kernels) if number in LIARS else kernels, nodes=nodes)
@@ -149,6 +149,7 @@ def test_reasons_are_counted_where_there_are_several(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lie", [lie for lie, _ in LIES.values()], ids=LIES)
 def test_where_all_replays_lie_the_eager_step_is_taken(tmp_path, lie):
     found = judged(tmp_path, lambda number, kernels: lie(kernels) if number != EAGER else kernels)
@@ -176,10 +177,10 @@ def test_few_steps_of_which_none_lies_are_enough(tmp_path):
     assert (found.steps, found.refused, found.fell_back) == (3, [], False)
 
 
-SEEN_BY_ITSELF = ["dropped", "all_dropped", "zero_timestamps", "overlapping", "all_doubled", "one_of_seconds"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("all_dropped", "all_doubled", "one_of_seconds")]
 
 
-@pytest.mark.parametrize("name", SEEN_BY_ITSELF)
+@pytest.mark.parametrize("name", ["dropped", "zero_timestamps", "overlapping", *SLOW])
 def test_an_eager_step_that_lies_teaches_nothing(tmp_path, name):
     lie, reason = LIES[name]
     found = judged(tmp_path, lambda number, kernels: lie(kernels) if number == EAGER else kernels)
