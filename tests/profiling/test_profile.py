@@ -148,6 +148,7 @@ def test_hostile_names_do_no_harm(copy):
     assert "<script>alert(1)" not in (copy / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_pass_runs_in_a_process_of_its_own(copy, quick):
     for name in ("trace.json.gz", "profile.json", "work.json", "ceilings.json"):
         (copy / "records" / name).unlink()
@@ -212,6 +213,7 @@ def test_a_run_that_was_not_profiled_is_profiled_afterwards(tmp_path, quick):
     assert (out / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_profile_that_was_interrupted_is_taken_up_as_it_says(tmp_path, quick):
     """Ctrl-C after the training, before its profile."""
     out = tmp_path / "run"
@@ -245,7 +247,7 @@ def test_what_cannot_be_collected_is_a_line(copy, damage, says):
         command.collect(copy, None, True, Terminal(speaks=False))
 
 
-def test_a_pass_that_fails_is_collect_s_exit_code(copy, monkeypatch):
+def test_a_pass_that_fails_is_the_exit_code_of_collect(copy, monkeypatch):
     monkeypatch.setattr(command, "PROFILE_PASS", [sys.executable, "-c", "raise SystemExit('no images')"])
     monkeypatch.setattr(command, "MEASURE_CEILINGS", [sys.executable, "-c", "pass"])
     with pytest.raises(ReportError, match=r"could not be profiled: exit code 1: no images"):

@@ -182,6 +182,12 @@ def test_every_nanosecond_goes_to_one_category_and_one_kernel(intervals):
     assert all(0 <= time.ns <= time.own_ns for time in found.by_kernel.values())
 
 
+def test_the_kernel_of_a_category_that_ran_longer_gets_the_time():
+    kernels = [kernel(0, 10, dims="[[1]]"), kernel(4, 14, dims="[[2]]")]
+    by_kernel = sweep(kernels, by_name).by_kernel
+    assert {key.dims: time.ns for key, time in by_kernel.items()} == {"[[1]]": 10, "[[2]]": 4}
+
+
 def test_pieces_of_one_operation_are_one_call():
     pieces = [
         Kernel("aten::conv2d", start, start + 5, 0, -1, "cpu", number, ("aten::conv2d",), "")
