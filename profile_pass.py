@@ -17,7 +17,7 @@ from model.session import Session
 from model.trainer import Trainer, build_network, choose_dtype, modelled_step
 from profiling import ROOT
 from profiling.account import work
-from profiling.account.flops import flops_per_image
+from profiling.account.work import flops_per_image
 from profiling.device.ceilings import Ceilings, reread
 from profiling.device.environment import environment
 from profiling.output.files import read_json, write_json
@@ -35,13 +35,13 @@ def profile(
     counters: bool = False,
     ceilings: Ceilings | None = None,
 ) -> None:
-    """Account for the run in `out`, as `profiling.report.collect_command.profile` does, whose arguments these are."""
-    from profiling.report import collect_command  # a second of imports that other runs do without
+    """Account for the run in `out`, as `profiling.report.command.profile` does, whose arguments these are."""
+    from profiling.report import command  # a second of imports that other runs do without
 
     if session.device.type == "cuda":
         torch.cuda.empty_cache()
     dtype = str(choose_dtype(config.dtype, session.device, config.ops)).removeprefix("torch.")
-    collect_command.profile(out, str(session.device), dtype, data, session.terminal, counters, ceilings)
+    command.profile(out, str(session.device), dtype, data, session.terminal, counters, ceilings)
 
 
 def profile_pass(session: Session, out: Path, counters: bool) -> None:

@@ -16,7 +16,7 @@ from profiling.account.attribution import per_step
 from profiling.account.cross_check import judge
 from profiling.account.trace import Trace, read
 from profiling.output.files import read_json, read_jsonl, write_json
-from profiling.report.collect_command import PROFILE_PASS, ROOT
+from profiling.report.command import PROFILE_PASS, ROOT
 from profiling.run.collect import RECORDS, run_pass
 
 LONGEST = 20

@@ -17,7 +17,7 @@ from experiments.reproduce_runs import FUSED, REFERENCE, WARM, WARM_UP, data_ide
 from experiments.study.folder import Request
 from profiling import ROOT
 from profiling.device import ncu, specifications
-from profiling.report.collect_command import PROFILE_PASS
+from profiling.report.command import PROFILE_PASS
 
 STAGES = {"smoke": 230.0, "numbers": 440.0, "peers": 560.0}
 """Seconds that a stage may take."""

@@ -69,7 +69,7 @@ class TimedRung:
         say: Callable[[str], Any] = lambda text: None,
     ):
         from model.trainer import build_network, choose_dtype, with_available_ops
-        from profiling.account.flops import flops_per_image
+        from profiling.account.work import flops_per_image
 
         self.dataset, self.device = dataset, device
         available, reason = with_available_ops(config, device, say)

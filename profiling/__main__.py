@@ -146,7 +146,7 @@ def collect(
     One without records, or whose profiled pass was interrupted.
     """
     from profiling.output.terminal import Terminal
-    from profiling.report.collect_command import run as profile
+    from profiling.report.command import collect as profile
 
     terminal = Terminal()
     _end(lambda: profile(run, data_dir, synthetic, terminal), terminal)

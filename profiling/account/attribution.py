@@ -3,12 +3,17 @@
 Concurrent kernels are not counted twice: each nanosecond of the union over all streams of a device goes to one
 category, by the order of `CATEGORIES`, and within it to the kernel that has been running longest. A gap goes to what
 the host did in it, until it launched the next kernel.
+
+The replay of a CUDA graph is one launch: nothing in the trace says which operation put a kernel into the graph. But the
+graph is the step, captured: its kernels are those of a step run eagerly, in that order. So operations are learned from
+the eager step, and the kernels of each replay are given them by name and order. That holds only while each replay has
+all its kernels, which `profiling.account.cross_check` verifies.
 """
 
 import itertools
 from bisect import bisect_left, bisect_right
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +23,7 @@ from profiling.account.trace import Kernel, Trace
 
 
 class KernelKey(NamedTuple):
-    """What is counted together; `op` is the operation around the launch, "" if none is known."""
+    """Kernels with equal keys are counted together; `op` is the operation around the launch, "" if none is known."""
 
     category: str
     name: str
@@ -36,10 +41,9 @@ class KernelTime(NamedTuple):
 
 @dataclass(frozen=True)
 class Attribution:
-    """busy_ns, the union over all streams, is the sum of by_category and of by_kernel's `ns`; span_ns has the gaps."""
+    """busy_ns, the union over all streams, is the sum of by_category and of by_kernel's `ns`."""
 
     busy_ns: int
-    span_ns: int
     by_category: dict[str, int]
     by_kernel: dict[KernelKey, KernelTime]
 
@@ -75,33 +79,16 @@ CAUSES = (
     "in Python",
     "between queued kernels",
 )
-"""Of `Idle`, in the order of its fields."""
+"""The fields of `Idle` in words, in their order."""
 LONGEST_QUEUED_NS = 1_000_000
 """A launched kernel on an empty device starts within microseconds (41 in the median of a published V100 trace)."""
 
 
-@dataclass(frozen=True)
-class PerStep:
-    """Means over `steps` active steps; of `total`, the attribution of all their kernels."""
+class PerStep(NamedTuple):
+    """How many steps were active, and the attribution of all their kernels together."""
 
     steps: int
     total: Attribution
-
-    @property
-    def busy_ns(self) -> int:
-        """Of a step, rounded."""
-        return round(self.total.busy_ns / self.steps)
-
-    @property
-    def by_category(self) -> dict[str, int]:
-        """Whole nanoseconds of a step that sum to `busy_ns`."""
-        shares = _divided(self.total.by_category.values(), self.steps)
-        return dict(zip(self.total.by_category, shares, strict=True))
-
-    @property
-    def by_kernel(self) -> dict[KernelKey, KernelTime]:
-        """Calls and nanoseconds of a step."""
-        return {key: KernelTime(*(n / self.steps for n in time)) for key, time in self.total.by_kernel.items()}
 
 
 def _divided(numbers: Iterable[int], by: int) -> list[int]:
@@ -125,8 +112,7 @@ def sweep(kernels: Iterable[Kernel], category_of: Callable[[Kernel], str] = cate
     for key, time in itertools.chain.from_iterable(one.by_kernel.items() for one in each):
         by_kernel[key] = KernelTime(*(a + b / len(each) for a, b in zip(by_kernel[key], time, strict=True)))
     shares = _divided([sum(one.by_category[c] for one in each) for c in CATEGORIES], len(each))
-    span_ns = round(sum(one.span_ns for one in each) / len(each))
-    return Attribution(sum(shares), span_ns, dict(zip(CATEGORIES, shares, strict=True)), dict(by_kernel))
+    return Attribution(sum(shares), dict(zip(CATEGORIES, shares, strict=True)), dict(by_kernel))
 
 
 def _by_device(kernels: Iterable[Kernel]) -> Iterable[list[Kernel]]:
@@ -141,7 +127,7 @@ def _sweep(kernels: list[Kernel], category_of: Callable[[Kernel], str]) -> Attri
     categories = [category_of(kernel) for kernel in order]
     ranks = [CATEGORIES.index(category) for category in categories]
     ns = [0] * len(order)
-    # Of each category the kernels that have started, the earliest first; one that has ended goes when it comes first.
+    # Per category, the kernels that have started, the earliest first; an ended one is dropped when it comes first.
     running: list[deque[int]] = [deque() for _ in CATEGORIES]
     following = 0
     times = sorted({time for kernel in order for time in (kernel.start_ns, kernel.end_ns)})
@@ -158,8 +144,7 @@ def _sweep(kernels: list[Kernel], category_of: Callable[[Kernel], str]) -> Attri
     by_category = dict.fromkeys(CATEGORIES, 0)
     for category, share in zip(categories, ns, strict=True):
         by_category[category] += share
-    span_ns = times[-1] - times[0] if times else 0
-    return Attribution(sum(ns), span_ns, by_category, _by_kernel(order, categories, ns))
+    return Attribution(sum(ns), by_category, _by_kernel(order, categories, ns))
 
 
 def _by_kernel(order: list[Kernel], categories: list[str], ns: list[int]) -> dict[KernelKey, KernelTime]:
@@ -199,7 +184,7 @@ def idle(trace: Trace) -> Idle | None:
         trace.calls.within(lambda op, _, work=work: host_work(op) == work) for work in ("data", "sync", "optimiser")
     )
     other = trace.calls.within(lambda op, annotation: not annotation)
-    # Each with all before it, so that a time in several is the first one's.
+    # Each includes all before it, so that a time in several goes to the first.
     doing = list(itertools.accumulate([data, sync + waits, optimiser, other], lambda a, b: union(a + b)))
     until = [_covered_until(intervals) for intervals in doing]
     found = dict.fromkeys(Idle._fields, 0)
@@ -210,7 +195,7 @@ def idle(trace: Trace) -> Idle | None:
         launched = min(kernel.launch_ns, kernel.start_ns)
         shares = _differences([covered(launched) - covered(start) for covered in until] + [launched - start])
         before = bisect_left(wait_starts, start)
-        if before and latest_ends[before - 1] >= start:  # of the waits that began before, the one that lasted longest
+        if before and latest_ends[before - 1] >= start:  # one of the waits that began before lasted until then
             shares = [shares[0], kernel.start_ns - start - shares[0]]
         else:
             found["launch_ns"] += kernel.start_ns - launched
@@ -234,7 +219,7 @@ def doubt(trace: Trace) -> str | None:
 
 
 def _gaps(trace: Trace) -> Iterator[tuple[int, Kernel]]:
-    """Of each device, (when nothing ran any more, the kernel that was next) where both are of steps side by side."""
+    """Per device, (when nothing ran any more, the next kernel), where the kernels around it are of adjacent steps."""
     for kernels in _by_device(trace.kernels):
         busy_until, number = None, None
         for kernel in sorted(kernels, key=lambda k: (k.start_ns, k.launch_ns is None, k.launch_ns)):
@@ -248,7 +233,7 @@ def _gaps(trace: Trace) -> Iterator[tuple[int, Kernel]]:
 
 
 def _covered_until(intervals: list[tuple[int, int]]) -> Callable[[int], int]:
-    """How much of the time until then they cover; they are disjoint, by their start."""
+    """A function of a time: how much of all time before it the `intervals`, disjoint and sorted, cover."""
     starts = [start for start, _ in intervals]
     before = list(itertools.accumulate((end - start for start, end in intervals), initial=0))
 
@@ -257,3 +242,44 @@ def _covered_until(intervals: list[tuple[int, int]]) -> Callable[[int], int]:
         return before[begun] - max(0, intervals[begun - 1][1] - time) if begun else 0
 
     return until
+
+
+class EagerKernel(NamedTuple):
+    """A kernel of the eager step; see `Kernel`."""
+
+    name: str
+    ops: tuple[str, ...]
+    dims: str
+
+
+def learn(kernels: Iterable[Kernel]) -> list[EagerKernel]:
+    """The kernels of a captured step, from the `kernels` of the same step run eagerly."""
+    eager = sorted((kernel for kernel in kernels if kernel.graph is None), key=lambda kernel: kernel.start_ns)
+    return [EagerKernel(kernel.name, kernel.ops, kernel.dims) for kernel in eager]
+
+
+def attribute_replays(kernels: Sequence[Kernel], learned: Sequence[EagerKernel]) -> list[Kernel]:
+    """`kernels`, by their start; those of replays with the operations that were `learned`.
+
+    By name, and among kernels of one name by order: branches of a graph may run in another order than they were
+    captured in. A kernel of a name that the eager step did not have is left to its name. Where the trace has the nodes
+    of a graph, each is given what most replays say of it, so that two branches that changed places once do no harm.
+    """
+    waiting: dict[int, dict[str, deque[EagerKernel]]] = {}
+    found: list[EagerKernel | None] = []
+    votes: dict[int, Counter[EagerKernel]] = defaultdict(Counter)
+    for kernel in kernels:
+        entry = None
+        if kernel.graph is not None:
+            if kernel.graph not in waiting:
+                waiting[kernel.graph] = defaultdict(deque)
+                for one in learned:
+                    waiting[kernel.graph][one.name].append(one)
+            if queue := waiting[kernel.graph][kernel.name]:
+                entry = queue.popleft()
+                if kernel.node is not None:
+                    votes[kernel.node][entry] += 1
+        found.append(entry)
+    said = {node: entries.most_common(1)[0][0] for node, entries in votes.items()}
+    entries = [entry and said.get(kernel.node, entry) for kernel, entry in zip(kernels, found, strict=True)]
+    return [k._replace(ops=e.ops, dims=e.dims) if e else k for k, e in zip(kernels, entries, strict=True)]

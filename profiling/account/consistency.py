@@ -15,7 +15,7 @@ from profiling.account.roofline import Row
 from profiling.account.terms import NECESSARY, UNEXPLAINED, Evidence, Term
 
 if TYPE_CHECKING:
-    from profiling.account.analysis import Run
+    from profiling.account.run_folder import Run
 
 NEGATIVE = 0.02
 """Share of the training phase by which a term may be below zero: models and two passes differ by so much."""

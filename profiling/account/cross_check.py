@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, NamedTuple
 
-from profiling.account.replay import attribute_replays, learn
+from profiling.account.attribution import attribute_replays, learn
 from profiling.account.trace import Kernel, Trace, missing
 
 JITTER_NS = 1_000

@@ -7,15 +7,15 @@ PyTorch's fused optimiser is one pass: weights, gradients and momentum read, wei
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from kernels import bn_relu, fused  # noqa: F401  (so that BODIES is complete)
 from kernels.cost import nbytes
@@ -198,16 +198,32 @@ def _layer(x, w, y) -> str:
     return f"{x[1]}x{x[2]}x{x[3]}-{w[0]}x{w[2]}x{w[3]}-s{stride}"
 
 
-def to_json(rows: Iterable[Work], batch: int, dtype: str) -> dict[str, Any]:
-    """The record of a step of `batch` images."""
-    return {"version": VERSION, "batch": batch, "dtype": dtype, "ops": [asdict(row) for row in rows]}
-
-
 def from_json(record: dict[str, Any]) -> list[Work]:
-    """The inverse of `to_json`. Raises ValueError for another version or a damaged record."""
+    """The ops of records/work.json. Raises ValueError for another version or a damaged record."""
     if record.get("version") != VERSION:
         raise ValueError(f"work is of version {record.get('version')!r}, expected {VERSION}")
     try:
         return [Work(**row | {"dims": tuple(map(tuple, row["dims"]))}) for row in record["ops"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"work has an op of another form: {error}") from None
+
+
+class FlopsPerImage(NamedTuple):
+    """One image [3, 32, 32], forward alone and forward with backward (no gradient with respect to the image)."""
+
+    forward: int
+    training: int
+
+
+def flops_per_image(build: Callable[[], nn.Module]) -> FlopsPerImage:
+    """Count the network that `build()` makes; it is called on the meta device."""
+    batch = 2
+    with torch.device("meta"):
+        network, x = build(), torch.empty(batch, 3, 32, 32)
+    with FlopCounterMode(display=False) as forward:
+        y = network(x)
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    return FlopsPerImage(
+        forward.get_total_flops() // batch, (forward.get_total_flops() + backward.get_total_flops()) // batch
+    )

@@ -9,9 +9,10 @@ from statistics import median
 from typing import Any
 
 from profiling.account import terms as account
-from profiling.account.analysis import Analysis, Run, analyse, read
+from profiling.account.analysis import Analysis, analyse
 from profiling.account.floors import CUTS, FUSED_PASSES, FUSED_SAYS, floor_ns, fused_kernels, kernels
 from profiling.account.roofline import Roofs, Row, layer_rows
+from profiling.account.run_folder import Run, read
 from profiling.device.specifications import V100_FLOPS_PER_S, boost_mhz, specification
 from profiling.output.errors import ReportError
 from profiling.output.files import write_json, write_text
@@ -20,7 +21,7 @@ from profiling.output.numbers import Number, measured, modelled, quoted, unavail
 from profiling.report.html import render_html
 from profiling.report.markdown import render_markdown
 from profiling.report.sentences import assumption, headline, sentences
-from profiling.report.timeline import timeline
+from profiling.report.timeline import timeline_record
 
 VERSION = 1
 OF_GPUS = ("mfu", "mfu_at_clock", "sm_clock_hz", "throttled_share", "energy_j")
@@ -57,7 +58,7 @@ def build(folder: Path) -> dict[str, Any]:
         "kernels": _kernels(a, run),
         "layers": [_sourced(r, a) for r in layer_rows(a.timed, work, a.active_steps, roofs)] if a.timed else [],
         "roofs": _roofs(a, run),
-        "timeline": timeline(run.phases, run.telemetry),
+        "timeline": timeline_record(run.phases, run.telemetry),
         "epochs": run.epochs,
     }
     report["headline"] = headline(report)

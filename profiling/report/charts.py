@@ -7,7 +7,7 @@ from profiling.output.units import column, show
 from profiling.report.plot import PAINT, Chart, axis, clip, colour, cut, escape, layout, line, margin, trace
 from profiling.report.roofline_chart import roofline
 from profiling.report.tables import Record, provenance
-from profiling.report.timeline_chart import timeline
+from profiling.report.timeline import timeline_chart
 
 TARGET_ACCURACY = 0.94
 
@@ -21,7 +21,7 @@ def charts(report: Record) -> list[Chart]:
         waterfall("waterfall", "this run", ours, order),
         waterfall("article", report["article"]["title"], theirs, order, beside=True),
         roofline(report),
-        timeline(report),
+        timeline_chart(report),
         learning_curve(report, "loss", {"train_loss": "training", "test_loss": "test"}),
         learning_curve(report, "accuracy", {"train_accuracy": "training", "test_accuracy": "test"}),
     ]

@@ -19,7 +19,7 @@ from profiling.report.charts import charts, difference
 from profiling.report.compare import signed
 from profiling.report.plot import Chart
 from profiling.report.tables import Record
-from profiling.report.telemetry_table import telemetry_table
+from profiling.report.timeline import telemetry_table
 
 HERE = Path(__file__).parent
 STATUSES = {

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from profiling.report import tables
 from profiling.report.html import data_warning, head
 from profiling.report.tables import Record, Row, Table
-from profiling.report.telemetry_table import telemetry_table
+from profiling.report.timeline import telemetry_table
 
 KERNELS = 30
 """Kernels that are listed; report.json has them all."""

@@ -11,7 +11,7 @@ from experiments.steps import MODES
 from experiments.study.folder import Request
 from model.errors import RunError
 from model.network import ResNet
-from profiling.account.flops import flops_per_image
+from profiling.account.work import flops_per_image
 from profiling.bench.timing import QUICK
 from profiling.output.terminal import Terminal
 

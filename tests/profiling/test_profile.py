@@ -21,10 +21,11 @@ from profiling.device.ceilings import measure
 from profiling.output.errors import ReportError
 from profiling.output.files import read_json, write_json
 from profiling.output.terminal import Terminal
-from profiling.report import build, collect_command
+from profiling.report import build, command
 from profiling.run import collect
 
 RUNS = str(ROOT / "tests" / "support" / "runs.py")
+DAMAGES = ("gone", "empty", "half", "garbage", "another_version")
 RECORDS = ("phases.json", "steps.json", "work.json", "profile.json", "ceilings.json", "trace.json.gz")
 
 
@@ -91,8 +92,14 @@ def test_work_is_found_for_the_convolutions_of_the_trace(profiled):
     assert all(row["flops"] and row["flops_per_s"] and row["roof_fraction"] > 0 for row in layers.values())
 
 
-@pytest.mark.parametrize("name", RECORDS)
-@pytest.mark.parametrize("damage", ["gone", "empty", "half", "garbage", "another_version"])
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        pytest.param(name, damage, marks=[] if (i - j) % 5 == 0 else pytest.mark.slow)
+        for i, name in enumerate(RECORDS)
+        for j, damage in enumerate(DAMAGES)
+    ],
+)
 def test_a_damaged_record_is_named_and_the_rest_stands(copy, name, damage):
     path = copy / "records" / name
     data = path.read_bytes()
@@ -142,6 +149,7 @@ def test_hostile_names_do_no_harm(copy):
     assert "<script>alert(1)" not in (copy / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_pass_runs_in_a_process_of_its_own(copy, quick):
     for name in ("trace.json.gz", "profile.json", "work.json", "ceilings.json"):
         (copy / "records" / name).unlink()
@@ -154,10 +162,8 @@ def test_ceilings_of_this_machine_are_taken_instead_of_measured(copy, monkeypatc
     file, session = tmp_path / "ceilings.json", runs.tiny_session()
     measured = (copy / "records" / "ceilings.json").rename(file)
     found = profile_pass.ceilings_for(measured, session, runs.tiny_config())
-    monkeypatch.setattr(collect_command, "PROFILE_PASS", [sys.executable, "-c", "pass"])
-    monkeypatch.setattr(
-        collect_command, "MEASURE_CEILINGS", [sys.executable, "-c", "raise SystemExit('measured again')"]
-    )
+    monkeypatch.setattr(command, "PROFILE_PASS", [sys.executable, "-c", "pass"])
+    monkeypatch.setattr(command, "MEASURE_CEILINGS", [sys.executable, "-c", "raise SystemExit('measured again')"])
     train.profile(session, runs.tiny_config(), copy, ["--synthetic"], ceilings=found)
     assert read_json(copy / "records" / "ceilings.json") == read_json(file)
     assert but_for_noise(read_json(copy / "report.json")["lacks"]) == []
@@ -193,21 +199,22 @@ def test_a_pass_that_fails_is_told_and_the_run_stands(copy):
 @pytest.fixture
 def quick(monkeypatch):
     """The pass on the tests' images, and ceilings in a moment."""
-    monkeypatch.setattr(collect_command, "PROFILE_PASS", [sys.executable, RUNS, "--profile-pass"])
-    monkeypatch.setattr(collect_command, "MEASURE_CEILINGS", [*collect_command.MEASURE_CEILINGS, "--seconds", "0.002"])
+    monkeypatch.setattr(command, "PROFILE_PASS", [sys.executable, RUNS, "--profile-pass"])
+    monkeypatch.setattr(command, "MEASURE_CEILINGS", [*command.MEASURE_CEILINGS, "--seconds", "0.002"])
 
 
 def test_a_run_that_was_not_profiled_is_profiled_afterwards(tmp_path, quick):
     """Its report has the kernels, and lacks what nobody wrote down in the run."""
     out = tmp_path / "run"
     train.run(runs.tiny_session(), runs.tiny_config(), out)
-    assert collect_command.run(out, None, False, Terminal(speaks=False)) == 0
+    assert command.collect(out, None, False, Terminal(speaks=False)) == 0
     made = read_json(out / "report.json")
     assert "conv_inefficiency" in {t["key"] for t in made["terms"]}
     assert "There is no record of the steps." in made["lacks"]
     assert (out / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_profile_that_was_interrupted_is_taken_up_as_it_says(tmp_path, quick):
     """Ctrl-C after the training, before its profile."""
     out = tmp_path / "run"
@@ -216,7 +223,7 @@ def test_a_profile_that_was_interrupted_is_taken_up_as_it_says(tmp_path, quick):
     assert (done.returncode, done.stderr) == (130, "")
     said = re.search("its profile is not: python -m profiling collect (.*)", done.stdout.replace("\n", " "))[1]
     assert said.split() == [str(out), "--synthetic"]
-    assert collect_command.run(out, None, True, Terminal(speaks=False)) == 0
+    assert command.collect(out, None, True, Terminal(speaks=False)) == 0
     assert but_for_noise(read_json(out / "report.json")["lacks"]) == []
 
 
@@ -238,25 +245,25 @@ def test_a_profile_that_was_interrupted_is_taken_up_as_it_says(tmp_path, quick):
 def test_what_cannot_be_collected_is_a_line(copy, damage, says):
     damage(copy)
     with pytest.raises(ReportError, match=says):
-        collect_command.run(copy, None, True, Terminal(speaks=False))
+        command.collect(copy, None, True, Terminal(speaks=False))
 
 
-def test_a_pass_that_fails_is_collect_s_exit_code(copy, monkeypatch):
-    monkeypatch.setattr(collect_command, "PROFILE_PASS", [sys.executable, "-c", "raise SystemExit('no images')"])
-    monkeypatch.setattr(collect_command, "MEASURE_CEILINGS", [sys.executable, "-c", "pass"])
+def test_a_pass_that_fails_is_the_exit_code_of_collect(copy, monkeypatch):
+    monkeypatch.setattr(command, "PROFILE_PASS", [sys.executable, "-c", "raise SystemExit('no images')"])
+    monkeypatch.setattr(command, "MEASURE_CEILINGS", [sys.executable, "-c", "pass"])
     with pytest.raises(ReportError, match=r"could not be profiled: exit code 1: no images"):
-        collect_command.run(copy, None, True, Terminal(speaks=False))
+        command.collect(copy, None, True, Terminal(speaks=False))
 
 
 def test_a_folder_of_records_that_cannot_be_made_is_a_line(copy, monkeypatch):
     shutil.rmtree(copy / "records")
     (copy / "records").touch()
     for name in ("PROFILE_PASS", "MEASURE_CEILINGS"):
-        monkeypatch.setattr(collect_command, name, [sys.executable, "-c", "raise SystemExit('no room')"])
+        monkeypatch.setattr(command, name, [sys.executable, "-c", "raise SystemExit('no room')"])
     with pytest.raises(ReportError, match="could not be profiled: exit code 1: no room"):
-        collect_command.run(copy, None, True, Terminal(speaks=False))
+        command.collect(copy, None, True, Terminal(speaks=False))
     found = SimpleNamespace(to_json=dict)
-    assert "no room" in collect_command.profile(copy, "cpu", "float32", [], Terminal(speaks=False), ceilings=found)
+    assert "no room" in command.profile(copy, "cpu", "float32", [], Terminal(speaks=False), ceilings=found)
 
 
 def test_profile_accounts_for_one_whole_run():

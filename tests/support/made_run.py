@@ -2,7 +2,7 @@
 
 import traces
 
-from profiling.account.analysis import EPOCH
+from profiling.account.run_folder import EPOCH
 from profiling.device.ceilings import Ceiling, Ceilings
 from profiling.output.files import append_jsonl, write_json
 from profiling.run import sampler

@@ -25,6 +25,10 @@ TERMS = [  # key, name, seconds on the H200 and on the article's V100 (None: no 
     ("unattributed", "not attributed", None, 161.5, 0),
     ("residual", "residual", 0.037, None, 0),
 ]
+LONG = (
+    "sm90_xmma_dgrad_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x128x64_warpgroupsize1x1x1_g1"
+    "_execute_segment_k_off_kernel__5x_cudnn"
+)
 KERNELS = [  # name, op, category, shape, calls a step, us a call, GFLOP a call, MB a call
     ("conv_fprop_kernel", "cifar::conv_fprop", "convolution", "512x32x32x64 * 64x3x3x64", 4, 66.1, 38.65, 134.4),
     ("conv_dgrad_kernel", "cifar::conv_dgrad", "convolution", "512x32x32x64 * 64x3x3x64", 4, 71.0, 38.65, 201.5),
@@ -33,17 +37,7 @@ KERNELS = [  # name, op, category, shape, calls a step, us a call, GFLOP a call,
     ("conv_dgrad_kernel", "cifar::conv_dgrad", "convolution", "512x16x16x128 * 128x3x3x128", 3, 58.8, 38.65, 101.0),
     ("conv_wgrad_kernel", "cifar::conv_wgrad", "convolution", "512x16x16x128 * 128x3x3x128", 3, 61.2, 38.65, 67.4),
     ("conv_fprop_kernel", "cifar::conv_fprop", "convolution", "512x8x8x256 * 256x3x3x256", 3, 54.1, 38.65, 34.7),
-    (
-        "sm90_xmma_dgrad_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x128x64_warpgroupsize1x1x1_g1"
-        "_execute_segment_k_off_kernel__5x_cudnn",
-        "aten::convolution_backward",
-        "convolution",
-        "512x8x8x256 * 256x3x3x256",
-        3,
-        57.3,
-        38.65,
-        51.5,
-    ),
+    (LONG, "aten::convolution_backward", "convolution", "512x8x8x256 * 256x3x3x256", 3, 57.3, 38.65, 51.5),
     ("conv_wgrad_kernel", "cifar::conv_wgrad", "convolution", "512x8x8x256 * 256x3x3x256", 3, 60.9, 38.65, 34.7),
     ("bn_backward_reduce_kernel", "cifar::bn_backward", "batch norm", "512x32x32x64", 4, 36.4, 0.2, 134.2),
     ("bn_relu_kernel", "cifar::bn_relu", "batch norm", "512x32x32x64", 2, 35.2, 0.1, 134.2),
@@ -175,6 +169,7 @@ HOSTILE = (
     "<!-- <script> " + "very_long_name_" * 400,
     "{{ 7 * 7 }}{% raw %}]]>--><style>*{display:none}</style><link rel=stylesheet href=http://example.invalid/>",
 )
+HOSTILE_IDS = ("script", "image", "link", "control", "markdown", "comment", "template")
 
 
 def hostile() -> dict[str, Any]:
@@ -237,22 +232,10 @@ def _common() -> dict[str, Any]:
         "lacks": [],
         "no_levers": "",
         "run": {
-            "preset": "fused",
-            "data_identity": "official",
-            "data_source": "data/",
-            "device": "NVIDIA H200",
-            "dtype": "float16",
-            "ops": "fused",
-            "epochs": 35,
-            "steps": 3430,
-            "batch_size": 512,
-            "images": 1_750_000,
-            "seed": 0,
-            "git_sha": "0123456789ab",
-            "dirty": False,
-            "date": "2026-01-01T00:00:00Z",
-            "status": "complete",
-            "on_gpu": True,
+            **{"preset": "fused", "data_identity": "official", "data_source": "data/", "device": "NVIDIA H200"},
+            **{"dtype": "float16", "ops": "fused", "epochs": 35, "steps": 3430, "batch_size": 512, "seed": 0},
+            **{"images": 1_750_000, "git_sha": "0123456789ab", "dirty": False, "date": "2026-01-01T00:00:00Z"},
+            **{"status": "complete", "on_gpu": True},
         },
         "environment": {"torch": "2.13.0", "triton": "3.6.0", "driver": None, "cpu_count": 16, "note": MADE_UP},
         "figures": {},
@@ -282,15 +265,7 @@ def _common() -> dict[str, Any]:
 
 
 def _kernel(
-    name: str,
-    op: str,
-    category: str,
-    shape: str,
-    calls: int,
-    us: float,
-    gflop: float | None,
-    mb: float,
-    speed: float = 1.0,
+    name, op, category, shape, calls: int, us: float, gflop: float | None, mb: float, speed=1.0
 ) -> dict[str, Any]:
     """`speed` times slower than written."""
     seconds, flops, nbytes = us * 1e-6 * speed, None if gflop is None else gflop * 1e9, mb * 1e6
@@ -338,15 +313,13 @@ def _timeline() -> dict[str, Any]:
         "dram_active": [None if i % 97 == 0 else busy(t) * (0.48 + 0.06 * wobble(i)) for i, t in enumerate(times)],
         "reasons": [["power cap"] if 24 < t < 26 else [] for t in times],
     }
+    clocks = {"sm_clock_mhz": "SM clock", "memory_clock_mhz": "memory clock"}
+    shares = {"kernel_running": "some kernel ran", "sm_active": "SM active", "tensor_active": "tensor cores active"}
     fields = {
-        "sm_clock_mhz": {"label": "SM clock", "unit": "MHz"},
-        "memory_clock_mhz": {"label": "memory clock", "unit": "MHz"},
+        **{key: {"label": label, "unit": "MHz"} for key, label in clocks.items()},
         "power_w": {"label": "power", "unit": "W"},
         "temperature_c": {"label": "temperature", "unit": "°C"},
-        "kernel_running": {"label": "some kernel ran", "unit": "share"},
-        "sm_active": {"label": "SM active", "unit": "share"},
-        "tensor_active": {"label": "tensor cores active", "unit": "share"},
-        "dram_active": {"label": "DRAM active", "unit": "share"},
+        **{key: {"label": label, "unit": "share"} for key, label in (shares | {"dram_active": "DRAM active"}).items()},
         "reasons": {"label": "clock event reasons", "unit": ""},
     }
     names = [("import and set-up", 8.1), ("data", 10.0), ("warm-up", 19.2), ("training", 28.93), ("evaluation", 30.5)]

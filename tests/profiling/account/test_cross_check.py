@@ -64,10 +64,10 @@ def test_an_honest_pass_is_untouched(tmp_path, nodes):
     assert (found.images, found.steps, found.eager_step) == (20 * 512, 20, EAGER)
     assert found.source == "torch.profiler, a pass of its own"
     step = per_step(found.trace)
-    assert {c: ns for c, ns in step.by_category.items() if ns} == {
-        "convolution": CONV,
-        "batch norm": BN,
-        "layout and cast": CAST,
+    assert {c: ns for c, ns in step.total.by_category.items() if ns} == {
+        "convolution": 20 * CONV,
+        "batch norm": 20 * BN,
+        "layout and cast": 20 * CAST,
     }
     assert Counter(k.ops[-1] for k in found.trace.kernels) == {op: 20 for _, op, _, _ in PASS_KERNELS}
 
@@ -100,7 +100,7 @@ def test_kernels_launched_early_on_purpose_are_no_lie(tmp_path):
     assert (found.refused, found.lacks) == ([], [])
 
 
-@pytest.mark.parametrize("nodes", [True, False], ids=["with_nodes", "without"])
+@pytest.mark.parametrize("nodes", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["with_nodes", "without"])
 @pytest.mark.parametrize(("lie", "reason"), LIES.values(), ids=LIES)
 def test_steps_that_lie_are_refused_and_no_others(tmp_path, lie, reason, nodes):
     found = judged(tmp_path, lambda number, kernels: lie(kernels) if number in LIARS else kernels, nodes=nodes)
@@ -111,7 +111,8 @@ def test_steps_that_lie_are_refused_and_no_others(tmp_path, lie, reason, nodes):
     assert found.images == 17 * 512
     assert found.source.endswith("17 of its 20 steps")
     step = per_step(found.trace)
-    assert (step.steps, step.by_category["batch norm"], step.busy_ns) == (17, BN, CONV + BN + CAST)
+    assert (step.steps, step.total.by_category["batch norm"]) == (17, 17 * BN)
+    assert step.total.busy_ns == 17 * (CONV + BN + CAST)
     assert idle(found.trace) is not None
 
 
@@ -148,6 +149,7 @@ def test_reasons_are_counted_where_there_are_several(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lie", [lie for lie, _ in LIES.values()], ids=LIES)
 def test_where_all_replays_lie_the_eager_step_is_taken(tmp_path, lie):
     found = judged(tmp_path, lambda number, kernels: lie(kernels) if number != EAGER else kernels)
@@ -158,7 +160,8 @@ def test_where_all_replays_lie_the_eager_step_is_taken(tmp_path, lie):
     assert lack.startswith("20 of 20 profiled steps refused: ")
     assert lack.endswith("Too few are left: the kernel times are those of the one step that was run eagerly.")
     step = per_step(found.trace)
-    assert (step.steps, step.by_category["batch norm"], step.busy_ns) == (1, BN, CONV + BN + CAST)
+    assert (step.steps, step.total.by_category["batch norm"]) == (1, BN)
+    assert step.total.busy_ns == CONV + BN + CAST
 
 
 def test_four_steps_are_too_few_and_five_are_not(tmp_path):
@@ -174,10 +177,10 @@ def test_few_steps_of_which_none_lies_are_enough(tmp_path):
     assert (found.steps, found.refused, found.fell_back) == (3, [], False)
 
 
-SEEN_BY_ITSELF = ["dropped", "all_dropped", "zero_timestamps", "overlapping", "all_doubled", "one_of_seconds"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("all_dropped", "all_doubled", "one_of_seconds")]
 
 
-@pytest.mark.parametrize("name", SEEN_BY_ITSELF)
+@pytest.mark.parametrize("name", ["dropped", "zero_timestamps", "overlapping", *SLOW])
 def test_an_eager_step_that_lies_teaches_nothing(tmp_path, name):
     lie, reason = LIES[name]
     found = judged(tmp_path, lambda number, kernels: lie(kernels) if number == EAGER else kernels)
@@ -186,7 +189,7 @@ def test_an_eager_step_that_lies_teaches_nothing(tmp_path, name):
     assert lack.startswith("trace incomplete: what a graph replay should hold was not learned from an eager step (ref")
     assert reason in lack
     assert idle(found.trace) is None
-    assert per_step(found.trace).busy_ns == CONV + BN + CAST
+    assert per_step(found.trace).total.busy_ns == 20 * (CONV + BN + CAST)
     assert {kernel.ops for kernel in found.trace.kernels} == {()}
 
 

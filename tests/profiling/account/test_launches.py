@@ -100,7 +100,7 @@ def test_the_same_kernel_twice_is_one_call(path):
     made.step(0, 0, 100_000)
     made.kernel("k", 100, 200, 10)
     made.events.append(made.events[-1])
-    ((_, time),) = per_step(read(made.write(path))).by_kernel.items()
+    ((_, time),) = per_step(read(made.write(path))).total.by_kernel.items()
     assert time == (1, 10, 10)
 
 
@@ -118,7 +118,7 @@ def test_a_kernel_that_lasts_longer_than_all_the_rest_is_left_out(path, duration
     assert [kernel.name for kernel in trace.kernels] == ["k"] + ["endless"] * (not said)
     sentence = "trace incomplete: 1 kernels last longer than the rest of the trace and 60 s; they are left out"
     assert (sentence in trace.lacks) == said
-    assert per_step(trace).busy_ns == 10 + (0 if said else duration)
+    assert per_step(trace).total.busy_ns == 10 + (0 if said else duration)
     assert (idle(trace) is None) == said
 
 

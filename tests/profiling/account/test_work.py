@@ -1,9 +1,14 @@
+import dataclasses
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from modelled_steps import step
 
-from profiling.account.work import family, from_json, to_json, work_of
+from model.network import ResNet, ResNet9
+from profiling.account.work import family, flops_per_image, from_json, work_of
+from profiling.device.specifications import V100_FLOPS_PER_S
 
 FLOPS_PER_IMAGE = 2_756_474_880  # the article's network: three passes, no dgrad for the first convolution
 PARAMETERS = 5_205_834
@@ -76,10 +81,47 @@ def test_a_kernel_is_recognised_by_family_and_extents_in_any_order():
 
 def test_the_record_gives_the_rows_back():
     rows = list(step())
-    assert from_json(to_json(rows, 512, "float16")) == rows
+    record = json.dumps({"version": 1, "ops": [dataclasses.asdict(row) for row in rows]})
+    assert from_json(json.loads(record)) == rows
 
 
 @pytest.mark.parametrize("record", [{}, {"version": 2, "ops": []}, {"version": 1, "ops": [{"op": "x"}]}])
 def test_another_record_is_refused(record):
     with pytest.raises(ValueError, match=r"version|form"):
         from_json(record)
+
+
+@pytest.mark.parametrize(
+    ("build", "forward", "training"),
+    [
+        (ResNet, 0.920e9, 2.7565e9),
+        (lambda: ResNet(prep_bn_relu=True), 0.920e9, 2.7565e9),
+        (ResNet9, 0.7585e9, 2.2720e9),
+        (lambda: ResNet9(pool_first=True), 0.7585e9, 2.2720e9),
+    ],
+    ids=["article", "redundant_bn", "resnet9", "resnet9_pool_first"],
+)
+def test_flops_are_those_of_the_article(build, forward, training):
+    counted = flops_per_image(build)
+    assert counted.forward == pytest.approx(forward, rel=1e-4)
+    assert counted.training == pytest.approx(training, rel=1e-4)
+
+
+def test_the_closed_formula_agrees():
+    """2 K C R S P Q for each convolution, three passes, less the first one's gradient with respect to the image."""
+    layers = [(3, 64, 3, 32)]
+    c, size = 64, 32
+    for stage, k in enumerate((64, 128, 256, 256)):
+        size = size if stage == 0 else size // 2
+        layers += [(c, k, 3, size), (k, k, 3, size), (k, k, 3, size), (k, k, 3, size)]
+        if stage:
+            layers.append((c, k, 1, size))
+        c = k
+    assert len(layers) == 20
+    convolutions = sum(2 * k * c * r * r * p * p for c, k, r, p in layers)
+    linear = 2 * 512 * 10
+    first = 2 * 64 * 3 * 9 * 32 * 32
+    counted = flops_per_image(ResNet)
+    assert counted.forward == convolutions + linear
+    assert counted.training == 3 * (convolutions + linear) - first
+    assert counted.training * 50_000 * 35 / V100_FLOPS_PER_S == pytest.approx(38.6, abs=0.05)  # the article's 40 s

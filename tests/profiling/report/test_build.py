@@ -52,7 +52,7 @@ def test_without_plotly_there_is_a_report_and_no_page(tmp_path, monkeypatch):
     assert made["headline"] in (folder / "report.md").read_text()
 
 
-@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("older", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_machine_without_plotly_is_given_the_account_all_the_same(tmp_path, older):
     """Where it is missing from the start, as on the machine that trained: what is written and said but for the page."""
     folder = make_run(tmp_path / "run")

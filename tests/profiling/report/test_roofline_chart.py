@@ -79,14 +79,9 @@ def test_without_a_specification_only_what_was_measured_is_a_roof():
     assert not any("data sheet" in label["text"] for label in chart.layout["annotations"])
 
 
-def test_points_need_no_roof():
-    report = gpu() | {"roofs": {"compute": [], "bandwidth": []}}
-    assert points(roofline(report), "kernels")
-
-
-def test_roofs_need_no_point():
-    report = gpu() | {"kernels": [], "layers": []}
-    chart = roofline(report)
+def test_points_need_no_roof_and_roofs_no_point():
+    assert points(roofline(gpu() | {"roofs": {"compute": [], "bandwidth": []}}), "kernels")
+    chart = roofline(gpu() | {"kernels": [], "layers": []})
     assert chart.data
     assert chart.groups == ()
 
