@@ -17,8 +17,6 @@ from kernels.bn_backward import bn_backward_apply_cost, bn_backward_reduce_cost
 from kernels.bn_stats import bn_stats_cost
 from model.network import PreactBlock, ResNet, ResNet9, conv_weight
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
 WIDTHS = (8, 16, 16, 24)
 
 

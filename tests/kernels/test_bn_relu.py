@@ -10,8 +10,6 @@ from kernels.bn_relu import bn_relu, bn_relu_cost, bn_relu_reference
 from kernels.bn_stats import bn_stats
 from kernels.cost import Cost
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
-
 EPS = 1e-5
 DTYPES = [pytest.param(torch.float16, id="fp16"), pytest.param(torch.float32, id="fp32")]
 CASES = [  # shape, pool, residual

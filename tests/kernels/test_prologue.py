@@ -3,38 +3,11 @@
 import pytest
 import torch
 from ahead_of_time import Build, compile_all
-from kernel_checks import assert_as_accurate, assert_caught, mutant
 
 pytest.importorskip("triton")
 
 import prologue_kernel
-from prologue_kernel import relu_affine_kernel
-
-from kernels import prologue
-
-
-def compute(x, scale, shift, nan_is_zero=True):
-    out = torch.empty_like(x)
-    relu_affine_kernel[(1,)](x, scale, shift, out, *x.shape, nan_is_zero)
-    return out
-
-
-def channels(mean: float, sigma: float, device) -> tuple[torch.Tensor, ...]:
-    """x fp16 [256, 64] of that mean and deviation, with the scale and shift of its batch norm, fp32."""
-    generator = torch.Generator().manual_seed(0)
-    x = (mean + sigma * torch.randn(256, 64, generator=generator)).half()
-    gamma, beta = torch.rand(64, generator=generator) + 0.5, torch.randn(64, generator=generator)
-    gamma[::3] *= -1
-    scale = gamma / x.float().std(0).clamp(min=1e-3)
-    return x.to(device), scale.to(device), (beta - x.float().mean(0) * scale).to(device)
-
-
-def check(device, mean: float, sigma: float) -> None:
-    x, scale, shift = channels(mean, sigma, device)
-    for nan_is_zero in (True, False):
-        truth = torch.relu(x.double() * scale.double() + shift.double())
-        baseline = torch.relu(x.float() * scale + shift).half()
-        assert_as_accurate(compute(x, scale, shift, nan_is_zero), baseline, truth, f"mean {mean}, sigma {sigma}")
+from checks.prologue import channels, check, check_scale_near_zero, compute
 
 
 @pytest.mark.parametrize(
@@ -46,11 +19,7 @@ def test_it_is_as_accurate_as_fp32_rounded(device, mean, sigma):
 
 @pytest.mark.parametrize("scale", [0.0, 1e-6, -1e-6])
 def test_a_scale_near_zero_leaves_the_shift(device, scale):
-    """And a pivot -shift / scale that fp16 does not reach."""
-    x, _, shift = channels(1.0, 1.0, device)
-    scale, shift[0] = torch.full_like(shift, scale), 0.0
-    truth = torch.relu(x.double() * scale.double() + shift.double())
-    assert_as_accurate(compute(x, scale, shift), torch.relu(x.float() * scale + shift).half(), truth)
+    check_scale_near_zero(device, scale)
 
 
 def test_nan_is_zero_or_stays(device):
@@ -60,28 +29,6 @@ def test_nan_is_zero_or_stays(device):
     assert compute(x, scale, shift, False)[0].isnan().all()
     x, shift[5] = torch.zeros_like(x), torch.nan
     assert compute(x, scale, shift, False)[:, 5].isnan().all()
-
-
-MUTANTS = {
-    "no_bias": ("(shift + pivot.to(tl.float32) * scale)", "(0.0 * shift)"),
-    "no_pivot": ("tl.maximum(-shift / scale, -16384.0)", "tl.maximum(0.0 * shift, 0.0)"),
-    "no_limits": ("tl.minimum(tl.maximum(-shift / scale, -16384.0), 16384.0)", "(-shift / scale)"),
-    "no_relu": ("return tl.where(z > 0.0, z, 0.0)", "return tl.where(z == z, z, 0.0)"),
-}
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_caught(device, monkeypatch, tmp_path, name):
-    changed = mutant(prologue, tmp_path, *MUTANTS[name])
-    monkeypatch.setattr(prologue, "halves", changed.halves)
-    monkeypatch.setattr(prologue, "relu_affine", changed.relu_affine)
-
-    def checks():
-        check(device, 0.0, 1.0)
-        check(device, 400.0, 1.0)
-        test_a_scale_near_zero_leaves_the_shift(device, 0.0)
-
-    assert_caught(checks)
 
 
 def test_two_elements_take_two_or_three_instructions():
