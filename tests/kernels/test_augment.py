@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from ahead_of_time import compile_all, launches
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -122,16 +121,3 @@ def test_cost():
     """3072 elements for each of 512 images, a byte read and two written; 8 bytes of index and 20 of choices."""
     cost = augment_cost(*problem(7, 600, 512, 32, 32, 4, 8), torch.float16)
     assert cost == Cost(flops=2 * 512 * 3072, bytes=512 * (3072 + 6144 + 8 + 20) + 24)
-
-
-def test_machine_code():
-    arguments = problem(8, 3, 2, 32, 32, 4, 8)
-    with launches() as builds:
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            augment(*arguments, dtype)
-    for fact in compile_all([build.on(arch) for build in builds for arch in (80, 90, 100)]):
-        assert not fact.error, fact
-        assert not fact.notes, fact
-        assert fact.spill_bytes == fact.local_bytes == 0, fact
-        assert fact.count("STG", ".128") == fact.count("STG") > 0, "the batch is written 16 bytes at a time"
-        assert fact.registers <= 64, fact

@@ -11,7 +11,7 @@ from block_cases import (
     check_two_runs,
     no_overflow_checks,  # noqa: F401
 )
-from kernel_checks import channels_last
+from kernel_checks import channels_last, mostly_slow
 
 pytest.importorskip("triton")
 
@@ -20,17 +20,18 @@ from kernels import batchnorm, composed, conv_fprop, reference
 pytestmark = pytest.mark.usefixtures("no_overflow_checks")
 
 
-@pytest.mark.parametrize(("name", "dtype"), GRADIENT_CASES)
+@pytest.mark.parametrize(("name", "dtype"), mostly_slow(GRADIENT_CASES, "two_blocks_fp32"))
 def test_logits_gradients_and_running_statistics_match_float64(device, name, dtype):
     below = (batchnorm,) if dtype == torch.float32 else ()
     check_training(composed, name, dtype, device, *below)
 
 
-@pytest.mark.parametrize("name", ["two_blocks_after_a_bn", "resnet9_pool_last"])
+@pytest.mark.parametrize("name", mostly_slow(["two_blocks_after_a_bn", "resnet9_pool_last"], 0))
 def test_evaluation_matches_float64(device, name):
     check_evaluation(composed, name, device)
 
 
+@pytest.mark.slow
 def test_two_runs_are_bit_equal(device):
     check_two_runs(composed, "two_blocks", device)
 
@@ -39,6 +40,7 @@ def test_the_same_state_dict(device):
     check_state_dict(composed, "two_blocks", device)
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph(device):
     check_compiles(composed, "two_blocks", device, training=True)
 

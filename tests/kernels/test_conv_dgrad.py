@@ -1,22 +1,15 @@
 """conv_dgrad against float64: every option, machine code."""
 
-import dataclasses
-
 import pytest
 import torch
-from ahead_of_time import compile_all, launches
 from conv_cases import (
     CASES,
     DTYPES,
-    MATRIX_INSTRUCTION,
     activation,
-    assert_machine_code,
-    layer_operands,
-    operands_are_shared,
     random_tiles,
     use_tile,
 )
-from kernel_checks import assert_as_accurate, channels_last
+from kernel_checks import assert_as_accurate, channels_last, mostly_slow
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
@@ -26,7 +19,7 @@ from conv_cases import in_double, nhwc, unaligned
 
 from kernels import jit, tiles
 from kernels.conv_dgrad import conv_dgrad, conv_dgrad_cost, conv_dgrad_reference
-from kernels.conv_shape import RESNET9_LAYERS, RESNET_LAYERS, ConvShape
+from kernels.conv_shape import ConvShape
 from kernels.cost import Cost
 
 OPTIONS = ("plain", "mask", "shortcut", "strided_shortcut", "all")
@@ -34,23 +27,23 @@ HOW = [(False, "rows"), (True, "rows"), (False, "columns"), (True, "columns"), (
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "partial_last_tile", "stride2_odd"))
 def test_conv_dgrad_matches_float64(device, monkeypatch, case, dtype):
     use_tile(monkeypatch, case)
     for options in OPTIONS if case in ("partial_last_tile", "stride2_odd") else ("plain", "all"):
         check(conv_dgrad, case, options, DTYPES[dtype], device)
 
 
-@pytest.mark.parametrize(("images", "shape", "tile"), random_tiles("conv_dgrad", 30), ids=str)
+@pytest.mark.parametrize(("images", "shape", "tile"), mostly_slow(random_tiles("conv_dgrad", 30), 0, 1), ids=str)
 def test_any_tile_matches_float64(device, monkeypatch, images, shape, tile):
     monkeypatch.setattr(tiles, "tile", lambda *arguments: tile)
     for options, far in (("plain", 0), ("strided_shortcut", 0), ("all", -400)):
         check(conv_dgrad, (images, shape), options, torch.float16, device, far)
 
 
-@pytest.mark.parametrize("form", ["rows", "columns"])
+@pytest.mark.parametrize("form", mostly_slow(["rows", "columns"], 1))
 @pytest.mark.parametrize("options", ["plain", "all"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "partial_last_tile", "stride2_odd"))
 def test_descriptors_and_pointers_agree(device, monkeypatch, case, options, form):
     arguments = operands(case, options, torch.float16, device)
     use_tile(monkeypatch, case, form=form)
@@ -63,7 +56,7 @@ def test_descriptors_and_pointers_agree(device, monkeypatch, case, options, form
         check(conv_dgrad, case, options, torch.float16, device)
 
 
-@pytest.mark.parametrize(("descriptors", "form"), HOW)
+@pytest.mark.parametrize(("descriptors", "form"), mostly_slow(HOW, 0, 4))
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_option_in_every_form(device, monkeypatch, options, descriptors, form):
     use_tile(monkeypatch, "partial_last_tile", descriptors, form=form)
@@ -71,7 +64,7 @@ def test_every_option_in_every_form(device, monkeypatch, options, descriptors, f
         check(conv_dgrad, "partial_last_tile", options, dtype, device)
 
 
-@pytest.mark.parametrize(("descriptors", "form"), HOW)
+@pytest.mark.parametrize(("descriptors", "form"), mostly_slow(HOW, 0, 4))
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_what_is_not_finite_stays_where_it_belongs(device, monkeypatch, descriptors, form, value):
     """A pixel of dy reaches the pixels of dz that its filters see, one of x its own mask and its channel's sum."""
@@ -107,6 +100,7 @@ def test_a_strided_shortcut_is_the_gradient_of_a_projection(device, case):
 @pytest.mark.parametrize(
     ("case", "form"), [("stride2", "rows"), ("stride2", "columns"), ("partial_last_tile", "lines")]
 )
+@pytest.mark.slow
 def test_repeats_bit_for_bit(device, monkeypatch, case, form):
     use_tile(monkeypatch, case, form != "rows", form=form)
     arguments = operands(case, "all", torch.float16, device)
@@ -114,7 +108,7 @@ def test_repeats_bit_for_bit(device, monkeypatch, case, form):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("descriptors", "form"), HOW)
+@pytest.mark.parametrize(("descriptors", "form"), mostly_slow(HOW, 0, 4))
 def test_a_large_mean_does_not_cancel(device, monkeypatch, descriptors, form):
     """sum(dz * x) - mean * sum(dz) in fp32 would be off by about |mean| sum|dz| eps, here a hundredth of the result."""
     use_tile(monkeypatch, "partial_last_tile", descriptors, form=form)
@@ -126,6 +120,7 @@ def test_a_large_mean_does_not_cancel(device, monkeypatch, descriptors, form):
     assert ((partials[1].sum(0) - truth).abs() < 1e-5 * truth.abs().max()).all()
 
 
+@pytest.mark.slow
 def test_registration(device, monkeypatch):
     for case, options in (
         ("stride2_odd", "all"),
@@ -237,34 +232,3 @@ def test_more_elements_than_32_bit_offsets_reach(device):
     w = torch.empty(16, 64, 1, 1, dtype=torch.float16, device=device, memory_format=torch.channels_last)
     with pytest.raises(ValueError, match=r"dz has 2147483648 elements, .* split the batch"):
         conv_dgrad(dy, w, 32, 32, 2)
-
-
-def layer_builds(arch: int, device) -> list:
-    """What every layer of both networks launches: the article's with everything on, ResNet9's without the mask.
-
-    The gradient of the article's projections is a dgrad of stride 1, and then the 3x3 layer's strided shortcut.
-    """
-    builds = []
-    for shape in dict.fromkeys(RESNET_LAYERS + RESNET9_LAYERS):
-        x, w, y, c, _ = layer_operands(shape, device)
-        arguments = (y, w, shape.H, shape.W, shape.stride)
-        if shape.R == 1:
-            arguments = (y, w, shape.P, shape.Q)
-        elif shape in RESNET_LAYERS:
-            arguments += (torch.empty_like(x[..., : shape.P, : shape.Q]) if shape.stride == 2 else x, x, c, c, c)
-        with launches() as recorded:
-            conv_dgrad(*arguments)
-        builds += [dataclasses.replace(build, arch=arch, label=f"conv_dgrad {shape}") for build in recorded]
-    return builds
-
-
-def test_machine_code_of_every_layer(monkeypatch):
-    builds = []
-    for arch in MATRIX_INSTRUCTION:
-        monkeypatch.setattr(tiles, "gpu_of", lambda device, arch=arch: tiles.Gpu("", (arch // 10, 0)))
-        builds += layer_builds(arch, torch.device("cpu"))
-    for build, facts in zip(builds, compile_all(builds), strict=True):
-        assert_machine_code(build, facts)
-        if build.arch == 90:
-            assert facts.blocks_per_sm() >= 2, "one's epilogue is under the other's products"
-            assert "lines" in build.kernel or (build.constexprs["COLUMNS"] and operands_are_shared(facts)), facts.label

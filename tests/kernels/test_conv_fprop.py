@@ -1,23 +1,16 @@
 """conv_fprop against float64: every option, gradients, machine code."""
 
-import dataclasses
-
 import pytest
 import torch
-from ahead_of_time import compile_all, launches
 from conv_cases import (
     CASES,
     DTYPES,
-    MATRIX_INSTRUCTION,
     activation,
     affine,
-    assert_machine_code,
-    layer_operands,
-    operands_are_shared,
     random_tiles,
     use_tile,
 )
-from kernel_checks import assert_as_accurate
+from kernel_checks import assert_as_accurate, mostly_slow
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
@@ -28,21 +21,21 @@ from conv_cases import in_double, nhwc, unaligned
 from kernels import jit, tiles
 from kernels.bn_apply import bn_apply, bn_apply_cost
 from kernels.conv_fprop import conv_fprop, conv_fprop_cost, conv_fprop_reference
-from kernels.conv_shape import RESNET9_LAYERS, RESNET_LAYERS, ConvShape
+from kernels.conv_shape import ConvShape
 from kernels.cost import Cost
 
 OPTIONS = ("plain", "prologue", "residual", "affine_residual", "all")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "partial_last_tile", "stride2_odd"))
 def test_conv_fprop_matches_float64(device, monkeypatch, case, dtype):
     use_tile(monkeypatch, case)
     for options in OPTIONS if case in ("partial_last_tile", "stride2_odd") else ("plain", "all"):
         check(conv_fprop, case, options, DTYPES[dtype], device)
 
 
-@pytest.mark.parametrize(("images", "shape", "tile"), random_tiles("conv_fprop", 40), ids=str)
+@pytest.mark.parametrize(("images", "shape", "tile"), mostly_slow(random_tiles("conv_fprop", 40), 0, 1), ids=str)
 def test_any_tile_matches_float64(device, monkeypatch, images, shape, tile):
     monkeypatch.setattr(tiles, "tile", lambda *arguments: tile)
     for options in ("plain", "all"):
@@ -53,14 +46,14 @@ def test_any_tile_matches_float64(device, monkeypatch, images, shape, tile):
 
 @pytest.mark.parametrize("prologue", ["fp32", "fp16x2"])
 @pytest.mark.parametrize("form", ["rows", "lines"])
-@pytest.mark.parametrize("mean", [-400.0, 16.0, 400.0])
+@pytest.mark.parametrize("mean", mostly_slow([-400.0, 16.0, 400.0], 0))
 def test_a_mean_far_from_zero_costs_the_prologue_no_digits(device, monkeypatch, mean, form, prologue):
     use_tile(monkeypatch, "partial_last_tile", True, form=form, prologue=prologue)
     check(conv_fprop, "partial_last_tile", "prologue", torch.float16, device, mean)
 
 
 @pytest.mark.parametrize("options", ["plain", "all"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "partial_last_tile", "stride2_odd"))
 def test_descriptors_and_pointers_agree(device, monkeypatch, case, options):
     arguments = operands(case, options, torch.float16, device)
     use_tile(monkeypatch, case)
@@ -73,6 +66,7 @@ def test_descriptors_and_pointers_agree(device, monkeypatch, case, options):
         check(conv_fprop, case, options, torch.float16, device)
 
 
+@pytest.mark.slow
 def test_repeats_bit_for_bit(device, monkeypatch):
     use_tile(monkeypatch, "stride2")
     arguments = operands("stride2", "all", torch.float16, device)
@@ -102,7 +96,7 @@ HOW += [(True, "lines", "fp16x2"), (True, "columns", "stored")]
 
 
 @pytest.mark.parametrize("channel", [3, -1], ids=["first_block", "last_block"])
-@pytest.mark.parametrize(("descriptors", "form", "prologue"), HOW)
+@pytest.mark.parametrize(("descriptors", "form", "prologue"), mostly_slow(HOW, 0, 4))
 def test_nan_is_passed_on(device, monkeypatch, descriptors, form, prologue, channel):
     """A NaN in x makes its channel's statistics NaN, hence scale and shift; the ReLU must not hide it."""
     case = "several_channel_blocks"
@@ -114,7 +108,7 @@ def test_nan_is_passed_on(device, monkeypatch, descriptors, form, prologue, chan
     assert partials[1:].isnan().all()
 
 
-@pytest.mark.parametrize(("descriptors", "form", "prologue"), HOW)
+@pytest.mark.parametrize(("descriptors", "form", "prologue"), mostly_slow(HOW, 0, 4))
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_what_is_not_finite_stays_where_it_belongs(device, monkeypatch, descriptors, form, prologue, value):
     """Without a prologue: y is not finite where a filter sees the pixel, and there alone."""
@@ -149,7 +143,9 @@ def block(conv, x, w, stride, scale, shift, residual, residual_scale, residual_s
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ["partial_last_tile", "stride2_odd", "projection_1x1", "c_not_multiple_of_tile"])
+@pytest.mark.parametrize(
+    "case", mostly_slow(["partial_last_tile", "stride2_odd", "projection_1x1", "c_not_multiple_of_tile"], 1)
+)
 def test_gradients_through_everything(device, monkeypatch, case, dtype):
     use_tile(monkeypatch, case)
     arguments = operands(case, "all", DTYPES[dtype], device)
@@ -188,6 +184,7 @@ def test_the_statistics_alone_have_a_gradient(device, monkeypatch):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 def test_registration(device):
     for case, options in (("stride2_odd", "all"), ("projection_1x1", "plain")):
         arguments = operands(case, options, torch.float32, device)
@@ -287,29 +284,3 @@ def test_more_elements_than_32_bit_offsets_reach(device):
     w = torch.empty(2**27, 16, 1, 1, dtype=torch.float16, device=device, memory_format=torch.channels_last)
     with pytest.raises(ValueError, match=r"w has 2147483648 elements"):
         conv_fprop(x[:1, :, :1, :1], w)
-
-
-def layer_builds(arch: int, device) -> list:
-    """What every layer of both networks launches: the article's with everything on, ResNet9's without a prologue."""
-    builds = []
-    for shape in dict.fromkeys(RESNET_LAYERS + RESNET9_LAYERS):
-        x, w, y, c, k = layer_operands(shape, device)
-        if shape not in RESNET_LAYERS:
-            options = ()
-        else:
-            options = (c, c) if shape.R == 1 else (c, c, y, k, k)
-        with launches() as recorded:
-            conv_fprop(x, w, shape.stride, *options)
-        builds += [dataclasses.replace(build, arch=arch, label=f"conv_fprop {shape}") for build in recorded]
-    return builds
-
-
-def test_machine_code_of_every_layer(monkeypatch):
-    builds = []
-    for arch in MATRIX_INSTRUCTION:
-        monkeypatch.setattr(tiles, "gpu_of", lambda device, arch=arch: tiles.Gpu("", (arch // 10, 0)))
-        builds += layer_builds(arch, torch.device("cpu"))
-    for build, facts in zip(builds, compile_all(builds), strict=True):
-        assert_machine_code(build, facts)
-        if build.arch == 90 and build.constexprs.get("R", 3) == 3:
-            assert operands_are_shared(facts) == build.constexprs.get("COLUMNS", False), facts.label

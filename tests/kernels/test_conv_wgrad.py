@@ -1,21 +1,15 @@
 """conv_wgrad against float64: every option, random tiles, the split, machine code."""
 
-import dataclasses
-
 import pytest
 import torch
-from ahead_of_time import compile_all, launches
 from conv_cases import (
     CASES,
     DTYPES,
-    MATRIX_INSTRUCTION,
     affine,
-    assert_machine_code,
-    layer_operands,
-    operands_are_shared,
     random_tiles,
     use_tile,
 )
+from kernel_checks import mostly_slow
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
@@ -25,7 +19,6 @@ from conv_cases import nhwc
 
 from kernels import jit, tiles
 from kernels.bn_apply import bn_apply_cost
-from kernels.conv_shape import RESNET9_LAYERS, RESNET_LAYERS, ConvShape
 from kernels.conv_wgrad import conv_wgrad, conv_wgrad_cost, conv_wgrad_reduce_kernel, conv_wgrad_reference
 from kernels.cost import Cost
 from kernels.tiles import Tile
@@ -33,13 +26,13 @@ from kernels.tiles import Tile
 
 @pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "partial_last_tile", "stride2_odd"))
 def test_conv_wgrad_matches_float64(device, monkeypatch, case, dtype, prologue):
     use_tile(monkeypatch, case)
     check(conv_wgrad, operands(case, prologue, DTYPES[dtype], device))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "partial_last_tile", "stride2_odd"))
 def test_descriptors_and_pointers_agree(device, monkeypatch, case):
     arguments = operands(case, True, torch.float16, device)
     use_tile(monkeypatch, case)
@@ -58,7 +51,7 @@ def test_any_split_sums_every_pixel_once(device, monkeypatch, split):
     check(conv_wgrad, operands("partial_last_tile", True, torch.float16, device))
 
 
-@pytest.mark.parametrize(("images", "shape", "tile"), random_tiles("conv_wgrad", 40), ids=str)
+@pytest.mark.parametrize(("images", "shape", "tile"), mostly_slow(random_tiles("conv_wgrad", 40), 0, 1), ids=str)
 def test_any_tile_matches_float64(device, monkeypatch, images, shape, tile):
     """With a prologue, and in the kernel without one where the tile has the activation stored."""
     use(monkeypatch, tile)
@@ -85,6 +78,7 @@ def test_a_mean_of_many_sigmas_costs_no_digits(device, monkeypatch, sigmas, prol
     check(conv_wgrad, [x, dy, size, stride, scale, beta - sigmas * gamma], prologue)
 
 
+@pytest.mark.slow
 def test_repeats_bit_for_bit(device, monkeypatch):
     use_tile(monkeypatch, "stride2")
     arguments = operands("stride2", True, torch.float16, device)
@@ -105,7 +99,7 @@ TILES = {
 }
 
 
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", mostly_slow(TILES, "pointers", "descriptors_fp16x2"))
 def test_nan_is_passed_on(device, monkeypatch, tile):
     """A NaN of x stands, by the statistics of its channel, for a channel of NaN."""
     use(monkeypatch, TILES[tile])
@@ -120,7 +114,7 @@ def test_nan_is_passed_on(device, monkeypatch, tile):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", mostly_slow(TILES, "pointers", "descriptors_fp16x2"))
 def test_what_is_not_finite_stays_in_its_channel(device, monkeypatch, tile, value):
     """A pixel of x whose neighbours are all inside reaches every tap; one of dy every channel."""
     use(monkeypatch, TILES[tile])
@@ -137,6 +131,7 @@ def test_what_is_not_finite_stays_in_its_channel(device, monkeypatch, tile, valu
             assert torch.equal(dw[:, 3], reference[:, 3])
 
 
+@pytest.mark.slow
 def test_registration(device):
     for case, prologue in (("stride2_odd", True), ("projection_1x1", False)):
         torch.library.opcheck(conv_wgrad, operands(case, prologue, torch.float16, device))
@@ -212,75 +207,3 @@ def test_more_elements_than_32_bit_offsets_reach(device):
     x = torch.empty(1, 2**14, 1, 1, dtype=torch.float16, device=device, memory_format=torch.channels_last)
     with pytest.raises(ValueError, match=r"parts .* has 2415919104 elements"):
         conv_wgrad(x, x, 3)
-
-
-def default_builds(arch: int, shape: ConvShape, prologue: bool) -> list:
-    """What wgrad of a layer launches with its default tile: the product, and the reduction."""
-    x, _, y, c, _ = layer_operands(shape, torch.device("cpu"))
-    with launches(tiles.Gpu("", (arch // 10, 0))) as recorded:
-        conv_wgrad(x, y, shape.R, shape.stride, *((c, c) if prologue else ()))
-    return [dataclasses.replace(build, label=f"{build.kernel} {shape}") for build in recorded]
-
-
-MULTIPROCESSORS = {90: 132, 100: 148}  # H100 SXM and H200, B200
-
-
-@pytest.mark.parametrize("arch", MATRIX_INSTRUCTION)
-def test_machine_code_of_every_layer(arch):
-    """The article's layers with the prologue, ResNet9's without. From 9.x on the programs are one wave."""
-    problems = [(shape, True) for shape in RESNET_LAYERS] + [(shape, False) for shape in RESNET9_LAYERS]
-    products = [default_builds(arch, *problem)[0] for problem in problems]
-    for (shape, prologue), build, facts in zip(problems, products, compile_all(products), strict=True):
-        assert_machine_code(build, facts)
-        values = build.constexprs
-        assert values["HALVES"] == (arch >= 90), facts.label
-        assert values["TAPS"] == (3 if arch == 90 and shape.R == 3 and shape.stride == 1 else 1), facts.label
-        if prologue and arch in MULTIPROCESSORS:
-            wave = MULTIPROCESSORS[arch] * (facts.blocks_per_sm() if shape.R == 3 else 1)
-            assert 0.6 * wave < build.programs <= wave, (facts.label, build.programs, wave)
-        if arch == 90:
-            assert_feeds_wgmma(build, facts)
-
-
-def assert_feeds_wgmma(build, facts) -> None:
-    """The loop leaves the schedulers time, in clocks of the tensor core, which does 2,048 multiply-adds in one; without
-    a prologue both operands come from shared memory where x is a matrix."""
-    prologue = "scale_ptr" not in build.constexprs
-    issue = facts.instructions_per_matrix_step() * 2048 / facts.macs_per_matrix_step()
-    assert issue <= (0.72 if prologue else 0.47), (facts.label, issue)
-    assert operands_are_shared(facts) == (not prologue and build.constexprs["STRIDE"] == 1), facts.label
-    two_at_a_time = build.constexprs["BLOCK_M"] // 4 if build.constexprs["HALVES"] and prologue else 0
-    assert facts.count("HFMA2", ".RELU") == two_at_a_time, facts.label
-
-
-def test_machine_code_of_a_stored_activation():
-    products = [default_builds(90, shape, False)[0] for shape in RESNET_LAYERS if shape.stride == 1]
-    for build, facts in zip(products, compile_all(products), strict=True):
-        assert_machine_code(build, facts)
-        assert_feeds_wgmma(build, facts)
-
-
-def test_machine_code_of_bf16():
-    """Its prologue is in fp32, which takes more registers; this machine cannot call the op, but the tile is fp16's."""
-    products = []
-    for shape in [shape for shape in RESNET_LAYERS if shape.stride == 1]:
-        build = default_builds(90, shape, True)[0]
-        signature = {name: kind.replace("fp16", "bf16") for name, kind in build.signature.items()}
-        assert tiles.default_tile("conv_wgrad", shape, torch.bfloat16, (9, 0)).prologue == "fp32"
-        products.append(
-            dataclasses.replace(build, signature=signature, constexprs=build.constexprs | {"HALVES": False})
-        )
-    for build, facts in zip(products, compile_all(products), strict=True):
-        assert_machine_code(build, facts)
-
-
-@pytest.mark.parametrize("arch", MULTIPROCESSORS)
-def test_the_reduction_fills_the_gpu(arch):
-    """At every layer, and the loads of a pass are under way together."""
-    reductions = [default_builds(arch, shape, True)[1] for shape in RESNET_LAYERS]
-    for build in reductions:
-        assert build.programs >= MULTIPROCESSORS[arch], build.label
-        assert build.programs * build.constexprs["BLOCK"] == build.integers["elements"]
-    for build, facts in zip(reductions, compile_all(reductions), strict=True):
-        assert (facts.error, facts.spill_bytes, facts.local_bytes) == ("", 0, 0), build.label
-        assert sum(facts.loops[-1].get(op, 0) for op in facts.loops[-1] if op.startswith("LDG")) >= 8, build.label

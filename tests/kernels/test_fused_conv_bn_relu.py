@@ -42,6 +42,7 @@ def backward_operands(forward: dict[str, object], out: Tensor, y: Tensor, norm: 
 
 
 @pytest.mark.parametrize("pool", ["first", "last"])
+@pytest.mark.slow
 def test_registration(device, pool):
     arguments = operands(device, pool=pool)
     for name in ("x", "w", "gamma", "residual"):
@@ -50,6 +51,7 @@ def test_registration(device, pool):
 
 
 @pytest.mark.parametrize("pool", [None, "first"])
+@pytest.mark.slow
 def test_registration_of_backward(device, pool):
     arguments = operands(device, pool=pool)
     backward = backward_operands(arguments, *conv_bn_relu(*arguments.values()))

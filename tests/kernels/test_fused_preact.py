@@ -65,6 +65,7 @@ def backward_operands(forward: dict[str, object], *results: Tensor) -> dict[str,
     [{"c": 16, "k": 32, "stride": 2}, {"evaluation": True}],
     ids=["projection_in_training", "identity_in_evaluation"],
 )
+@pytest.mark.slow
 def test_registration(device, options):
     arguments = operands(device, **options)
     for name in ("x", "gamma1", "beta2", "w1"):
@@ -73,6 +74,7 @@ def test_registration(device, options):
 
 
 @pytest.mark.parametrize("options", [{}, {"c": 16, "k": 32, "stride": 2}], ids=["identity", "projection"])
+@pytest.mark.slow
 def test_registration_of_backward(device, options):
     arguments = operands(device, **options)
     backward = backward_operands(arguments, *preact_block(*arguments.values()))

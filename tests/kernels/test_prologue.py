@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from ahead_of_time import Build, compile_all
 
 pytest.importorskip("triton")
 
-import prologue_kernel
 from checks.prologue import channels, check, check_scale_near_zero, compute
 
 
@@ -29,18 +27,3 @@ def test_nan_is_zero_or_stays(device):
     assert compute(x, scale, shift, False)[0].isnan().all()
     x, shift[5] = torch.zeros_like(x), torch.nan
     assert compute(x, scale, shift, False)[:, 5].isnan().all()
-
-
-def test_two_elements_take_two_or_three_instructions():
-    """Packed subtraction and multiply-add; and a packed maximum that turns NaN into zero, or the ReLU of the latter."""
-    signature = {"x_ptr": "*fp16", "scale_ptr": "*fp32", "shift_ptr": "*fp32", "out_ptr": "*fp16"}
-    pairs = 256 * 64 // 2 // 128  # of a thread
-    for nan_is_zero in (True, False):
-        constants = {"ROWS": 256, "C": 64, "NAN_IS_ZERO": nan_is_zero}
-        types, options = signature | dict.fromkeys(constants, "constexpr"), {"num_warps": 4}
-        path = prologue_kernel.__file__
-        (facts,) = compile_all([Build(path, "relu_affine_kernel", types, constants, tuple(signature), options=options)])
-        assert not facts.error
-        assert facts.count("HADD2") - facts.count("HADD2.F32") + facts.count("HFMA2") == 2 * pairs
-        assert facts.count("HFMA2", "RELU") == (0 if nan_is_zero else pairs)
-        assert facts.count("HMNMX2") == (pairs if nan_is_zero else 0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ahead_of_time import compile_all, launches, unique
+from kernel_checks import mostly_slow
 
 pytest.importorskip("triton")
 
@@ -22,7 +22,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("op", [sgd, sgd_reference], ids=["kernel", "reference"])
-@pytest.mark.parametrize(("n", "momentum"), CASES)
+@pytest.mark.parametrize(("n", "momentum"), mostly_slow(CASES, "one_element", "without_momentum"))
 def test_a_hundred_steps_are_those_of_torch_optim(device, op, n, momentum):
     check_hundred_steps(op, n, momentum, device)
 
@@ -77,26 +77,3 @@ def test_cost():
     operands = problem(1000, 0.9, "cpu")
     assert sgd_cost(**operands) == Cost(flops=9000, bytes=2 * 3 * 4000 + 2000)
     assert sgd_cost(**problem(1000, 0.0, "cpu", None)) == Cost(flops=5000, bytes=2 * 2 * 4000)
-
-
-ACCESSES = {80: "128", 90: "128", 100: ""}  # bits; for 10.0 the compiler may take 256
-
-
-def test_machine_code():
-    """No spills, whole vectors, and one compare-and-swap, on every architecture."""
-    with launches() as recorded:
-        for momentum, copy in ((0.9, torch.bfloat16), (0.9, None), (0.0, torch.float16)):
-            sgd(**problem(2**16, momentum, "cpu", copy))
-    builds = [build.on(arch) for build in unique(recorded) for arch in ACCESSES]
-    assert len(builds) == 12, "one check, three updates"
-    for build, facts in zip(builds, compile_all(builds), strict=True):
-        assert not facts.error, facts.error
-        assert facts.spill_bytes == facts.local_bytes == 0
-        wide = ACCESSES[build.arch]
-        if build.kernel == "sgd_check_kernel":
-            assert facts.count("LDG", wide) >= 4
-            assert facts.count("ATOM", "CAS") == 1, facts.sass
-        else:
-            tensors = 2 + ("v_ptr" not in build.constexprs)
-            assert facts.count("LDG", wide) >= 4 * tensors
-            assert facts.count("STG", wide) >= 4 * (tensors - 1)

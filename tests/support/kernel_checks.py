@@ -3,17 +3,31 @@
 import importlib.util
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
 _numbers = itertools.count()
+
+
+def mostly_slow(cases: Iterable, *plain: str | int) -> list:
+    """The cases of a parametrisation, marked slow unless their name or their place is among `plain`."""
+    marked = []
+    for place, case in enumerate(cases):
+        if not isinstance(case, ParameterSet):
+            case = pytest.param(*case) if isinstance(case, tuple) else pytest.param(case)
+        name = case.id or case.values[0]
+        if place not in plain and not (isinstance(name, str) and name in plain):
+            case = case._replace(marks=(*case.marks, pytest.mark.slow))
+        marked.append(case)
+    return marked
 
 
 def relative_error(x: Tensor, truth: Tensor) -> float:
