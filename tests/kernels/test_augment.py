@@ -1,49 +1,19 @@
 """The augmentation kernel is its reference, bit for bit."""
 
-import dataclasses
-
 import pytest
 import torch
-from ahead_of_time import compile_all, launches
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_checks import assert_caught, mutant
 
 pytest.importorskip("triton")
 
-from kernels import augment as module
+from checks.augment import bits, problem
+
 from kernels import jit
 from kernels.augment import augment, augment_cost, augment_reference
 from kernels.cost import Cost
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
 interpreted = pytest.mark.skipif(not jit.INTERPRETED, reason="out-of-bounds mutants need the interpreter's guard")
-
-
-def problem(seed: int, n: int, batch: int, height: int, width: int, pad: int, cutout: int, device="cpu") -> tuple:
-    """Arguments of `augment` up to the dtype, drawn from all that is legal; a function of the seed."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(0, high, shape, generator=generator)
-
-    highs = (2 * pad + 1, 2 * pad + 1, 2, height - cutout + 1, width - cutout + 1)
-    choices = torch.stack([draw(high, n) for high in highs], dim=1).int()
-    images = draw(256, n, height, width, 3).to(torch.uint8)
-    mean, rstd = torch.rand(3, generator=generator) * 255, 1 / (1 + 64 * torch.rand(3, generator=generator))
-    tensors = [t.to(device) for t in (images, draw(n, batch), choices, mean, rstd)]
-    return (*tensors, pad, cutout)
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.view(torch.int16 if x.element_size() == 2 else torch.int32)
-
-
-def check(under_test, seed: int = 0) -> None:
-    for n, batch, height, width, pad, cutout in ((6, 5, 5, 7, 3, 2), (3, 2, 32, 32, 4, 8), (2, 3, 4, 4, 0, 0)):
-        arguments = problem(seed, n, batch, height, width, pad, cutout)
-        ours = under_test.augment(*arguments, torch.float16)
-        assert torch.equal(bits(ours), bits(augment_reference(*arguments, torch.float16)))
 
 
 @given(
@@ -151,63 +121,3 @@ def test_cost():
     """3072 elements for each of 512 images, a byte read and two written; 8 bytes of index and 20 of choices."""
     cost = augment_cost(*problem(7, 600, 512, 32, 32, 4, 8), torch.float16)
     assert cost == Cost(flops=2 * 512 * 3072, bytes=512 * (3072 + 6144 + 8 + 20) + 24)
-
-
-MUTANTS = {
-    "dropped_mask_on_store": (", mask=mask)\n\n\n@torch", ")\n\n\n@torch"),
-    "dropped_mask_on_load": ("mask=readable", "mask=legal"),
-    "swapped_flip": ("tl.where(flip != 0, W - 1 - w, w)", "tl.where(flip == 0, W - 1 - w, w)"),
-    "flip_after_the_crop": (
-        "_reflect_index(tl.where(flip != 0, W - 1 - w, w) + dx - PAD, W)",
-        "_reflect_index(tl.where(flip != 0, W - 1 - (w + dx - PAD), w + dx - PAD), W)",
-    ),
-    "crop_off_by_one": ("_reflect_index(h + dy - PAD, H)", "_reflect_index(h + dy - PAD + 1, H)"),
-    "edge_repeated": ("2 * (SIZE - 1) - i, i)", "2 * (SIZE - 1) - i + 1, i)"),
-    "rows_for_columns": ("choices_ptr + image * 5 + 1)", "choices_ptr + image * 5 + 0)"),
-    "cutout_too_wide": ("(w < cut_x + CUTOUT)", "(w <= cut_x + CUTOUT)"),
-    "cutout_forgotten": ("tl.where(inside, 0.0, out)", "out"),
-    "channels_mixed": ("c, h, w = offs % 3,", "c, h, w = 2 - offs % 3,"),
-    "wrong_image": ("image * (H * W * 3) + ((", "b * (H * W * 3) + (("),
-}
-
-
-@pytest.fixture(scope="module")
-def mutants(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mutants")
-    return {name: mutant(module, folder, old, new) for name, (old, new) in MUTANTS.items()}
-
-
-@pytest.fixture(scope="module")
-def compiled(mutants):
-    """Facts of the kernel for every dtype and architecture, then of every mutant, which need only compile."""
-    arguments = problem(8, 3, 2, 32, 32, 4, 8)
-    with launches() as ours:
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            augment(*arguments, dtype)
-    with launches() as theirs:
-        for changed in mutants.values():
-            changed.augment(*arguments, torch.float16)
-    builds = [build.on(arch) for build in ours for arch in (80, 90, 100)]
-    facts = compile_all(builds + [dataclasses.replace(build, inspect=False) for build in theirs])
-    return facts[: len(builds)], dict(zip(mutants, facts[len(builds) :], strict=True))
-
-
-def test_machine_code(compiled):
-    for fact in compiled[0]:
-        assert not fact.error, fact
-        assert not fact.notes, fact
-        assert fact.spill_bytes == fact.local_bytes == 0, fact
-        assert fact.count("STG", ".128") == fact.count("STG") > 0, "the batch is written 16 bytes at a time"
-        assert fact.registers <= 64, fact
-
-
-@interpreted
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_caught(mutants, compiled, name):
-    assert not compiled[1][name].error, "the mutant compiles"
-    assert_caught(lambda: check(mutants[name]))
-
-
-@interpreted
-def test_the_check_that_mutants_fail():
-    check(module)

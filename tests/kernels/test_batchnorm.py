@@ -1,12 +1,9 @@
 """The networks with library convolutions and our batch norm, against the reference networks in float64."""
 
-import dataclasses
-
 import pytest
 import torch
 import torch.nn.functional as F
-from ahead_of_time import compile_all, network_builds
-from kernel_checks import assert_as_accurate, channels_last
+from kernel_checks import assert_as_accurate, channels_last, mostly_slow
 from torch import nn
 
 pytest.importorskip("triton")
@@ -16,8 +13,6 @@ from kernels.bn_apply import bn_apply_cost
 from kernels.bn_backward import bn_backward_apply_cost, bn_backward_reduce_cost
 from kernels.bn_stats import bn_stats_cost
 from model.network import PreactBlock, ResNet, ResNet9, conv_weight
-
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 WIDTHS = (8, 16, 16, 24)
 
@@ -68,11 +63,14 @@ MAKERS = [
 
 @pytest.mark.parametrize(
     ("make", "size", "dtype"),
-    [
-        *(pytest.param(*case.values, torch.float32, id=f"{case.id}_fp32") for case in MAKERS),
-        # In fp16 a ReLU or a pool that switches moves a deep network's gradient by more than rounding does.
-        pytest.param(TwoBlocks, 8, torch.float16, id="two_blocks_fp16"),
-    ],
+    mostly_slow(
+        [
+            *(pytest.param(*case.values, torch.float32, id=f"{case.id}_fp32") for case in MAKERS),
+            # In fp16 a ReLU or a pool that switches moves a deep network's gradient by more than rounding does.
+            pytest.param(TwoBlocks, 8, torch.float16, id="two_blocks_fp16"),
+        ],
+        "two_blocks_fp32",
+    ),
 )
 def test_logits_gradients_and_running_statistics_match_float64(device, make, size, dtype):
     ours, baseline, exact = networks(make, device)
@@ -88,7 +86,7 @@ def test_logits_gradients_and_running_statistics_match_float64(device, make, siz
         assert_as_accurate(a, b, truth, name)
 
 
-@pytest.mark.parametrize(("make", "size"), MAKERS)
+@pytest.mark.parametrize(("make", "size"), mostly_slow(MAKERS, "two_blocks"))
 def test_evaluation_matches_float64(device, make, size):
     trio = networks(make, device)
     x, _ = batch(size, 5, torch.float16, 2, device)
@@ -101,6 +99,7 @@ def test_evaluation_matches_float64(device, make, size):
     assert_as_accurate(ours, baseline, truth)
 
 
+@pytest.mark.slow
 def test_twenty_training_steps_stay_with_float64(device):
     """The acceptance of a tier: its losses in fp16 are as close to the float64 run's as twice the reference's."""
     losses = []
@@ -120,6 +119,7 @@ def test_twenty_training_steps_stay_with_float64(device):
     assert_as_accurate(ours, baseline, exact, "losses")
 
 
+@pytest.mark.slow
 def test_two_runs_are_bit_equal(device):
     x, target = batch(8, 8, torch.float16, 3, device)
     runs = []
@@ -136,7 +136,7 @@ def test_the_same_state_dict(device):
     baseline.load_state_dict(ours.state_dict())
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("training", mostly_slow([True, False], 0), ids=["training", "evaluation"])
 def test_compiles_into_one_graph(device, training):
     network = networks(TwoBlocks, device)[0].train(training)
     x, target = batch(8, 4, torch.float32, 4, device)
@@ -167,34 +167,3 @@ def test_a_layer_makes_fourteen_passes():
     )
     passes = sum(cost.bytes for cost in costs) / (2 * x.numel())
     assert 6 + passes == pytest.approx(14, rel=2e-3)
-
-
-@pytest.fixture(scope="module")
-def facts():
-    """Every launch in fp16 on every architecture; in bf16, which the interpreter cannot run, only that it compiles."""
-    half, brain = (network_builds(batchnorm, batch=512, dtype=dtype) for dtype in ("float16", "bfloat16"))
-    brain = [dataclasses.replace(build, inspect=False) for build in brain]
-    compiled = compile_all([build.on(arch) for build in half for arch in (80, 90, 100)] + brain)
-    assert not [fact.error for fact in compiled if fact.error]
-    return compiled[: -len(brain)]
-
-
-def test_machine_code_of_every_layer_of_both_networks(facts):
-    kernels = {fact.label.split()[0] for fact in facts}
-    assert kernels == {
-        "bn_stats_kernel",
-        "bn_finalize_kernel",
-        "bn_apply_kernel",
-        "bn_backward_reduce_kernel",
-        "bn_coefficients_kernel",
-        "bn_backward_apply_kernel",
-    }
-    for fact in facts:
-        assert not fact.notes, fact
-        assert fact.spill_bytes == fact.local_bytes == 0, fact
-        assert fact.registers <= 128, fact
-        kernel = fact.label.split()[0]
-        if kernel not in ("bn_finalize_kernel", "bn_coefficients_kernel"):
-            assert fact.count("LDG", ".128") == fact.count("LDG") > 0, fact
-        if "apply" in kernel:
-            assert fact.count("STG", ".128") == fact.count("STG") > 0, fact

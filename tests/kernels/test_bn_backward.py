@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from ahead_of_time import compile_all, compiling, launches, unique
-from kernel_checks import assert_as_accurate, assert_caught, channels_last, mutant
+from kernel_checks import assert_as_accurate, mostly_slow
 
 pytest.importorskip("triton")
+
+from checks.bn_backward import backward, compare, problem
 
 from kernels import bn_backward as module
 from kernels import bn_stats, jit
@@ -24,7 +25,6 @@ from kernels.bn_backward import (
 from kernels.bn_stats import bn_finalize_reference, bn_stats_reference
 from kernels.cost import Cost
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
 interpreted = pytest.mark.skipif(not jit.INTERPRETED, reason="out-of-bounds mutants need the interpreter's guard")
 
 DTYPES = [pytest.param(torch.float16, id="fp16"), pytest.param(torch.float32, id="fp32")]
@@ -40,34 +40,8 @@ CASES = [  # shape, pool, MAX_PROGRAMS
 ]
 
 
-def problem(
-    shape: tuple[int, ...], pool: bool, dtype: torch.dtype, seed: int, device="cpu", mean: float = 0.0
-) -> tuple:
-    """(dy, x, norm) with the norm of x itself."""
-    n, c, h, w = shape
-    generator = torch.Generator().manual_seed(seed)
-    gamma, beta = (torch.randn(c, generator=generator).to(device) for _ in range(2))
-    x = channels_last(*shape, dtype=torch.float32, seed=seed, device=device).add(mean).to(dtype)
-    dy = channels_last(n, c, *((h // 2, w // 2) if pool else (h, w)), dtype=dtype, seed=seed + 1, device=device)
-    return dy, x, bn_finalize_reference(bn_stats_reference(x), gamma, beta, 1e-5)
-
-
-def backward(under_test, dy, x, norm, n, pool) -> tuple[torch.Tensor, ...]:
-    coefficients = under_test.bn_coefficients(under_test.bn_backward_reduce(dy, x, norm, pool), norm, n)
-    return under_test.bn_backward_apply(dy, x, norm, coefficients, pool), coefficients[0], coefficients[1]
-
-
-def compare(under_test, shape, pool, dtype, seed, device="cpu", mean=0.0, n=None) -> None:
-    dy, x, norm = problem(shape, pool, dtype, seed, device, mean)
-    n = x.numel() / x.shape[1] if n is None else n
-    ours, baseline = backward(under_test, dy, x, norm, n, pool), bn_backward_reference(dy, x, norm, n, pool)
-    truth = bn_backward_reference(dy.double(), x.double(), norm.double(), n, pool)
-    for name, *values in zip(("dx", "dgamma", "dbeta"), ours, baseline, truth, strict=True):
-        assert_as_accurate(*values, name)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "pool", "programs"), CASES)
+@pytest.mark.parametrize(("shape", "pool", "programs"), mostly_slow(CASES, 0, 1, 4, 5))
 def test_matches_float64(device, monkeypatch, shape, pool, programs, dtype):
     monkeypatch.setattr(bn_stats, "MAX_PROGRAMS", programs)
     for seed in range(3):
@@ -124,7 +98,7 @@ def test_a_masked_gradient_gives_the_same(device):
 LAYERS = [(1, 16), (2, 24), (63, 5), (512, 80), (513, 512), (4096, 64), (5000, 24)]  # T, C
 
 
-@pytest.mark.parametrize(("tiles", "channels"), LAYERS)
+@pytest.mark.parametrize(("tiles", "channels"), mostly_slow(LAYERS, 0, 1, 2))
 def test_coefficients_match_float64(device, tiles, channels):
     generator = torch.Generator().manual_seed(tiles)
     partials = torch.randn(2, tiles, channels, generator=generator).add(1).to(device)
@@ -153,27 +127,6 @@ def test_what_is_not_finite_stays_in_its_channel(device, tile, value):
     assert torch.equal(found[:, others], before[:, others])
 
 
-def test_the_machine_code_waits_for_no_other_warp_in_its_loop():
-    """One build for any number of tiles; its few barriers are behind the loop, where the lanes are added.
-
-    A thread's 16 sums of each plane, and all that a pass loads for them at once, are 64 registers, addresses apart.
-    """
-    with launches() as builds:
-        for tiles, channels in LAYERS:
-            if channels % 16 == 0:
-                bn_coefficients(torch.empty(2, tiles, channels), torch.empty(5, channels), 100.0)
-    assert len(builds) == 4
-    (build,) = unique(builds)
-    for facts in compile_all([build.on(arch) for arch in (80, 90, 100)]):
-        assert not facts.error
-        assert (facts.spill_bytes, facts.local_bytes, facts.notes) == (0, 0, [])
-        (loop,) = facts.loops
-        assert sum(n for name, n in loop.items() if name.startswith("LDG") and ".128" in name) == 8
-        assert not any(name.startswith(("BAR", "SHFL", "LDS", "STS")) for name in loop)
-        assert facts.count("BAR") <= 11
-        assert facts.registers > 64
-
-
 @pytest.mark.parametrize("pool", [False, True], ids=["plain", "pool"])
 def test_repeats_bit_for_bit(device, monkeypatch, pool):
     monkeypatch.setattr(bn_stats, "MAX_PROGRAMS", 3)
@@ -192,6 +145,7 @@ def test_the_first_of_equal_maxima_gets_the_gradient(device):
     assert dx.sum() == 16 * 3
 
 
+@pytest.mark.slow
 def test_registration(device):
     for pool in (False, True):
         dy, x, norm = problem((2, 24, 4, 6), pool, torch.float16, 0, device)
@@ -253,77 +207,3 @@ def test_cost():
     assert bn_backward_apply_cost(pooled, x, norm, coefficients, True).bytes == apply_cost.bytes - one_pass * 3 // 4
     partials = torch.empty(2, tiles, 64, device="meta")
     assert bn_coefficients_cost(partials, norm, 1.0).bytes == partial_bytes + norm_bytes + 4 * 64 * 4
-
-
-def check(under_test) -> None:
-    bn_stats.MAX_PROGRAMS = 3
-    try:
-        compare(under_test, (7, 24, 7, 9), False, torch.float32, 0, mean=1.0)
-        compare(under_test, (7, 24, 8, 10), True, torch.float32, 0, mean=1.0)
-        compare(under_test, (2, 80, 4, 4), False, torch.float16, 0)
-        norm = torch.rand(5, 20)
-        partials = torch.randn(2, 1100, 20)
-        dgamma, dbeta = under_test.bn_coefficients(partials, norm, 100.0)[:2]
-        torch.testing.assert_close(dbeta, partials[0].sum(0), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(dgamma, norm[2] * partials[1].sum(0), rtol=1e-4, atol=1e-4)
-        ties = torch.ones(1, 16, 2, 2).contiguous(memory_format=torch.channels_last)
-        dy, norm = torch.ones(1, 16, 1, 1), torch.ones(5, 16)
-        ours = under_test.bn_backward_apply(dy, ties, norm, torch.zeros(4, 16), True)
-        assert ours[0, :, 0, 0].eq(1).all()
-        assert ours.sum() == 16
-    finally:
-        bn_stats.MAX_PROGRAMS = 660
-
-
-MUTANTS = {
-    "reduce_dropped_row_mask": ("mask = (rows < M) & mask_c\n        if", "mask = (rows >= 0) & mask_c\n        if"),
-    "apply_dropped_row_mask": ("    mask = (rows < M) & mask_c\n    dy", "    mask = (rows >= 0) & mask_c\n    dy"),
-    "apply_dropped_channel_mask": ("    mask = (rows < M) & mask_c\n    dy", "    mask = rows < M\n    dy"),
-    "relu_mask_forgotten_in_reduce": ("dz = tl.where(z > 0.0, dy, 0.0)\n        sum_dz", "dz = dy\n        sum_dz"),
-    "relu_mask_forgotten_in_apply": ("dz = tl.where(x * scale + shift > 0.0, dy, 0.0)", "dz = dy"),
-    "not_centred": ("sum_dz_x += dz * (x - mean)", "sum_dz_x += dz * x"),
-    "rstd_forgotten": ("-scale * rstd * dgamma * per_pixel", "-scale * dgamma * per_pixel"),
-    "mean_gradient_forgotten": ("scale * dz + (b * (x - mean) + c)", "scale * dz + b * (x - mean)"),
-    "divided_by_nothing": ("-scale * sum_dz * per_pixel", "-scale * sum_dz"),
-    "forgotten_step": ("for _ in range(steps):", "for _ in range(steps - 1):"),
-    "last_tiles_unread": ("range(0, T, BLOCK_T)", "range(0, T - 1, T)"),
-    "passes_forgotten": ("        lanes_dz += dz\n", "        lanes_dz = dz\n"),
-    "last_pass_forgotten": ("tl.sum(lanes_dz_x + dz_x, axis=0)", "tl.sum(lanes_dz_x, axis=0)"),
-    "dropped_tile_mask": ("mask = (offs_t < T)[:, None] &", "mask = (offs_t >= 0)[:, None] &"),
-    "window_of_three": ("tl.static_range(4)", "tl.static_range(3)"),
-    "second_of_equal_maxima": ("better = z > best_z", "better = z >= best_z"),
-    "gradient_to_the_whole_window": ("tl.where(which == i, dz, 0.0)", "dz"),
-    "winner_of_another_window": ("tl.where(better, i, which)", "tl.where(better, 3 - i, which)"),
-}
-
-
-@pytest.fixture(scope="module")
-def mutants(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mutants")
-    return {name: mutant(module, folder, old, new) for name, (old, new) in MUTANTS.items()}
-
-
-@pytest.fixture(scope="module")
-def compiled(mutants):
-    """Which mutants compile."""
-    counts, builds = [], []
-    for changed in mutants.values():
-        with launches() as launched:
-            for pool in (False, True):
-                backward(changed, *problem((4, 64, 8, 8), pool, torch.float16, 0), 64, pool)
-        counts.append(len(launched))
-        builds += launched
-    good = iter(compiling(builds))
-    return {name: all(next(good) for _ in range(count)) for name, count in zip(mutants, counts, strict=True)}
-
-
-@interpreted
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_caught(mutants, compiled, name):
-    assert compiled[name]
-    assert_caught(lambda: check(mutants[name]))
-
-
-@interpreted
-def test_the_check_that_mutants_fail():
-    check(module)

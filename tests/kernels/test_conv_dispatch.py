@@ -14,7 +14,7 @@ from kernels.conv_shape import RESNET9_LAYERS, RESNET_LAYERS, ConvShape
 from kernels.tiles import OPS, Entry, Gpu
 from model.network import ResNet, ResNet9
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "library_in_fp32")
+pytestmark = pytest.mark.usefixtures("library_in_fp32")
 
 
 @pytest.fixture

@@ -1,91 +1,41 @@
 """conv_fprop against float64: every option, gradients, machine code."""
 
-import dataclasses
-
 import pytest
 import torch
-from ahead_of_time import compile_all, compiling, launches
 from conv_cases import (
     CASES,
     DTYPES,
-    MATRIX_INSTRUCTION,
     activation,
     affine,
-    assert_machine_code,
-    double,
-    layer_operands,
-    operands_are_shared,
     random_tiles,
     use_tile,
 )
-from kernel_checks import assert_as_accurate, assert_caught, channels_last, mutant, mutant_kernel
+from kernel_checks import assert_as_accurate, mostly_slow
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
-from kernels import conv_fprop as module
-from kernels import conv_fprop_kernels, jit, tiles
+from checks.conv_fprop import check, operands, statistics_of
+from conv_cases import in_double, nhwc, unaligned
+
+from kernels import jit, tiles
 from kernels.bn_apply import bn_apply, bn_apply_cost
 from kernels.conv_fprop import conv_fprop, conv_fprop_cost, conv_fprop_reference
-from kernels.conv_shape import RESNET9_LAYERS, RESNET_LAYERS, ConvShape
+from kernels.conv_shape import ConvShape
 from kernels.cost import Cost
 
 OPTIONS = ("plain", "prologue", "residual", "affine_residual", "all")
-poisoned = pytest.mark.usefixtures("poisoned_memory")
 
 
-def operands(case: str | tuple, options: str, dtype: torch.dtype, device, seed: int = 0) -> list:
-    _, shape = CASES[case] if isinstance(case, str) else case
-    x, w = (activation(case, which, dtype, device, seed + i) for i, which in enumerate("xw"))
-    prologue = affine(shape.C, device, seed) if options in ("prologue", "all") else (None, None)
-    residual = None if options in ("plain", "prologue") else activation(case, "y", dtype, device, seed + 2)
-    residual_affine = affine(shape.K, device, seed + 1) if options in ("affine_residual", "all") else (None, None)
-    return [x, w, shape.stride, *prologue, residual, *residual_affine]
-
-
-def in_double(arguments: list) -> list:
-    return [a if isinstance(a, int) else double(a)[0] for a in arguments]
-
-
-def statistics_of(y: torch.Tensor, tile_count: int, block_m: int) -> torch.Tensor:
-    """(count, mean, M2) of every tile of y, in y's dtype."""
-    parts = y.permute(0, 2, 3, 1).flatten(0, 2).split(block_m)
-    assert len(parts) == tile_count
-    rows = [(torch.full_like(p[0], len(p)), p.mean(0), (p - p.mean(0)).square().sum(0)) for p in parts]
-    return torch.stack([torch.stack(row) for row in zip(*rows, strict=True)])
-
-
-def check(op, case: str | tuple, options: str, dtype: torch.dtype, device, mean: float = 0.0) -> None:
-    """What y and the partials must satisfy, and a mutant must not; `mean` is x's, in standard deviations."""
-    arguments = operands(case, options, dtype, device)
-    x, _, _, scale, shift, *_ = arguments
-    if mean:
-        arguments[0] = x + mean
-        arguments[4] = shift - scale * mean
-    y, partials = op(*arguments)
-    baseline, _ = conv_fprop_reference(*arguments)
-    truth, _ = conv_fprop_reference(*in_double(arguments))
-    assert y.stride() == baseline.stride() or y.is_contiguous(memory_format=torch.channels_last)
-    assert_as_accurate(y, baseline, truth, "y")
-    tile = tiles.tile("conv_fprop", ConvShape.of(x, arguments[1], arguments[2]), dtype, tiles.gpu_of(y.device))
-    block_m = tile.BLOCK_M * (x.shape[2] if tile.form == "lines" else 1)
-    truth, baseline = (statistics_of(y.to(t), partials.shape[1], block_m) for t in (torch.float64, torch.float32))
-    assert torch.equal(partials[0], baseline[0]), "counts"
-    assert_as_accurate(partials[1], baseline[1], truth[1], "means of y as stored")
-    assert_as_accurate(partials[2], baseline[2], truth[2], "M2 of y as stored")
-
-
-@poisoned
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "partial_last_tile", "stride2_odd"))
 def test_conv_fprop_matches_float64(device, monkeypatch, case, dtype):
     use_tile(monkeypatch, case)
     for options in OPTIONS if case in ("partial_last_tile", "stride2_odd") else ("plain", "all"):
         check(conv_fprop, case, options, DTYPES[dtype], device)
 
 
-@poisoned
-@pytest.mark.parametrize(("images", "shape", "tile"), random_tiles("conv_fprop", 40), ids=str)
+@pytest.mark.parametrize(("images", "shape", "tile"), mostly_slow(random_tiles("conv_fprop", 40), 0, 1), ids=str)
 def test_any_tile_matches_float64(device, monkeypatch, images, shape, tile):
     monkeypatch.setattr(tiles, "tile", lambda *arguments: tile)
     for options in ("plain", "all"):
@@ -96,15 +46,14 @@ def test_any_tile_matches_float64(device, monkeypatch, images, shape, tile):
 
 @pytest.mark.parametrize("prologue", ["fp32", "fp16x2"])
 @pytest.mark.parametrize("form", ["rows", "lines"])
-@pytest.mark.parametrize("mean", [-400.0, 16.0, 400.0])
+@pytest.mark.parametrize("mean", mostly_slow([-400.0, 16.0, 400.0], 0))
 def test_a_mean_far_from_zero_costs_the_prologue_no_digits(device, monkeypatch, mean, form, prologue):
     use_tile(monkeypatch, "partial_last_tile", True, form=form, prologue=prologue)
     check(conv_fprop, "partial_last_tile", "prologue", torch.float16, device, mean)
 
 
-@poisoned
 @pytest.mark.parametrize("options", ["plain", "all"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "partial_last_tile", "stride2_odd"))
 def test_descriptors_and_pointers_agree(device, monkeypatch, case, options):
     arguments = operands(case, options, torch.float16, device)
     use_tile(monkeypatch, case)
@@ -117,6 +66,7 @@ def test_descriptors_and_pointers_agree(device, monkeypatch, case, options):
         check(conv_fprop, case, options, torch.float16, device)
 
 
+@pytest.mark.slow
 def test_repeats_bit_for_bit(device, monkeypatch):
     use_tile(monkeypatch, "stride2")
     arguments = operands("stride2", "all", torch.float16, device)
@@ -146,7 +96,7 @@ HOW += [(True, "lines", "fp16x2"), (True, "columns", "stored")]
 
 
 @pytest.mark.parametrize("channel", [3, -1], ids=["first_block", "last_block"])
-@pytest.mark.parametrize(("descriptors", "form", "prologue"), HOW)
+@pytest.mark.parametrize(("descriptors", "form", "prologue"), mostly_slow(HOW, 0, 4))
 def test_nan_is_passed_on(device, monkeypatch, descriptors, form, prologue, channel):
     """A NaN in x makes its channel's statistics NaN, hence scale and shift; the ReLU must not hide it."""
     case = "several_channel_blocks"
@@ -158,7 +108,7 @@ def test_nan_is_passed_on(device, monkeypatch, descriptors, form, prologue, chan
     assert partials[1:].isnan().all()
 
 
-@pytest.mark.parametrize(("descriptors", "form", "prologue"), HOW)
+@pytest.mark.parametrize(("descriptors", "form", "prologue"), mostly_slow(HOW, 0, 4))
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_what_is_not_finite_stays_where_it_belongs(device, monkeypatch, descriptors, form, prologue, value):
     """Without a prologue: y is not finite where a filter sees the pixel, and there alone."""
@@ -192,9 +142,10 @@ def block(conv, x, w, stride, scale, shift, residual, residual_scale, residual_s
     return (z * dz).sum()
 
 
-@poisoned
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", ["partial_last_tile", "stride2_odd", "projection_1x1", "c_not_multiple_of_tile"])
+@pytest.mark.parametrize(
+    "case", mostly_slow(["partial_last_tile", "stride2_odd", "projection_1x1", "c_not_multiple_of_tile"], 1)
+)
 def test_gradients_through_everything(device, monkeypatch, case, dtype):
     use_tile(monkeypatch, case)
     arguments = operands(case, "all", DTYPES[dtype], device)
@@ -233,6 +184,7 @@ def test_the_statistics_alone_have_a_gradient(device, monkeypatch):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 def test_registration(device):
     for case, options in (("stride2_odd", "all"), ("projection_1x1", "plain")):
         arguments = operands(case, options, torch.float32, device)
@@ -281,14 +233,6 @@ def test_cost():
 
 
 X, W, C16 = (2, 16, 4, 4), (32, 16, 3, 3), torch.ones(16)
-
-
-def nhwc(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    return channels_last(*shape, dtype=dtype, seed=0, device=torch.device("cpu"))
-
-
-def unaligned(n: int, c: int, h: int, w: int) -> torch.Tensor:
-    return torch.zeros(n * c * h * w + 1, dtype=torch.float16)[1:].view(n, h, w, c).permute(0, 3, 1, 2)
 
 
 @pytest.mark.skipif(not jit.INTERPRETED, reason="CPU tensors")
@@ -340,104 +284,3 @@ def test_more_elements_than_32_bit_offsets_reach(device):
     w = torch.empty(2**27, 16, 1, 1, dtype=torch.float16, device=device, memory_format=torch.channels_last)
     with pytest.raises(ValueError, match=r"w has 2147483648 elements"):
         conv_fprop(x[:1, :, :1, :1], w)
-
-
-MUTANTS = {
-    "padding_before_the_prologue": ("z = tl.minimum(z, tl.where(inside,", "z = tl.minimum(z, tl.where(inside | True,"),
-    "relu_forgotten": ("z = tl.maximum(z, 0.0, propagate", "z = tl.maximum(z, -100.0, propagate"),
-    "dropped_row_mask": ("mask_m = offs_m < N * P * Q", "mask_m = offs_m >= 0"),
-    "dropped_padding_mask": ("(mask_m & (h >= 0) & (h < H)", "(mask_m & (h >= -1) & (h < H)"),
-    "taps_off_by_one": ("(pixels + r * W + s)", "(pixels + r * W + s - 1)"),
-    "taps_transposed": ("(pixels + r * W + s)", "(pixels + s * W + r)"),
-    "taps_transposed_descriptors": ("x.load([n, p + r - PAD, s - PAD, c])", "x.load([n, p + s - PAD, r - PAD, c])"),
-    "parity_forgotten_descriptors": ("r - PAD & 1, s - PAD >> 1, (s", "0, s - PAD >> 1, (s"),
-    "last_channel_block_forgotten": ("range(R * R * BLOCKS_C)", "range(R * R * BLOCKS_C - 1)"),
-    "columns_of_another_tap": ("tl.dot(b, a.T, acc,", "tl.dot(b, a.T, acc * 0.5,"),
-    "statistics_of_unrounded_y": ("tl.where(in_y, y.to(tl.float32), 0.0)", "tl.where(in_y, acc, 0.0)"),
-    "padding_rows_in_m2": ("tl.where(in_y, y - tl.expand_dims(mean, PIXELS), 0.0)", "y - tl.expand_dims(mean, PIXELS)"),
-    "forgotten_partial_tile": ("count = tl.minimum(N * P * Q - first, BLOCK_M)", "count = (BLOCK_M + N * 0)"),
-    "residual_after_the_statistics": ("        acc += residual\n", "        acc += residual * 0.5\n"),
-    "residual_relu_forgotten": ("residual = tl.maximum(residual, 0.0,", "residual = tl.maximum(residual, -100.0,"),
-    "second_half_of_the_filters_forgotten": ("+ i * (BLOCK_N // PARTS)", "+ i // 2 * (BLOCK_N // PARTS)"),
-    "lines_rows_of_the_filter_swapped": ("filters[i % 3 * BLOCKS_C", "filters[(6 + i % 3) * BLOCKS_C + 0 * BLOCKS_C"),
-    "lines_mirrored": ("h, i % 3 - 1,", "h, 1 - i % 3,"),
-    "lines_last_line_forgotten": ("range(H + 1)", "range(H)"),
-    "lines_of_absent_images": ("image < N, False", "image < N + 1, False"),
-    "lines_sums_in_the_wrong_order": ("last, second = second + 0.0, first", "last, second = second + 0.0, second"),
-    "lines_whose_means_differ_not": ("m2 += line_m2 + delta * delta", "m2 += line_m2 + 0.0 * delta"),
-    "lines_count_of_one": ("K, count * H, mean, m2)", "K, count, mean, m2)"),
-}
-OF_THE_OP = {"padding_before_the_prologue_descriptors": ("shape, tile), scale is not None", "shape, tile), False")}
-
-
-def check_mutant(op, monkeypatch, device) -> None:
-    problems = (
-        ("partial_last_tile", {}),
-        ("stride2_odd", {}),
-        ("stride2", {"descriptors": True}),
-        ("several_channel_blocks", {"descriptors": True}),
-        ("several_channel_blocks", {"form": "columns", "prologue": "stored"}),
-        ("partial_last_tile", {"descriptors": True, "form": "lines"}),
-    )
-    for case, changes in problems:
-        use_tile(monkeypatch, case, **changes)
-        check(op, case, "all", torch.float16, device)
-
-
-@pytest.fixture(scope="module")
-def mutants(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mutants")
-    made = {name: mutant_kernel(module, conv_fprop_kernels, folder, *change) for name, change in MUTANTS.items()}
-    return made | {name: mutant(module, folder, *change) for name, change in OF_THE_OP.items()}
-
-
-@pytest.fixture(scope="module")
-def compiled(mutants):
-    """Which mutants compile: with pointers on sm_80, with descriptors on sm_90, where 64 channels go by lines."""
-    builds = []
-    for capability, channels in (((8, 0), 64), ((9, 0), 128), ((9, 0), 64)):
-        with launches(tiles.Gpu("", capability)) as recorded:
-            for changed in mutants.values():
-                x, w, c = nhwc(2, channels, 8, 8), nhwc(channels, channels, 3, 3), torch.ones(channels)
-                changed.conv_fprop(x, w, 1, c, c, x, c, c)
-        builds += recorded
-    results = compiling(builds)
-    return {name: all(results[i :: len(mutants)]) for i, name in enumerate(mutants)}
-
-
-@poisoned
-@pytest.mark.skipif(not jit.INTERPRETED, reason="out-of-bounds mutants need the interpreter's guard")
-@pytest.mark.parametrize("name", MUTANTS | OF_THE_OP)
-def test_mutant_is_caught(monkeypatch, mutants, compiled, name, device):
-    assert compiled[name]
-    assert_caught(lambda: check_mutant(mutants[name].conv_fprop, monkeypatch, device))
-
-
-def test_the_check_that_mutants_fail(monkeypatch, device):
-    check_mutant(conv_fprop, monkeypatch, device)
-
-
-def layer_builds(arch: int, device) -> list:
-    """What every layer of both networks launches: the article's with everything on, ResNet9's without a prologue."""
-    builds = []
-    for shape in dict.fromkeys(RESNET_LAYERS + RESNET9_LAYERS):
-        x, w, y, c, k = layer_operands(shape, device)
-        if shape not in RESNET_LAYERS:
-            options = ()
-        else:
-            options = (c, c) if shape.R == 1 else (c, c, y, k, k)
-        with launches() as recorded:
-            conv_fprop(x, w, shape.stride, *options)
-        builds += [dataclasses.replace(build, arch=arch, label=f"conv_fprop {shape}") for build in recorded]
-    return builds
-
-
-def test_machine_code_of_every_layer(monkeypatch):
-    builds = []
-    for arch in MATRIX_INSTRUCTION:
-        monkeypatch.setattr(tiles, "gpu_of", lambda device, arch=arch: tiles.Gpu("", (arch // 10, 0)))
-        builds += layer_builds(arch, torch.device("cpu"))
-    for build, facts in zip(builds, compile_all(builds), strict=True):
-        assert_machine_code(build, facts)
-        if build.arch == 90 and build.constexprs.get("R", 3) == 3:
-            assert operands_are_shared(facts) == build.constexprs.get("COLUMNS", False), facts.label

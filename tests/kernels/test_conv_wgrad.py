@@ -1,84 +1,38 @@
 """conv_wgrad against float64: every option, random tiles, the split, machine code."""
 
-import dataclasses
-
 import pytest
 import torch
-from ahead_of_time import compile_all, compiling, launches
 from conv_cases import (
     CASES,
     DTYPES,
-    MATRIX_INSTRUCTION,
-    activation,
     affine,
-    assert_machine_code,
-    double,
-    layer_operands,
-    operands_are_shared,
     random_tiles,
     use_tile,
 )
-from kernel_checks import assert_as_accurate, assert_caught, channels_last, mutant, relative_error
+from kernel_checks import mostly_slow
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
-from kernels import conv_wgrad as module
+from checks.conv_wgrad import check, check_order, operands, use
+from conv_cases import nhwc
+
 from kernels import jit, tiles
 from kernels.bn_apply import bn_apply_cost
-from kernels.conv_shape import RESNET9_LAYERS, RESNET_LAYERS, ConvShape
 from kernels.conv_wgrad import conv_wgrad, conv_wgrad_cost, conv_wgrad_reduce_kernel, conv_wgrad_reference
 from kernels.cost import Cost
 from kernels.tiles import Tile
 
-poisoned = pytest.mark.usefixtures("poisoned_memory")
 
-
-def operands(case: str | tuple, prologue: bool, dtype: torch.dtype, device, seed: int = 0) -> list:
-    _, shape = CASES[case] if isinstance(case, str) else case
-    x, dy = (activation(case, which, dtype, device, seed + i) for i, which in enumerate("xy"))
-    return [x, dy, shape.R, shape.stride, *(affine(shape.C, device, seed) if prologue else (None, None))]
-
-
-def activated(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, prologue: str) -> torch.Tensor:
-    """relu(x * scale + shift) as it enters the product: in fp32 and rounded, or by the roundings of "fp16x2"."""
-    scale, shift = scale[:, None, None], shift[:, None, None]
-    if prologue != "fp16x2" or x.dtype != torch.float16:
-        return torch.relu(x.float() * scale + shift).to(x.dtype)
-    pivot = (-shift / scale).clamp(-16384, 16384).half()
-    bias = (shift + pivot.float() * scale).half()
-    return torch.relu((x - pivot).float() * scale.half().float() + bias.float()).half()
-
-
-def check(op, arguments: list, prologue: str = "fp32") -> None:
-    """What dw of these operands must satisfy, and a mutant's must not."""
-    x, dy, size, stride, scale, shift = arguments
-    dw = op(*arguments)
-    assert dw.is_contiguous(memory_format=torch.channels_last)
-    baseline = conv_wgrad_reference(*arguments)
-    truth = conv_wgrad_reference(*double(x, dy), size, stride, *double(scale, shift))
-    assert_as_accurate(dw, baseline, truth, "dw")
-    if scale is not None:
-        x = activated(x, scale, shift, prologue)
-    # Of the activation as it enters the product, the sum is exact to fp32's rounding whatever its dtype.
-    assert relative_error(dw, conv_wgrad_reference(*double(x, dy), size, stride)) < 1e-6
-
-
-def use(monkeypatch, tile: Tile) -> None:
-    monkeypatch.setattr(tiles, "tile", lambda *arguments: tile)
-
-
-@poisoned
 @pytest.mark.parametrize("prologue", [False, True], ids=["plain", "prologue"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "partial_last_tile", "stride2_odd"))
 def test_conv_wgrad_matches_float64(device, monkeypatch, case, dtype, prologue):
     use_tile(monkeypatch, case)
     check(conv_wgrad, operands(case, prologue, DTYPES[dtype], device))
 
 
-@poisoned
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_slow(CASES, "partial_last_tile", "stride2_odd"))
 def test_descriptors_and_pointers_agree(device, monkeypatch, case):
     arguments = operands(case, True, torch.float16, device)
     use_tile(monkeypatch, case)
@@ -90,7 +44,6 @@ def test_descriptors_and_pointers_agree(device, monkeypatch, case):
         check(conv_wgrad, arguments)
 
 
-@poisoned
 @pytest.mark.parametrize("split", [1, 2, 4, 64])
 def test_any_split_sums_every_pixel_once(device, monkeypatch, split):
     """48 rows are 3 blocks of 16: split evenly, with a part that has nothing left, and into more parts than blocks."""
@@ -98,8 +51,7 @@ def test_any_split_sums_every_pixel_once(device, monkeypatch, split):
     check(conv_wgrad, operands("partial_last_tile", True, torch.float16, device))
 
 
-@poisoned
-@pytest.mark.parametrize(("images", "shape", "tile"), random_tiles("conv_wgrad", 40), ids=str)
+@pytest.mark.parametrize(("images", "shape", "tile"), mostly_slow(random_tiles("conv_wgrad", 40), 0, 1), ids=str)
 def test_any_tile_matches_float64(device, monkeypatch, images, shape, tile):
     """With a prologue, and in the kernel without one where the tile has the activation stored."""
     use(monkeypatch, tile)
@@ -113,7 +65,6 @@ def test_the_random_tiles_are_of_every_kind():
     assert {(False, "fp16x2", 3), (True, "fp16x2", 1)} <= {kind[:3] for kind in kinds}
 
 
-@poisoned
 @pytest.mark.parametrize("prologue", ["fp32", "fp16x2"])
 @pytest.mark.parametrize("sigmas", [400.0, -400.0])
 def test_a_mean_of_many_sigmas_costs_no_digits(device, monkeypatch, sigmas, prologue):
@@ -127,23 +78,13 @@ def test_a_mean_of_many_sigmas_costs_no_digits(device, monkeypatch, sigmas, prol
     check(conv_wgrad, [x, dy, size, stride, scale, beta - sigmas * gamma], prologue)
 
 
+@pytest.mark.slow
 def test_repeats_bit_for_bit(device, monkeypatch):
     use_tile(monkeypatch, "stride2")
     arguments = operands("stride2", True, torch.float16, device)
     assert torch.equal(conv_wgrad(*arguments), conv_wgrad(*arguments))
 
 
-def check_order(reduce_kernel, split: int, ahead: int, device) -> None:
-    """The sums are those of a loop, to the bit, however many parts are loaded together."""
-    parts = torch.randn(split, 512, generator=torch.Generator().manual_seed(0)).to(device)
-    dw, expected = torch.empty(512, device=device), torch.zeros(512, device=device)
-    reduce_kernel[(2,)](parts, dw, split, 512, BLOCK=256, AHEAD=ahead, num_warps=8)
-    for part in parts:
-        expected += part
-    assert torch.equal(dw, expected)
-
-
-@poisoned
 @pytest.mark.parametrize("ahead", [1, 4, 8])
 @pytest.mark.parametrize("split", [1, 5, 8])
 def test_parts_are_added_in_order(device, split, ahead):
@@ -158,7 +99,7 @@ TILES = {
 }
 
 
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", mostly_slow(TILES, "pointers", "descriptors_fp16x2"))
 def test_nan_is_passed_on(device, monkeypatch, tile):
     """A NaN of x stands, by the statistics of its channel, for a channel of NaN."""
     use(monkeypatch, TILES[tile])
@@ -173,7 +114,7 @@ def test_nan_is_passed_on(device, monkeypatch, tile):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", mostly_slow(TILES, "pointers", "descriptors_fp16x2"))
 def test_what_is_not_finite_stays_in_its_channel(device, monkeypatch, tile, value):
     """A pixel of x whose neighbours are all inside reaches every tap; one of dy every channel."""
     use(monkeypatch, TILES[tile])
@@ -190,6 +131,7 @@ def test_what_is_not_finite_stays_in_its_channel(device, monkeypatch, tile, valu
             assert torch.equal(dw[:, 3], reference[:, 3])
 
 
+@pytest.mark.slow
 def test_registration(device):
     for case, prologue in (("stride2_odd", True), ("projection_1x1", False)):
         torch.library.opcheck(conv_wgrad, operands(case, prologue, torch.float16, device))
@@ -240,10 +182,6 @@ def test_cost_of_a_stored_activation(monkeypatch):
 X, DY, C16 = (2, 16, 4, 4), (2, 32, 4, 4), torch.ones(16)
 
 
-def nhwc(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    return channels_last(*shape, dtype=dtype, seed=0, device=torch.device("cpu"))
-
-
 @pytest.mark.skipif(not jit.INTERPRETED, reason="CPU tensors")
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
@@ -269,154 +207,3 @@ def test_more_elements_than_32_bit_offsets_reach(device):
     x = torch.empty(1, 2**14, 1, 1, dtype=torch.float16, device=device, memory_format=torch.channels_last)
     with pytest.raises(ValueError, match=r"parts .* has 2415919104 elements"):
         conv_wgrad(x, x, 3)
-
-
-MUTANTS = {
-    "dropped_row_mask": ("in_x = (rows < N * P * Q)", "in_x = (rows >= 0)"),
-    "dropped_column_mask": ("& (h < H) & (v < W)", "& (h < H)"),
-    "dropped_padding_mask": ("in_dy = in_x & (p >= down)", "in_dy = in_x & (p >= down - 1)"),
-    "padding_of_the_first_tap": ("(q >= right + t) & (q - right - t < Q)", "(q >= right) & (q - right < Q)"),
-    "shifted_the_wrong_way": ("(rows - down * Q - right - t)", "(rows + down * Q + right + t)"),
-    "shifted_the_wrong_way_descriptors": ("p - down, -right - t, k0", "p + down, right + t, k0"),
-    "one_tap_for_three": ("- down * Q - right - t)[", "- down * Q - right)["),
-    "one_tap_for_three_descriptors": ("-right - t, k0", "-right, k0"),
-    "stored_as_one_tap": ("(tap + t) * C", "tap * C"),
-    "first_column_of_every_row": ("% GROUPS * TAPS", "% GROUPS * (TAPS if TAPS == 1 else 1)"),
-    "parity_forgotten": ("h, v = p * STRIDE + odd_h", "h, v = p * STRIDE"),
-    "parity_forgotten_descriptors": ("odd_v * C + c0", "c0"),
-    "pixels_of_the_first_part": ("x.load([first, c0])", "x.load([step * BLOCK_K, c0])"),
-    "relu_forgotten": ("tl.maximum(z, 0.0,", "tl.maximum(z, -100.0,"),
-    "pivot_forgotten": ("relu_affine(a, pivot,", "relu_affine(a, pivot * 0,"),
-    "bias_of_another_scale": ("halves(scale, shift)", "halves(scale + 0.1, shift)"),
-    "taps_transposed": ("tap // R - PAD, tap % R - PAD", "tap % R - PAD, tap // R - PAD"),
-    "last_step_forgotten": ("for step in range(steps)", "for step in range(steps - 1)"),
-    "forgotten_part": ("mask=part < SPLIT", "mask=part < SPLIT - 1"),
-    "parts_past_the_last": ("mask=part < SPLIT", "mask=part < SPLIT + 1"),
-    "parts_loaded_once": ("part = first + i", "part = i"),
-    "forgotten_partial_block": (
-        "blocks = triton.cdiv(x.shape[0] * shape.P * shape.Q, ",
-        "blocks = (x.shape[0] * shape.P * shape.Q // ",
-    ),
-}
-SMALL = Tile(16, 16, 32, 4, 1, SPLIT=3)
-MUTANT_CHECKS = (
-    ("odd_map", SMALL),
-    ("stride2_odd", SMALL),
-    ("partial_last_tile", dataclasses.replace(SMALL, descriptors=True)),
-    ("stride2", dataclasses.replace(SMALL, descriptors=True)),
-    ("odd_map", dataclasses.replace(SMALL, BLOCK_K=16, TAPS=3, SPLIT=5)),
-    ("partial_last_tile", dataclasses.replace(SMALL, descriptors=True, TAPS=3, prologue="fp16x2")),
-)
-
-
-def check_mutant(module, monkeypatch, device) -> None:
-    for case, tile in MUTANT_CHECKS:
-        use(monkeypatch, tile)
-        check(module.conv_wgrad, operands(case, True, torch.float16, device), tile.prologue)
-    check_order(module.conv_wgrad_reduce_kernel, 5, 2, device)
-
-
-@pytest.fixture(scope="module")
-def mutants(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mutants")
-    return {name: mutant(module, folder, old, new) for name, (old, new) in MUTANTS.items()}
-
-
-@pytest.fixture(scope="module")
-def compiled(mutants):
-    """Which mutants compile, with pointers (on sm_80) and with descriptors, both kernels."""
-    builds = []
-    for arch, stride in ((80, 2), (90, 2), (90, 1)):  # the last in three taps and with halves
-        with pytest.MonkeyPatch.context() as patch, launches() as recorded:
-            patch.setattr(tiles, "gpu_of", lambda device, arch=arch: tiles.Gpu("", (arch // 10, 0)))
-            for changed in mutants.values():
-                c, p = torch.ones(64), 8 // stride
-                changed.conv_wgrad(nhwc(8, 64, 8, 8), nhwc(8, 64, p, p), 3, stride, c, c)
-        builds += [build.on(arch) for build in recorded]
-    results = compiling(builds)
-    names = [name for name in mutants for _ in range(2)] * 3
-    return {name: all(r for n, r in zip(names, results, strict=True) if n == name) for name in mutants}
-
-
-@poisoned
-@pytest.mark.skipif(not jit.INTERPRETED, reason="out-of-bounds mutants need the interpreter's guard")
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_caught(monkeypatch, mutants, compiled, name, device):
-    assert compiled[name]
-    assert_caught(lambda: check_mutant(mutants[name], monkeypatch, device))
-
-
-def test_the_check_that_mutants_fail(monkeypatch, device):
-    check_mutant(module, monkeypatch, device)
-
-
-def default_builds(arch: int, shape: ConvShape, prologue: bool) -> list:
-    """What wgrad of a layer launches with its default tile: the product, and the reduction."""
-    x, _, y, c, _ = layer_operands(shape, torch.device("cpu"))
-    with launches(tiles.Gpu("", (arch // 10, 0))) as recorded:
-        conv_wgrad(x, y, shape.R, shape.stride, *((c, c) if prologue else ()))
-    return [dataclasses.replace(build, label=f"{build.kernel} {shape}") for build in recorded]
-
-
-MULTIPROCESSORS = {90: 132, 100: 148}  # H100 SXM and H200, B200
-
-
-@pytest.mark.parametrize("arch", MATRIX_INSTRUCTION)
-def test_machine_code_of_every_layer(arch):
-    """The article's layers with the prologue, ResNet9's without. From 9.x on the programs are one wave."""
-    problems = [(shape, True) for shape in RESNET_LAYERS] + [(shape, False) for shape in RESNET9_LAYERS]
-    products = [default_builds(arch, *problem)[0] for problem in problems]
-    for (shape, prologue), build, facts in zip(problems, products, compile_all(products), strict=True):
-        assert_machine_code(build, facts)
-        values = build.constexprs
-        assert values["HALVES"] == (arch >= 90), facts.label
-        assert values["TAPS"] == (3 if arch == 90 and shape.R == 3 and shape.stride == 1 else 1), facts.label
-        if prologue and arch in MULTIPROCESSORS:
-            wave = MULTIPROCESSORS[arch] * (facts.blocks_per_sm() if shape.R == 3 else 1)
-            assert 0.6 * wave < build.programs <= wave, (facts.label, build.programs, wave)
-        if arch == 90:
-            assert_feeds_wgmma(build, facts)
-
-
-def assert_feeds_wgmma(build, facts) -> None:
-    """The loop leaves the schedulers time, in clocks of the tensor core, which does 2,048 multiply-adds in one; without
-    a prologue both operands come from shared memory where x is a matrix."""
-    prologue = "scale_ptr" not in build.constexprs
-    issue = facts.instructions_per_matrix_step() * 2048 / facts.macs_per_matrix_step()
-    assert issue <= (0.72 if prologue else 0.47), (facts.label, issue)
-    assert operands_are_shared(facts) == (not prologue and build.constexprs["STRIDE"] == 1), facts.label
-    two_at_a_time = build.constexprs["BLOCK_M"] // 4 if build.constexprs["HALVES"] and prologue else 0
-    assert facts.count("HFMA2", ".RELU") == two_at_a_time, facts.label
-
-
-def test_machine_code_of_a_stored_activation():
-    products = [default_builds(90, shape, False)[0] for shape in RESNET_LAYERS if shape.stride == 1]
-    for build, facts in zip(products, compile_all(products), strict=True):
-        assert_machine_code(build, facts)
-        assert_feeds_wgmma(build, facts)
-
-
-def test_machine_code_of_bf16():
-    """Its prologue is in fp32, which takes more registers; this machine cannot call the op, but the tile is fp16's."""
-    products = []
-    for shape in [shape for shape in RESNET_LAYERS if shape.stride == 1]:
-        build = default_builds(90, shape, True)[0]
-        signature = {name: kind.replace("fp16", "bf16") for name, kind in build.signature.items()}
-        assert tiles.default_tile("conv_wgrad", shape, torch.bfloat16, (9, 0)).prologue == "fp32"
-        products.append(
-            dataclasses.replace(build, signature=signature, constexprs=build.constexprs | {"HALVES": False})
-        )
-    for build, facts in zip(products, compile_all(products), strict=True):
-        assert_machine_code(build, facts)
-
-
-@pytest.mark.parametrize("arch", MULTIPROCESSORS)
-def test_the_reduction_fills_the_gpu(arch):
-    """At every layer, and the loads of a pass are under way together."""
-    reductions = [default_builds(arch, shape, True)[1] for shape in RESNET_LAYERS]
-    for build in reductions:
-        assert build.programs >= MULTIPROCESSORS[arch], build.label
-        assert build.programs * build.constexprs["BLOCK"] == build.integers["elements"]
-    for build, facts in zip(reductions, compile_all(reductions), strict=True):
-        assert (facts.error, facts.spill_bytes, facts.local_bytes) == ("", 0, 0), build.label
-        assert sum(facts.loops[-1].get(op, 0) for op in facts.loops[-1] if op.startswith("LDG")) >= 8, build.label

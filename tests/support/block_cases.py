@@ -139,13 +139,17 @@ def check_state_dict(ops, name: str, device) -> None:
     ours.load_state_dict(baseline.state_dict())
 
 
-@pytest.fixture
-def no_overflow_checks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter without its check of every integer addition, a third of its time; the kernels' tests have it."""
-    from triton.runtime import interpreter
+def skip_overflow_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the interpreter without its check of every integer addition, a third of its time; the ops' tests have it."""
+    from triton.runtime import interpreter  # may be absent
 
     options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
     monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+
+
+@pytest.fixture
+def no_overflow_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_overflow_checks(monkeypatch)
 
 
 def prefer_library(monkeypatch: pytest.MonkeyPatch, *ops: str) -> None:

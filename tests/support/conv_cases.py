@@ -95,6 +95,19 @@ def double(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.double() for t in tensors]
 
 
+def in_double(arguments: list) -> list:
+    return [a.double() if isinstance(a, Tensor) else a for a in arguments]
+
+
+def nhwc(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return channels_last(*shape, dtype=dtype, seed=0, device=torch.device("cpu"))
+
+
+def unaligned(n: int, c: int, h: int, w: int) -> Tensor:
+    """An fp16 activation that begins 2 bytes behind a multiple of 16."""
+    return torch.zeros(n * c * h * w + 1, dtype=torch.float16)[1:].view(n, h, w, c).permute(0, 3, 1, 2)
+
+
 def assert_machine_code(build: Build, facts: Facts) -> None:
     """No spills, no local memory, no serialised matrix instructions, no operand overwritten before it is read, TMA from
     sm_90 on, few instructions for an MMA."""

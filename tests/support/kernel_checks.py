@@ -3,16 +3,31 @@
 import importlib.util
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
 _numbers = itertools.count()
+
+
+def mostly_slow(cases: Iterable, *plain: str | int) -> list:
+    """The cases of a parametrisation, marked slow unless their name or their place is among `plain`."""
+    marked = []
+    for place, case in enumerate(cases):
+        if not isinstance(case, ParameterSet):
+            case = pytest.param(*case) if isinstance(case, tuple) else pytest.param(case)
+        name = case.id or case.values[0]
+        if place not in plain and not (isinstance(name, str) and name in plain):
+            case = case._replace(marks=(*case.marks, pytest.mark.slow))
+        marked.append(case)
+    return marked
 
 
 def relative_error(x: Tensor, truth: Tensor) -> float:
@@ -44,8 +59,15 @@ def assert_as_accurate(ours: Tensor, baseline: Tensor, truth: Tensor, name: str 
     assert error <= max(2 * theirs, rounding), line  # False for NaN
 
 
+POISONED_BYTES = 1 << 24
+"""Larger tensors stand for a layer's operands where launches are only recorded, and cost nothing while untouched."""
+
+
 def poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what torch.empty, torch.empty_like and Tensor.new_empty return with NaN (integers: their largest value)."""
+    """Fill what torch.empty, torch.empty_like and Tensor.new_empty return with NaN (integers: their largest value).
+
+    Tensors of more than `POISONED_BYTES` are left as they are.
+    """
 
     # `with torch.device(...)` remembers the factory functions that it first saw: they must be the real ones.
     _device_constructors()
@@ -53,7 +75,7 @@ def poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def poisoned(*args, **kwargs) -> Tensor:
             x = allocate(*args, **kwargs)
-            if type(x) is not Tensor or x.device.type == "meta" or x.dtype == torch.bool:
+            if type(x) is not Tensor or x.device.type == "meta" or x.dtype == torch.bool or x.nbytes > POISONED_BYTES:
                 return x  # fake tensors have no memory
             return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
 
@@ -61,6 +83,26 @@ def poison_fresh_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+class Mutants(NamedTuple):
+    """A table of mutants: `changes` name the text to replace in `module`, or in `kernels`, which `module` launches.
+
+    `check(module, device)` must fail for each. `launch(module)` runs all that must compile; of a convolution,
+    `launch(module, gpu)`, on an A100 and on an H100. `guarded` tables need the interpreter's guard.
+    """
+
+    module: ModuleType
+    changes: dict[str, tuple[str, str]]
+    check: Callable[[ModuleType, torch.device], None]
+    launch: Callable[..., None] | None = None
+    kernels: ModuleType | None = None
+    guarded: bool = True
+
+    def make(self, name: str, folder: Path) -> ModuleType:
+        if self.kernels is None:
+            return mutant(self.module, folder, *self.changes[name])
+        return mutant_kernel(self.module, self.kernels, folder, *self.changes[name])
 
 
 def mutant_kernel(op: ModuleType, kernels: ModuleType, folder: Path, old: str, new: str) -> ModuleType:
