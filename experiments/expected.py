@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from model.config import Config
+from model.config import Config, preset
 from profiling.device.specifications import Machine
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ LIBRARY_BLOCK = (256, 128)
 CONVOLUTIONS = ("fprop", "dgrad", "wgrad")
 LINES_KERNELS = ("conv_fprop_lines_kernel", "conv_dgrad_lines_kernel")
 ROOFS = ("compute", "memory", "L2", "latency")
+STEPS = {"article-256": ("preprocess=on_device",), "fused": ()}
+"""The presets whose steps are predicted, and with which settings: what a GPU does, not the host beside it."""
 
 
 class Launch(NamedTuple):
@@ -229,6 +231,11 @@ def cases(chosen: Iterable[Any], machine: Machine) -> dict[str, Op]:
             cost = case.cost(*operands)  # of the tile that it would take there
         found[case.name] = Op(case.op, case.shape, cost.flops, cost.bytes, builds)
     return found
+
+
+def config_of(name: str) -> Config:
+    """The configuration whose steps are predicted under the name of a preset, as STEPS has them."""
+    return preset(name).with_settings(list(STEPS[name]))
 
 
 def eager_step(config: Config) -> list[Op]:

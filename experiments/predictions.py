@@ -10,20 +10,18 @@ predicted: nothing that they fell back to.
 
 import importlib.util
 import math
-import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from experiments import expected
+from experiments import expected, predictions_held
 from experiments.expected import Compile, Op, Prediction
 from experiments.study.folder import Request
-from model.config import Config
 from model.errors import DataError, RunError, UsageError
 from model.presets import preset
 from profiling import ROOT
 from profiling.device.specifications import MACHINES, Machine
-from profiling.output.files import read_json, read_jsonl, write_json, write_text
+from profiling.output.files import write_json, write_text
 
 if TYPE_CHECKING:
     from model.interrupts import Interrupts
@@ -32,10 +30,6 @@ if TYPE_CHECKING:
 
 OUT = ROOT / "results"
 VERSION = 2
-OF_A_STEP = ("network", "widths", "batch_size", "prep_bn_relu", "pool_first", "ops", "conv", "preprocess")
-"""Of a configuration, what decides how long a step takes."""
-STEPS = {"article-256": ("preprocess=on_device",), "fused": ()}
-"""The presets whose steps are predicted, and with which settings: what a GPU does, not the host beside it."""
 WIDE = "fused, with eight warps where the model prefers them"
 """What tuning may find; the default tiles have four warps."""
 FORMER = (
@@ -66,9 +60,9 @@ def pages(machines: Sequence[Machine], compile_: Compile | None = None, chosen: 
     for machine in machines:
         ops = expected.cases(all_cases() if chosen is None else chosen, machine)
         steps = {
-            "article-256": expected.eager_step(_config("article-256")),
-            "fused": expected.fused_step(_config("fused"), machine),
-            WIDE: expected.fused_step(_config("fused"), machine, expected.wide_tile),
+            "article-256": expected.eager_step(expected.config_of("article-256")),
+            "fused": expected.fused_step(expected.config_of("fused"), machine),
+            WIDE: expected.fused_step(expected.config_of("fused"), machine, expected.wide_tile),
         }
         facts = expected.facts_of([*ops.values(), *(op for step in steps.values() for op in step)], compiled)
         steps[WIDE] = [_better(two, facts, machine) for two in zip(steps["fused"], steps[WIDE], strict=True)]
@@ -102,10 +96,6 @@ def _better(two: tuple[Op, Op], facts: dict[str, "Facts"], machine: Machine) -> 
         )
 
     return min(two, key=us)
-
-
-def _config(name: str) -> Config:
-    return preset(name).with_settings(list(STEPS[name]))
 
 
 def _step(ops: Sequence[Op], facts: dict[str, "Facts"], machine: Machine) -> dict[str, Any]:
@@ -175,111 +165,7 @@ def markdown(document: dict[str, Any]) -> str:
 
 
 def _titled(name: str) -> str:
-    return f"`{name}`" + "".join(f" `{setting}`" for setting in STEPS.get(name, ()))
-
-
-class Held(NamedTuple):
-    """A prediction beside its measurement, microseconds; `ratio` is measured over expected, `n` the measurements.
-
-    Of several measurements it is the median.
-    """
-
-    gpu: str
-    name: str
-    expected_us: float
-    measured_us: float
-    ratio: float
-    n: int
-
-
-def hold(documents: Iterable[dict[str, Any]], folder: Path) -> list[Held]:
-    """What was measured in `folder` beside the predictions for the GPU that measured it.
-
-    Whole steps first, of every complete run below `folder`, then the cases of its bench.jsonl, the largest excess
-    first. A case is our kernels with the L2 cache cold. Raises DataError where nothing was measured on a predicted GPU.
-    """
-    names, held = [], []
-    runs = [(read_json(path), read_json(path.with_name("config.json"))) for path in _runs(folder)]
-    path = folder / "bench.jsonl"
-    timings = read_jsonl(path) if path.exists() else []
-    for document in documents:
-        gpu = document["machine"]["name"]
-        names.append(gpu)
-        for name in STEPS:
-            measured = [
-                1e6 * summary["train_s"] / summary["steps"]
-                for summary, config in runs
-                if summary["status"] == "complete" and _is_step(name, summary, config, document)
-            ]
-            if measured:
-                held.append(_held(gpu, f"a step of {name}", document["steps"][name]["expected_us"], measured))
-        measured = {row["case"]: row["us"]["value"] for row in timings if _is_case(row, document)}
-        cases = [
-            _held(gpu, name, document["cases"][name]["expected_us"], [us])
-            for name, us in measured.items()
-            if name in document["cases"]
-        ]
-        held += sorted(cases, key=lambda one: one.expected_us - one.measured_us)
-    if not held:
-        raise DataError(
-            f"{folder} holds no measurement on {' or '.join(names)}: expected bench.jsonl, or runs of "
-            f"{', '.join(STEPS)}, as `python -m experiments reproduce` writes them there"
-        )
-    return held
-
-
-def _runs(folder: Path) -> list[Path]:
-    """The summary.json of every run in `folder` or below it."""
-    return [path for path in sorted(folder.rglob("summary.json")) if path.with_name("config.json").exists()]
-
-
-def _is_step(name: str, summary: dict[str, Any], config: dict[str, Any], document: dict[str, Any]) -> bool:
-    """Whether a run took the steps that are predicted: no other settings, and nothing that was fallen back to."""
-    asked = _config(name).to_json()
-    ran = (summary["preset"], summary["ops"], summary["dtype"], summary["step"], summary["device"])
-    return ran == (name, asked["ops"], document["dtype"], "captured", document["machine"]["name"]) and all(
-        config[key] == asked[key] for key in OF_A_STEP
-    )
-
-
-def _is_case(row: dict[str, Any], document: dict[str, Any]) -> bool:
-    """Whether a row of a benchmark is a time of our kernels that is predicted, caches cold."""
-    return (
-        row["kind"] == "timing"
-        and (row["provider"], row["mode"], row["dtype"]) == ("ours", "cold", document["dtype"])
-        and row["us"]["value"] is not None
-        and row["machine"].get("gpu") == document["machine"]["name"]
-    )
-
-
-def _held(gpu: str, name: str, expected_us: float, measured: Sequence[float]) -> Held:
-    us = statistics.median(measured)
-    return Held(gpu, name, expected_us, us, us / expected_us, len(measured))
-
-
-def sentences(held: Sequence[Held]) -> list[str]:
-    """What the comparison says."""
-    said = [
-        f"{one.name} on {one.gpu} was expected to take {one.expected_us:,.0f} us and took {one.measured_us:,.0f}, "
-        f"{one.ratio:.2f} times as long (n = {one.n})."
-        for one in held
-        if one.name.startswith("a step of ")
-    ]
-    for gpu in dict.fromkeys(one.gpu for one in held):
-        kernels = [one for one in held if one.gpu == gpu and not one.name.startswith("a step of ")]
-        if not kernels:
-            continue
-        ratios = sorted(one.ratio for one in kernels)
-        said.append(
-            f"Of {len(kernels)} cases on {gpu} the median took {ratios[len(ratios) // 2]:.2f} times what was expected, "
-            f"from {ratios[0]:.2f} to {ratios[-1]:.2f}; furthest above: "
-            + ", ".join(f"{one.name} by {one.measured_us - one.expected_us:,.0f} us" for one in kernels[:3])
-            + "."
-        )
-        too_fast = [one.name for one in kernels if one.ratio < 1]
-        if too_fast:
-            said.append(f"Faster than expected, so that the model is wrong there: {', '.join(too_fast)}.")
-    return said
+    return f"`{name}`" + "".join(f" `{setting}`" for setting in expected.STEPS.get(name, ()))
 
 
 def check(request: Request, gpu: str | None = None, against: Path | None = None, out: Path | None = None) -> None:
@@ -312,7 +198,9 @@ def run(
     """
     out = out or OUT
     try:
-        return _predict(terminal, _machines(gpu), out) if against is None else _hold(terminal, against, out)
+        if against is None:
+            return _predict(terminal, _machines(gpu), out)
+        return predictions_held.hold_all(terminal, _found(out), against)
     except OSError as error:
         raise RunError(f"{out if against is None else against}: {error}") from None
 
@@ -356,21 +244,3 @@ def _predict(terminal: "Terminal", machines: Sequence[Machine], out: Path) -> di
         terminal.table(title, ["step", "kernels", "floor, us", "expected, us"], rows)
         terminal.say(f"{len(document['cases'])} cases and {len(rows)} steps written to {path.with_suffix('.md')}")
     return {one.short: document for one, document in zip(machines, documents, strict=True)}
-
-
-def _hold(terminal: "Terminal", folder: Path, out: Path) -> dict[str, Any]:
-    try:
-        held = hold([read_json(path) for path in _found(out)], folder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{folder} or {out} is damaged: {error}; make the predictions or the measurement anew"
-        ) from None
-    document = {"version": VERSION, "held": [one._asdict() for one in held], "sentences": sentences(held)}
-    write_json(folder / "predictions-held.json", document)
-    rows = [
-        [one.gpu, one.name, f"{one.expected_us:,.1f}", f"{one.measured_us:,.1f}", f"{one.ratio:.2f}"] for one in held
-    ]
-    terminal.table("expected (modelled) and measured, us", ["", "", "expected", "measured", "ratio"], rows)
-    for sentence in document["sentences"]:
-        terminal.say(sentence)
-    return document

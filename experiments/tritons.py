@@ -9,6 +9,7 @@ is run in its interpreter and held against the reference. Rows are on the disk a
 ended goes on there, and what was made of other kernels is made anew.
 """
 
+import ast
 import datetime
 import hashlib
 import importlib.util
@@ -116,12 +117,29 @@ def run(
 
 def fingerprint() -> str:
     """Of all that decides what a kernel compiles to and what is said of it. What is launched is in the rows' keys."""
-    files = [*(ROOT / "kernels").glob("*.py"), Path(__file__)]
+    files = [*(ROOT / "kernels").glob("*.py"), Path(__file__), ROOT / "profiling" / "device" / "specifications.py"]
     files += [ROOT / "profiling" / "bench" / f"{name}.py" for name in ("ahead_of_time", "machine_code")]
     digest = hashlib.sha256()
     for path in sorted(files):
-        digest.update(path.name.encode() + path.read_bytes())
+        digest.update(f"{path.name}\n{code(path.read_text())}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def code(source: str) -> str:
+    """What Python reads in a module's source: the tree without comments, layout, and strings that stand alone, as
+    docstrings do. Words may change, then; empty fields are left out, since Python's versions differ in them."""
+
+    def tree(node: Any) -> Any:
+        if isinstance(node, ast.AST):
+            fields = [(name, tree(value)) for name, value in ast.iter_fields(node) if value is not None and value != []]
+            return type(node).__name__, fields
+        return [tree(one) for one in node if not _stands_alone(one)] if isinstance(node, list) else node
+
+    return repr(tree(ast.parse(source)))
+
+
+def _stands_alone(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def recorded(arch: int) -> list[Named]:

@@ -13,6 +13,7 @@ BLOCK_M, BLOCK_N and BLOCK_K cut NPQ, K and C for fprop; NPQ, C and K for dgrad;
 
 import functools
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -235,12 +236,10 @@ def load(path: Path = PATH) -> tuple[Entry, ...]:
     return entries
 
 
-def dump(entries: tuple[Entry, ...], path: Path = PATH) -> None:
-    """Write `entries`, sorted by their key, as the table; `load` reads the same entries back."""
+def document(entries: Iterable[Entry]) -> dict[str, object]:
+    """The table of `entries`, sorted by their key, as JSON; `load` reads the same entries back."""
     records = [entry._asdict() | {"tile": asdict(entry.tile)} for entry in sorted(entries, key=lambda entry: entry[:4])]
-    whole = path.with_name(f".tmp-{path.name}")
-    whole.write_text(json.dumps({"schema": SCHEMA, "entries": records}, indent=2) + "\n")
-    whole.replace(path)  # whoever reads meanwhile, or after a kill, finds the old table or the new one
+    return {"schema": SCHEMA, "entries": records}
 
 
 @functools.cache

@@ -20,37 +20,17 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from profiling import ROOT
 from profiling.bench import machine_code
+from profiling.device.specifications import LIMITS, MATRIX_INSTRUCTION, REGISTERS, RESERVED_SHARED_BYTES
 
 if TYPE_CHECKING:
     from triton.compiler.compiler import ASTSource
 
     from kernels.tiles import Gpu, Tile
 
-
-class Limits(NamedTuple):
-    """What the resident blocks of one multiprocessor share: warps, blocks, bytes of shared memory, tensor-memory
-    columns (0 where there is no such memory); and the bytes of shared memory that one block may use."""
-
-    warps: int
-    blocks: int
-    shared_bytes: int
-    tensor_columns: int
-    block_shared_bytes: int
-
-
-LIMITS = {
-    80: Limits(64, 32, 164 * 1024, 0, 163 * 1024),
-    90: Limits(64, 32, 228 * 1024, 0, 227 * 1024),
-    100: Limits(64, 32, 228 * 1024, 512, 227 * 1024),
-}
-"""By architecture, from the table of technical specifications in NVIDIA's CUDA C++ Programming Guide."""
-REGISTERS = 64 * 1024  # 32-bit registers of a multiprocessor; a warp gets them in units of 256
-RESERVED_SHARED_BYTES = 1024  # that the system takes of each block's share
-MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 _TYPES = {
     "torch.float16": "fp16",

@@ -7,6 +7,7 @@ module, run as a program, is such a process: checks come in on stdin, and a row 
 """
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -17,17 +18,21 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from kernels import tiles
+from kernels import jit, tiles
 from kernels.conv_shape import parse
 from profiling import ROOT
-from profiling.bench import cases, gate
-from profiling.bench.case import Case
+from profiling.bench import cases
+from profiling.bench.case import Case, verified
 from profiling.bench.measure import BATCH, QUICK_CPU_BATCH, lost
 from profiling.bench.timing import first_line
+from profiling.output.errors import NoDeviceError
+from profiling.output.files import append_jsonl
+from profiling.output.terminal import Terminal
 
 SCHEMA = 1
 RIGHT, WRONG, FAILED, UNKNOWN = "right", "wrong", "failed", "unknown"
@@ -45,6 +50,59 @@ class Check(NamedTuple):
 
     case: str
     images: int
+
+
+class How(NamedTuple):
+    """`jobs` processes at a time, one being this process itself, without a limit of time; `images` and `limit_s` are
+    those of every check; `out` is a file to append rows to. None is the default for this device, or no file."""
+
+    jobs: int | None = None
+    images: int | None = None
+    limit_s: float | None = None
+    out: Path | None = None
+
+
+def run(chosen: Sequence[Case], dtype: torch.dtype, how: How, terminal: Terminal) -> int:
+    """`python -m profiling bench --check`: check every case, with a line and a row a check, at once.
+
+    Returns the exit code, 1 unless all were found right. Raises NoDeviceError where the kernels cannot run;
+    KeyboardInterrupt and SystemExit after the verdict on what there is; OSError where a row cannot be kept.
+    """
+    device = _device()
+    reason = jit.unavailable(device)
+    if reason:
+        raise NoDeviceError(f"--check runs the kernels: {reason}")
+    known = {case.name: case for case in chosen}
+    groups = planned(chosen, images_on(device) if how.images is None else (how.images,))
+    total, found = sum(map(len, groups)), collections.Counter()
+
+    def report(row: dict[str, Any]) -> None:
+        found[row["status"]] += 1
+        if how.out is not None:
+            append_jsonl(how.out, row)
+        said = row["status"] if row["error"] is None else f"{row['status']}: {row['error']}"
+        tile = f"  ({tiles.Tile(**row['tile'])})" if row["error"] and row["tile"] else ""
+        terminal.say(f"{row['case']:<50} {row['batch']:>4} images  {said}{tile}")
+
+    def failure(one: Check, status: str, error: str) -> dict[str, Any]:
+        return row(one, known, device, dtype, status, error)
+
+    try:
+        if how.jobs == 1:
+            for one in one_after_another(groups, known, device, dtype):
+                report(one)
+        else:
+            command = [sys.executable, "-m", "profiling.bench.checks", str(dtype).removeprefix("torch.")]
+            limit_s = LIMIT_S[device.type] if how.limit_s is None else how.limit_s
+            Pool(command, how.jobs or slots(device), limit_s, report, failure).run(groups)
+    finally:
+        words = ", ".join(f"{found[status]} {status}" for status in (RIGHT, WRONG, FAILED, UNKNOWN))
+        terminal.say(f"{found.total()} of {total} checks of {len(chosen)} cases on {device}: {words}")
+    return 0 if found[RIGHT] == total else 1
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def planned(chosen: Sequence[Case], images: Sequence[int]) -> list[list[Check]]:
@@ -73,7 +131,7 @@ def check(one: Check, known: dict[str, Case], device: torch.device, dtype: torch
     case = known[one.case]
     judge = torch.device("cpu") if one.images <= QUICK_CPU_BATCH else device
     try:
-        error = gate.verified(case, device, dtype, one.images, judge)
+        error = verified(case, device, dtype, one.images, judge)
         status = WRONG if error else RIGHT
     except Exception as raised:  # whatever a compiler or a launch raises is the finding
         status, error = FAILED, first_line(raised)
@@ -205,17 +263,11 @@ def _end(code: int, words: Any) -> str:
     return f"{how}: {last.strip()[:200]}" if last else how
 
 
-def worker(dtype: str) -> list[str]:
-    """The command of a process that checks in that dtype."""
-    return [sys.executable, "-m", "profiling.bench.checks", dtype]
-
-
 def _work(dtype: torch.dtype) -> None:
     """Check what stdin asks for, until the device is lost to this process."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a compiler prints is no answer
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    known = {case.name: case for case in cases.cases()}
+    device, known = _device(), {case.name: case for case in cases.cases()}
     for one in itertools.starmap(Check, json.load(sys.stdin)):
         found = check(one, known, device, dtype)
         down = found["status"] == FAILED and lost(device)

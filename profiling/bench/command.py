@@ -70,11 +70,11 @@ def run(request: Request, terminal: "Terminal") -> int:
     chosen = _chosen(cases.cases(), request)
     dtype = getattr(torch, request.dtype)
     if request.check:
-        from profiling.bench import check_command
+        from profiling.bench import checks
 
-        how = check_command.How(request.jobs, request.images, request.limit_s, request.out)
+        how = checks.How(request.jobs, request.images, request.limit_s, request.out)
         with _disk_errors(request.out):
-            return check_command.run(chosen, dtype, how, terminal)
+            return checks.run(chosen, dtype, how, terminal)
     return _tune(request, chosen, dtype, terminal) if request.tune else _bench(request, chosen, dtype, terminal)
 
 
@@ -252,8 +252,7 @@ def _tune(request: Request, chosen: list["Case"], dtype: "torch.dtype", terminal
     from kernels import jit, tiles
     from kernels.conv_shape import parse
     from profiling.bench.measure import setup
-    from profiling.bench.precompile import Precompiler
-    from profiling.bench.tuning import CudaBackend, changed, refreshed, tune
+    from profiling.bench.tuning import CudaBackend, Precompiler, changed, keep, refreshed, tune
 
     reason = jit.unavailable(torch.device("cuda", torch.cuda.current_device()))
     if reason:
@@ -275,7 +274,7 @@ def _tune(request: Request, chosen: list["Case"], dtype: "torch.dtype", terminal
             dtype,
             triton.__version__,
             terminal.say,
-            lambda measured: tiles.dump(refreshed(before, measured)),
+            lambda measured: keep(refreshed(before, measured)),
         )
     finally:
         ahead.close()

@@ -1,16 +1,19 @@
 """What the machine code of a case's kernels says: compiled for any architecture, or as the runtime here holds it."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from kernels import tiles
 from kernels.tiles import Gpu
-from profiling.bench import loaded_kernels
+from profiling.bench import machine_code
 from profiling.bench.ahead_of_time import Build, Facts, compile_all, launches, unique
 from profiling.bench.case import Case, OperandFactory
 from profiling.bench.measure import BATCH, Setup
+from profiling.device.specifications import CAPABILITY
 from profiling.output.numbers import MEASURED, UNAVAILABLE
 
 DEFAULT_GPUS = (Gpu("sm_80", (8, 0)), Gpu("sm_90", (9, 0)), Gpu("sm_100", (10, 0)))
@@ -65,17 +68,16 @@ def loaded_facts(case: Case, setup: Setup) -> list[KernelFacts]:
     It is launched once more, and nothing is compiled.
     """
     gpu = tiles.gpu_of(setup.device)
-    with torch.no_grad(), loaded_kernels.launched() as kernels:
+    with torch.no_grad(), launched() as kernels:
         case.ours(*case.operands(OperandFactory(setup.batch, setup.device, setup.dtype)))
     different = {kernel.hash: kernel for kernel in kernels}.values()
-    return [_row(case, gpu, setup.dtype, kernel.name, loaded_kernels.facts(kernel)) for kernel in different]
+    return [_row(case, gpu, setup.dtype, kernel.name, loaded(kernel)) for kernel in different]
 
 
 def table_gpus() -> tuple[Gpu, ...]:
     """The GPUs that the table of tiles has measured, whose architecture is known by name."""
-    capability = {"NVIDIA A100": (8, 0), "NVIDIA H100": (9, 0), "NVIDIA H200": (9, 0), "NVIDIA B200": (10, 0)}
     names = dict.fromkeys(entry.gpu for entry in tiles.load())
-    found = ((name, next((c for known, c in capability.items() if name.startswith(known)), None)) for name in names)
+    found = ((name, next((c for known, c in CAPABILITY.items() if name.startswith(known)), None)) for name in names)
     return tuple(Gpu(name, c) for name, c in found if c is not None)
 
 
@@ -102,4 +104,46 @@ def _row(case: Case, gpu: Gpu, dtype: torch.dtype, kernel: str, facts: Facts) ->
         facts.blocks_per_sm(),
         facts.instructions_per_matrix_step(),
         tuple(facts.notes),
+    )
+
+
+@contextlib.contextmanager
+def launched() -> Iterator[list[Any]]:
+    """The kernels launched in the context, as `triton.compiler.CompiledKernel`; none under the interpreter."""
+    from triton.runtime.jit import JITFunction
+
+    run, kernels = JITFunction.run, []
+
+    def record(self, *args, **kwargs):
+        kernel = run(self, *args, **kwargs)
+        kernels.append(kernel)
+        return kernel
+
+    JITFunction.run = record
+    try:
+        yield kernels
+    finally:
+        JITFunction.run = run
+
+
+def local_bytes(kernel: Any) -> int:
+    """Bytes of local memory of each thread, which is where the compiler spills registers; Triton counts words."""
+    return 4 * kernel.n_spills
+
+
+def loaded(kernel: Any) -> Facts:
+    """The facts of a launched kernel, from the driver and its machine code. How much of the local memory is spills, and
+    what ptxas remarked, only a compilation would tell."""
+    sass = machine_code.read(kernel.asm["cubin"])
+    return Facts(
+        label=kernel.name,
+        arch=kernel.metadata.target.arch,
+        registers=kernel.n_regs,
+        spill_bytes=None,
+        local_bytes=local_bytes(kernel),
+        shared_bytes=kernel.metadata.shared,
+        warps=kernel.metadata.num_warps,
+        tensor_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
+        sass=sass.counts,
+        loops=sass.loops,
     )

@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from kernels import jit
 from kernels.cost import Cost
-from profiling.bench.case import Case, OperandFactory, tensors
-from profiling.bench.gate import Correctness
+from profiling.bench.case import Case, Correctness, OperandFactory, tensors
 from profiling.bench.timing import QUICK, CpuTimer, CudaTimer, Plan, Samples, first_line, interleave, summarise, verdict
 from profiling.device import nvml
 from profiling.output.numbers import Number, measured, modelled, unavailable

@@ -6,8 +6,14 @@ are timed beside the library's convolution with our batch-norm kernels around it
 pure functions; the GPU is behind `Backend`.
 """
 
+import concurrent.futures
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,13 +23,12 @@ from kernels.conv_shape import ConvShape
 from kernels.jit import nothing_launched
 from kernels.tiles import Entry, Gpu, Tile
 from profiling.bench.candidates import candidates
-from profiling.bench.case import Case, OperandFactory, tensors
+from profiling.bench.case import Case, Correctness, OperandFactory, tensors
 from profiling.bench.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
-from profiling.bench.gate import Correctness
-from profiling.bench.loaded_kernels import launched, local_bytes
+from profiling.bench.kernel_facts import launched, local_bytes
 from profiling.bench.measure import Setup, lost, searching
-from profiling.bench.precompile import Precompiler
 from profiling.bench.timing import QUICK, Samples, first_line, interleave, summarise
+from profiling.output.files import write_json
 
 FINALISTS = 3
 LIBRARY = "library"
@@ -116,6 +121,11 @@ def refreshed(entries: Sequence[Entry], measured: Sequence[Entry]) -> tuple[Entr
     return tuple(({entry[:4]: entry for entry in entries} | {entry[:4]: entry for entry in measured}).values())
 
 
+def keep(entries: Sequence[Entry], path: Path = tiles.PATH) -> None:
+    """Write `entries` as the table, whole or not at all; `tiles.load` reads them back. Raises OSError."""
+    write_json(path, tiles.document(entries))
+
+
 def changed(entries: Sequence[Entry], measured: Sequence[Entry]) -> list[str]:
     """What is new or different in `measured`, a line each; times alone are no difference."""
     before = {entry[:4]: entry for entry in entries}
@@ -183,6 +193,42 @@ def _problem(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> Problem
         variant = ""  # a projection's gradient is masked where it joins that of the block's first convolution
     tried = tuple(candidates(op, shape, dtype, gpu))
     return Problem(op, shape, variant, tried, tiles.tile(op, shape, dtype, gpu))
+
+
+MOST_PROCESSES = 8
+"""Of a precompiler: each holds a CUDA context."""
+
+
+class Precompiler:
+    """Compiles candidates in other processes, as many as half of the cores: on a cold cache it takes most of the time.
+
+    The process that times finds the code in Triton's cache on the disk. A candidate that does not compile is found
+    again, and named, there. Without a second process all is left to the caller.
+    """
+
+    def __init__(self, processes: int | None = None):
+        processes = min(MOST_PROCESSES, (os.cpu_count() or 1) // 2) if processes is None else processes
+        self._pool = None
+        if processes > 1:
+            spawn = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+            interrupts_are_the_callers = signal.signal, (signal.SIGINT, signal.SIG_IGN)
+            self._pool = concurrent.futures.ProcessPoolExecutor(processes, spawn, *interrupts_are_the_callers)
+        self._futures: dict[Hashable, list[concurrent.futures.Future]] = {}
+
+    def submit(self, key: Hashable, function: Callable[..., None], *arguments: object) -> None:
+        """Let a process call `function`, which it imports by its name; in the order of submission."""
+        if self._pool is not None:
+            with contextlib.suppress(BrokenProcessPool, RuntimeError):
+                self._futures.setdefault(key, []).append(self._pool.submit(function, *arguments))
+
+    def wait(self, key: Hashable) -> None:
+        """Until all that was submitted under `key` has ended, well or badly."""
+        concurrent.futures.wait(self._futures.pop(key, ()))
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class CudaBackend:

@@ -224,3 +224,30 @@ def machine(gpu_name: str) -> Machine | None:
     """What predictions assume of the GPU that the driver calls `gpu_name`; None where none are made for it."""
     sheet = specification(gpu_name)
     return next((one for one in MACHINES if sheet is not None and specification(one.name) == sheet), None)
+
+
+class Limits(NamedTuple):
+    """What the resident blocks of one multiprocessor share: warps, blocks, bytes of shared memory, tensor-memory
+    columns (0 where there is no such memory); and the bytes of shared memory that one block may use."""
+
+    warps: int
+    blocks: int
+    shared_bytes: int
+    tensor_columns: int
+    block_shared_bytes: int
+
+
+LIMITS = {
+    80: Limits(64, 32, 164 * 1024, 0, 163 * 1024),
+    90: Limits(64, 32, 228 * 1024, 0, 227 * 1024),
+    100: Limits(64, 32, 228 * 1024, 512, 227 * 1024),
+}
+"""By architecture, from the table of technical specifications in NVIDIA's CUDA C++ Programming Guide."""
+REGISTERS = 64 * 1024
+"""32-bit registers of a multiprocessor; a warp gets them in units of 256 (the same table)."""
+RESERVED_SHARED_BYTES = 1024
+"""Of each block's share of shared memory, what the system takes (the same guide)."""
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+"""By architecture, how the mnemonic of its tensor cores' fp16 product begins."""
+CAPABILITY = {"NVIDIA A100": (8, 0), "NVIDIA H100": (9, 0), "NVIDIA H200": (9, 0), "NVIDIA B200": (10, 0)}
+"""Compute capability, by how the driver's name of the GPU begins."""

@@ -3,7 +3,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from experiments import predictions
+from experiments import expected, predictions, predictions_held
 from experiments.__main__ import app
 from model.errors import DataError
 from model.presets import preset
@@ -22,8 +22,8 @@ def documents() -> list[dict]:
     """Pages of an H100 and an H200 on which the compiler says next to nothing, of steps on few images."""
     chosen = [case for case in cases.cases() if case.op in ("bn_finalize", "bn_apply")]
     with pytest.MonkeyPatch.context() as patched:
-        few = {name: (*settings, "batch_size=128") for name, settings in predictions.STEPS.items()}
-        patched.setattr(predictions, "STEPS", few)
+        few = {name: (*settings, "batch_size=128") for name, settings in expected.STEPS.items()}
+        patched.setattr(expected, "STEPS", few)
         return predictions.pages((H100, H200), facts_of, chosen)
 
 
@@ -33,7 +33,7 @@ def document(documents) -> dict:
 
 
 def test_machines_of_one_architecture_are_compiled_for_once(monkeypatch):
-    monkeypatch.setattr(predictions.expected, "fused_step", lambda *operands: [])
+    monkeypatch.setattr(expected, "fused_step", lambda *operands: [])
     compiled = []
 
     def compile_(builds):
@@ -72,20 +72,13 @@ def test_a_step_is_given_with_what_each_assumption_adds(documents):
 
 
 def timing(case: str, us: float | None, gpu: str = "NVIDIA H200", mode: str = "cold", provider: str = "ours") -> dict:
-    return {
-        "kind": "timing",
-        "case": case,
-        "provider": provider,
-        "mode": mode,
-        "dtype": "float16",
-        "us": {"value": us},
-        "machine": {"gpu": gpu},
-    }
+    about = {"kind": "timing", "case": case, "provider": provider, "mode": mode, "dtype": "float16"}
+    return about | {"us": {"value": us}, "machine": {"gpu": gpu}}
 
 
 def run_of(folder, name: str, step_us: float, settings: tuple[str, ...] = (), **changes) -> None:
     folder.mkdir(parents=True)
-    config = preset(name).with_settings([*predictions.STEPS.get(name, ())]).with_settings([*settings])
+    config = preset(name).with_settings([*expected.STEPS.get(name, ())]).with_settings([*settings])
     run = {"status": "complete", "preset": name, "device": "NVIDIA H200", "steps": 1000}
     run |= {"ops": config.ops, "dtype": "float16", "step": "captured"}
     write_json(folder / "config.json", config.to_json())
@@ -106,11 +99,11 @@ def test_measurements_are_held_against_what_was_expected(document, tmp_path):
         {"kind": "facts"},
     ):
         append_jsonl(tmp_path / "bench.jsonl", row)
-    step, *kernels = predictions.hold([document], tmp_path)
+    step, *kernels = predictions_held.hold([document], tmp_path)
     assert (step.name, step.ratio) == ("a step of fused", pytest.approx(2))
     assert [one.name for one in kernels] == [apply, finalize]
     assert [one.ratio for one in kernels] == [pytest.approx(3), pytest.approx(0.5)]
-    first, second, third = predictions.sentences([step, *kernels])
+    first, second, third = predictions_held.sentences([step, *kernels])
     assert "2.00 times as long (n = 1)" in first
     assert "from 0.50 to 3.00" in second
     assert third.endswith(f"wrong there: {finalize}.")
@@ -122,7 +115,7 @@ def test_each_measurement_is_held_against_the_page_of_its_own_gpu(documents, tmp
         run_of(tmp_path / "numbers" / f"run-{i}", "fused", us)
     run_of(tmp_path / "smoke" / "article", "article-256", 7000, device=H100.name)
     append_jsonl(tmp_path / "bench.jsonl", timing("bn_apply 64x32x32", 50.0, gpu=H100.name))
-    held = predictions.hold(documents, tmp_path)
+    held = predictions_held.hold(documents, tmp_path)
     known = [(one.gpu, one.name, one.measured_us, one.n) for one in held]
     assert known == [
         (H100.name, "a step of article-256", 7000, 1),
@@ -134,36 +127,28 @@ def test_each_measurement_is_held_against_the_page_of_its_own_gpu(documents, tmp
         assert one.expected_us == table[one.name.removeprefix("a step of ")]["expected_us"]
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda folder: None,
-        lambda folder: append_jsonl(folder / "bench.jsonl", timing("bn_apply 64x32x32", 1.0, gpu="NVIDIA A100")),
-        lambda folder: append_jsonl(folder / "bench.jsonl", timing("bn_apply 64x32x32", None)),
-        lambda folder: run_of(folder / "profiled", "laptop", 1.0),
-        lambda folder: run_of(folder / "profiled", "fused", 1.0, device="AMD EPYC"),
-        lambda folder: run_of(folder / "profiled", "fused", 1.0, status="interrupted"),
-        lambda folder: run_of(folder / "profiled", "fused", 1.0, ops="reference"),
-        lambda folder: run_of(folder / "profiled", "fused", 1.0, step="eager"),
-        lambda folder: run_of(folder / "profiled", "fused", 1.0, dtype="bfloat16"),
-        lambda folder: run_of(folder / "profiled", "fused", 1.0, ("batch_size=128",)),
-        lambda folder: run_of(folder / "profiled", "article-256", 1.0, ("preprocess=once",)),
-    ],
-    ids=[
-        *("nothing", "another_gpu", "unavailable", "another_preset", "a_cpu", "interrupted"),
-        *(
-            "fell_back_to_other_ops",
-            "fell_back_to_eager_steps",
-            "another_dtype",
-            "another_batch",
-            "batches_of_the_host",
-        ),
-    ],
-)
-def test_what_says_nothing_about_the_predicted_machine_is_refused(document, tmp_path, make):
-    make(tmp_path)
+NOTHING = {
+    "another_gpu": timing("bn_apply 64x32x32", 1.0, gpu="NVIDIA A100"),
+    "unavailable": timing("bn_apply 64x32x32", None),
+    "another_preset": {"name": "laptop"},
+    "a_cpu": {"device": "AMD EPYC"},
+    "interrupted": {"status": "interrupted"},
+    "fell_back_to_other_ops": {"ops": "reference"},
+    "fell_back_to_eager_steps": {"step": "eager"},
+    "another_dtype": {"dtype": "bfloat16"},
+    "another_batch": {"settings": ("batch_size=128",)},
+    "batches_of_the_host": {"name": "article-256", "settings": ("preprocess=once",)},
+}
+
+
+@pytest.mark.parametrize("measured", [None, *NOTHING.values()], ids=["nothing", *NOTHING])
+def test_measurements_of_anything_else_are_refused(document, tmp_path, measured):
+    if measured and "kind" in measured:
+        append_jsonl(tmp_path / "bench.jsonl", measured)
+    elif measured:
+        run_of(tmp_path / "profiled", **{"name": "fused", "step_us": 1.0} | measured)
     with pytest.raises(DataError, match="holds no measurement on NVIDIA H200"):
-        predictions.hold([document], tmp_path)
+        predictions_held.hold([document], tmp_path)
 
 
 def invoke(*arguments):

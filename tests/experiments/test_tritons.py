@@ -156,6 +156,46 @@ def test_every_layer_of_both_networks_is_compiled():
     assert {"augment", "optimiser", "bn_stats", "bn_finalize", "bn_coefficients"} <= {op for op, _ in found}
 
 
+SOURCE = '''"""Words."""
+LIMIT = 1
+"""Of something."""
+
+def f(x):
+    """Does it."""
+    return x + LIMIT  # why
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("Words.", "Other words.", True),
+        ('    """Does it."""\n', "", True),
+        ("  # why", "", True),
+        ("return x + LIMIT", "return (x +\n            LIMIT)", True),
+        ("LIMIT = 1", "LIMIT = 2", False),
+        ("x + LIMIT", "x - LIMIT", False),
+        ("def f(x)", "def f(x=0)", False),
+    ],
+)
+def test_words_do_not_change_the_fingerprint(tmp_path, monkeypatch, old, new, same):
+    """Of the kernels' files and of those that read their machine code; names of files count."""
+    monkeypatch.setattr(tritons, "ROOT", tmp_path)
+    for name in ("kernels/k", "profiling/bench/ahead_of_time", "profiling/bench/machine_code"):
+        file = tmp_path / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(SOURCE)
+    (tmp_path / "profiling" / "device").mkdir()
+    (tmp_path / "profiling" / "device" / "specifications.py").write_text(SOURCE)
+    for path in tmp_path.rglob("*.py"):
+        before = tritons.fingerprint()
+        path.write_text(SOURCE.replace(old, new))
+        assert (tritons.fingerprint() == before) == same, path
+    before = tritons.fingerprint()
+    (tmp_path / "kernels" / "k.py").rename(tmp_path / "kernels" / "renamed.py")
+    assert tritons.fingerprint() != before
+
+
 CONVOLUTION = Build("", "k", {}, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "DESCRIPTORS": True})
 GOOD = {"sass": {"HGMMA.64x64x16.F32": 4, "UTMALDG.4D": 2}, "warps": 4}
 

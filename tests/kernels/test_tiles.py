@@ -8,12 +8,16 @@ import torch
 
 from kernels import tiles
 from kernels.conv_shape import RESNET9_LAYERS, RESNET_LAYERS, ConvShape
-from kernels.tiles import OPS, Entry, Gpu, Tile, default_tile, dump, load, prefers_library, tile
+from kernels.tiles import OPS, Entry, Gpu, Tile, default_tile, document, load, prefers_library, tile
 
 SHAPE = ConvShape(64, 128, 32, 32, stride=2)
 H200 = Gpu("NVIDIA H200", (9, 0))
 MEASURED = Tile(256, 64, 64, 8, 4, descriptors=True)
 ENTRY = Entry("NVIDIA H200", "conv_fprop", str(SHAPE), "float16", "3.6.0", 41.5, 44.0, MEASURED)
+
+
+def dump(entries, path):
+    path.write_text(json.dumps(document(entries)))
 
 
 @pytest.fixture

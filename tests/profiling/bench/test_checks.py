@@ -1,10 +1,11 @@
-"""Processes that check, by a script that does what its checks are called; real ones are in test_bench_command."""
+"""Processes that check, by a script that does what its checks are called; real ones are in test_command."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from profiling.bench import checks
 from profiling.bench.cases import cases
 from profiling.bench.checks import Check, Pool
 
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 WORKER = """
 import json, os, sys, time
 for case, images in json.load(sys.stdin):
@@ -29,50 +31,36 @@ for case, images in json.load(sys.stdin):
 """
 
 
-def results(*groups: list[str], limit_s: float = 60.0, slots: int = 2) -> list:
-    """What is reported of the checks so called, at two images: [name, 2, process] or (name, status, error)."""
+def results(*groups: list[str], limit_s: float = 60.0) -> tuple[dict[str, int], list[tuple[str, str, str]]]:
+    """({check: process} of those that answered, (check, status, error) of the others) of two processes at a time."""
     found = []
-
-    def failure(check, status, error):
-        return check.case, status, error
-
-    pool = Pool([sys.executable, "-c", WORKER], slots, limit_s, found.append, failure)
+    pool = Pool([sys.executable, "-c", WORKER], 2, limit_s, found.append, lambda one, *more: (one.case, *more))
     pool.run([[Check(name, 2) for name in group] for group in groups])
-    return found
-
-
-def test_a_group_has_one_process_and_each_group_its_own():
-    found = results(["a", "b"], ["c"])
-    assert sorted(name for name, *_ in found) == ["a", "b", "c"]
-    process = {name: pid for name, _, pid in found}
-    assert process["a"] == process["b"] != process["c"]
+    return {row[0]: row[2] for row in found if isinstance(row, list)}, [row for row in found if isinstance(row, tuple)]
 
 
 def test_a_process_that_dies_costs_the_check_it_died_in():
-    """Those behind it have another; the other group knows nothing of it."""
-    found = results(["a", "dies", "b"], ["c"])
-    assert ("dies", "failed", "the process ended with SIGSEGV: a library complains") in found
-    process = {row[0]: row[2] for row in found if isinstance(row, list)}
-    assert set(process) == {"a", "b", "c"}
-    assert process["a"] != process["b"]
+    """The checks behind it have another process; the other group has its own."""
+    process, blamed = results(["a", "b", "dies", "c"], ["d"])
+    assert blamed == [("dies", "failed", "the process ended with SIGSEGV: a library complains")]
+    assert process["a"] == process["b"]
+    assert len({process[name] for name in "acd"}) == 3
 
 
-def test_a_device_that_is_lost_costs_the_check_that_lost_it():
-    process = {name: pid for name, _, pid in results(["a", "loses", "b"])}
-    assert set(process) == {"a", "loses", "b"}
+def test_a_lost_device_ends_its_process_and_blames_none():
+    process, blamed = results(["a", "loses", "b"])
+    assert (set(process), blamed) == ({"a", "loses", "b"}, [])
     assert process["a"] == process["loses"] != process["b"]
 
 
 def test_a_check_that_hangs_is_ended_and_ends_its_group_alone():
-    found = results(["a", "hangs", "b"], ["c"], limit_s=3.0)
-    assert [row for row in found if isinstance(row, tuple)] == [
-        ("hangs", "failed", "no result within 3 s"),
-        ("b", "unknown", "not begun: a check of this op before it hung"),
-    ]
-    assert {row[0] for row in found if isinstance(row, list)} == {"a", "c"}
+    process, blamed = results(["a", "hangs", "b"], ["c"], limit_s=3.0)
+    unknown = ("b", "unknown", "not begun: a check of this op before it hung")
+    assert blamed == [("hangs", "failed", "no result within 3 s"), unknown]
+    assert set(process) == {"a", "c"}
 
 
-def test_a_disk_that_is_full_is_its_own_error():
+def test_a_full_disk_is_its_own_error():
     def full(row):
         raise OSError(28, "No space left on device")
 
@@ -82,7 +70,6 @@ def test_a_disk_that_is_full_is_its_own_error():
 
 INTERRUPTED = """
 import signal, sys
-from pathlib import Path
 from profiling.bench.checks import Check, Pool
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 worker, groups = sys.argv[1], [[Check("a", 2), Check("hangs", 2)], [Check("hangs", 2)]]
@@ -94,7 +81,10 @@ Pool([sys.executable, "-c", worker], 2, 600.0, report, lambda *row: [row, row, "
 
 @pytest.mark.parametrize(
     ("number", "code", "to"),
-    [(signal.SIGINT, -signal.SIGINT, os.kill), (signal.SIGTERM, 143, os.killpg)],
+    [
+        pytest.param(signal.SIGINT, -signal.SIGINT, os.kill, marks=pytest.mark.slow),
+        (signal.SIGTERM, 143, os.killpg),
+    ],
     ids=["INT_to_the_parent", "TERM_to_the_group"],
 )
 def test_a_signal_ends_all_processes_and_blames_none(number, code, to):
@@ -112,28 +102,19 @@ def test_a_signal_ends_all_processes_and_blames_none(number, code, to):
 def test_checks_are_grouped_by_op_and_variant_with_few_images_first():
     chosen = [case for case in cases() if case.op in ("bn_apply", "bn_stats_add")]
     planned = checks.planned(chosen, (2, 512))
-    assert [(group[0].case.split(" ")[0], len(group)) for group in planned] == [
-        ("bn_stats_add", 8),
-        ("bn_apply", 10),
-        ("bn_apply[pool]", 6),
-        ("bn_apply[residual]", 4),
-    ]
+    sizes = [(group[0].case.split(" ")[0], len(group)) for group in planned]
+    assert sizes == [("bn_stats_add", 8), ("bn_apply", 10), ("bn_apply[pool]", 6), ("bn_apply[residual]", 4)]
     for group in planned:
         assert [one.images for one in group] == sorted(one.images for one in group)
 
 
-def test_a_gpu_is_checked_at_the_training_batch_too():
-    assert checks.images_on(torch.device("cpu")) == (2,)
-    assert checks.images_on(torch.device("cuda")) == (2, 512)
-
-
 @pytest.mark.parametrize(("gigabytes", "processes"), [(80, 16), (24, 6), (3, 1)])
-def test_a_small_gpu_bears_fewer_processes(monkeypatch, gigabytes, processes):
-    properties = type("Properties", (), {"total_memory": gigabytes << 30})
+def test_processes_fit_the_memory_and_a_gpu_is_checked_at_the_training_batch_too(monkeypatch, gigabytes, processes):
+    properties = types.SimpleNamespace(total_memory=gigabytes << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(checks.os, "cpu_count", lambda: 16)
-    assert checks.slots(torch.device("cuda")) == processes
-    assert checks.slots(torch.device("cpu")) == 16
+    assert (checks.slots(GPU), checks.slots(CPU)) == (processes, 16)
+    assert (checks.images_on(GPU), checks.images_on(CPU)) == ((2, 512), (2,))
 
 
 def test_in_one_process_nothing_is_blamed_after_the_device_was_lost(monkeypatch):
@@ -141,27 +122,21 @@ def test_in_one_process_nothing_is_blamed_after_the_device_was_lost(monkeypatch)
         if case.shape == "128x16x16":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(checks.gate, "verified", verified)
+    monkeypatch.setattr(checks, "verified", verified)
     monkeypatch.setattr(checks, "lost", lambda device: True)
-    chosen = [case for case in cases() if case.op == "bn_stats_add"]
-    known = {case.name: case for case in chosen}
-    groups = checks.planned(chosen, (2,))
-    rows = list(checks.one_after_another(groups, known, torch.device("cpu"), torch.float16))
-    assert [(row["shape"], row["status"]) for row in rows] == [
-        ("64x32x32", "right"),
-        ("128x16x16", "failed"),
-        ("256x8x8", "unknown"),
-        ("256x4x4", "unknown"),
-    ]
+    known = {case.name: case for case in cases() if case.op == "bn_stats_add"}
+    rows = checks.one_after_another(checks.planned(list(known.values()), (2,)), known, CPU, torch.float16)
+    found = [(row["shape"], row["status"]) for row in rows]
+    assert found == [("64x32x32", "right"), ("128x16x16", "failed"), ("256x8x8", "unknown"), ("256x4x4", "unknown")]
 
 
-@pytest.mark.parametrize("images", [2, 512])
-def test_many_images_are_judged_on_the_device(monkeypatch, images):
+@pytest.mark.parametrize(("images", "judge"), [(2, CPU), (512, GPU)])
+def test_many_images_are_judged_on_the_device(monkeypatch, images, judge):
     judges = []
-    monkeypatch.setattr(checks.gate, "verified", lambda case, device, dtype, images, judge: judges.append(judge))
-    known, gpu = {case.name: case for case in cases()}, torch.device("cuda")
+    monkeypatch.setattr(checks, "verified", lambda case, device, dtype, images, judge: judges.append(judge))
     monkeypatch.setattr(checks.tiles, "gpu_of", lambda device: checks.tiles.Gpu("NVIDIA H200", (9, 0)))
-    row = checks.check(Check("conv_fprop 64x32x32-64x3x3-s1", images), known, gpu, torch.float16)
-    assert judges == [torch.device("cpu") if images == 2 else gpu]
+    known = {case.name: case for case in cases()}
+    row = checks.check(Check("conv_fprop 64x32x32-64x3x3-s1", images), known, GPU, torch.float16)
+    assert judges == [judge]
     assert (row["status"], row["batch"], row["tile"]["form"]) == ("right", images, "lines")
     json.dumps(row)

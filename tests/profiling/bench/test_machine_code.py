@@ -1,4 +1,4 @@
-"""Instructions and loops of machine code, and operands that are written before a warpgroup's product has read them."""
+"""Machine code read: instructions, loops, and operands written before a warpgroup's product has read them."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from profiling.bench.machine_code import parse
 
 
 def sass(text: str) -> list[str]:
-    """Lines as nvdisasm prints them, of instructions one a line; what ends with a colon is a label."""
+    """Lines as nvdisasm prints them, of one instruction or label a line."""
     lines = [line.strip() for line in text.strip().splitlines()]
     return [
         line if line.endswith(":") else f"        /*{16 * i:04x}*/                   {line} ;"
@@ -47,25 +47,17 @@ PLAIN = {"before": "NOP", "first": "R88", "second": "R92", "left": "0x1", "after
         ({"first": "gdesc[UR4]", "second": "gdesc[UR4]", "before": "MOV R92, R2"}, 0),
         ({"first": "R92", "left": "0x2", "after": "MOV R92, R2", "second": "gdesc[UR4]"}, 1),
     ],
-    ids=[
-        *("nothing_is_written", "after_it_was_waited_for", "too_early", "after_all_were_waited_for"),
-        *("by_the_next_round", "beside_it", "by_the_next_round_in_time", "by_four_matrices", "by_two_matrices"),
-        *("by_a_wide_product", "by_a_wide_load", "a_store_only_reads", "a_sum_only_reads"),
-        *("operands_in_shared_memory", "of_the_older_product"),
-    ],
+    ids=lambda value: " ".join(value.values()) if isinstance(value, dict) else str(value),
 )
-def test_operands_that_are_overwritten(changes, overwritten):
-    assert parse(sass(LOOP.format(**PLAIN | changes))).overwritten == overwritten
-
-
-def test_code_without_a_loop_is_looked_at_too():
-    straight = LOOP.format(**PLAIN | {"after": "MOV R92, R2"}).replace("@P0 BRA `(.L_x_1)", "NOP")
-    assert parse(sass(straight)).overwritten == 1
+def test_operands_overwritten_before_they_are_read(changes, overwritten):
+    """In a loop; and what a round writes of its own product, also in code without one."""
+    code = LOOP.format(**PLAIN | changes)
+    assert parse(sass(code)).overwritten == overwritten
+    if "after" in changes:
+        assert parse(sass(code.replace("@P0 BRA `(.L_x_1)", "NOP"))).overwritten == overwritten
 
 
 def test_instructions_are_counted_and_loops_found():
     found = parse(sass(LOOP.format(**PLAIN)))
-    assert found.counts["HGMMA.64x64x16.F32"] == 2
-    assert found.counts["EXIT"] == 1
-    (loop,) = found.loops
-    assert loop == {"NOP": 2, "HGMMA.64x64x16.F32": 2, "WARPGROUP.DEPBAR.LE": 1, "BRA": 1}
+    assert (found.counts["HGMMA.64x64x16.F32"], found.counts["EXIT"]) == (2, 1)
+    assert found.loops == [{"NOP": 2, "HGMMA.64x64x16.F32": 2, "WARPGROUP.DEPBAR.LE": 1, "BRA": 1}]

@@ -30,16 +30,10 @@ class ScriptedTimer:
         return 100.0 + next(self.jitter)
 
 
-def relu_case(ours=lambda x: torch.relu(x)) -> Case:
-    return Case(
-        "relu",
-        "",
-        "8x4x4",
-        operands=lambda d: (d.activation(8, 4),),
-        library=torch.relu,
-        ours=ours,
-        cost=lambda x: Cost(flops=x.numel(), bytes=4 * x.numel()),
-    )
+def relu_case(ours=torch.relu, **changes) -> Case:
+    about = {"operands": lambda d: (d.activation(8, 4),), "library": torch.relu}
+    cost = {"cost": lambda x: Cost(flops=x.numel(), bytes=4 * x.numel())}
+    return dataclasses.replace(Case("relu", "", "8x4x4", **about, ours=ours, **cost), **changes)
 
 
 @pytest.fixture
@@ -96,25 +90,44 @@ def test_a_wrong_kernel_is_refused_and_not_timed(everything_runs, wrong):
     assert len(calls) == 1
 
 
-def test_a_kernel_that_does_not_run_is_unavailable_with_the_reason(everything_runs):
-    def ours(x):
-        raise RuntimeError("out of resource: shared memory\nand more lines")
+def raising(message: str, after: int = 0):
+    """A relu that raises from its `after`-th call on."""
+    calls = itertools.count()
 
-    *_, last = measure(relu_case(ours), setup_for(ScriptedTimer()), providers=(EAGER, OURS))
-    assert last.us.source == "RuntimeError: out of resource: shared memory"
-    assert not last.wrong
+    def run(x):
+        if next(calls) >= after:
+            raise RuntimeError(message)
+        return torch.relu(x)
+
+    return run
+
+
+@pytest.mark.parametrize("after", [0, 3], ids=["at_once", "while_it_is_timed"])
+def test_a_provider_that_fails_has_its_reason_and_the_others_are_timed(everything_runs, after):
+    ours = raising("out of resource: shared memory\nand more lines", after)
+    for r in measure(relu_case(ours), setup_for(ScriptedTimer()), providers=(EAGER, OURS)):
+        assert not r.wrong
+        if r.provider == OURS:
+            assert (r.us.value, r.us.source) == (None, "RuntimeError: out of resource: shared memory")
+        else:
+            assert r.us.value
 
 
 def test_nothing_is_held_against_a_library_that_fails(everything_runs):
-    def library(x):
-        if x.dtype == torch.float16:
-            raise RuntimeError("not implemented for Half")
-        return torch.relu(x)
-
-    case = dataclasses.replace(relu_case(), library=library)
+    case = relu_case(library=raising("not implemented for Half", after=1))  # in float64 it is called first
     results = measure(case, setup_for(ScriptedTimer()), providers=(EAGER, OURS))
     assert {r.us.status for r in results} == {"unavailable"}
     assert "eager channels_last failed" in results[1].us.source
+
+
+class Tagged:
+    """A provider's function that a timer can tell from the others."""
+
+    def __init__(self, provider, x):
+        self.provider, self.x = provider, x
+
+    def __call__(self):
+        return torch.relu(self.x)
 
 
 def test_ours_is_compared_with_the_best_alternative(everything_runs, monkeypatch):
@@ -133,23 +146,16 @@ def test_ours_is_compared_with_the_best_alternative(everything_runs, monkeypatch
             assert r.speedup is None
 
 
-class Tagged:
-    """A provider's function that a timer can tell from the others."""
-
-    def __init__(self, provider, x):
-        self.provider, self.x = provider, x
-
-    def __call__(self):
-        return torch.relu(self.x)
+HOT = GpuSample(900, 3201, ("hardware thermal slowdown",))
 
 
-def test_a_throttled_gpu_gives_no_numbers():
-    hot = GpuSample(900, 3201, ("hardware thermal slowdown",))
-    results = measure(relu_case(), setup_for(ScriptedTimer(), gpu=lambda: hot), providers=(EAGER,))
-    for r in results:
-        assert (r.us.value, r.us.status) == (None, "unavailable")
+def test_a_throttled_gpu_gives_no_numbers_and_a_cool_one_its_clocks():
+    for r in measure(relu_case(), setup_for(ScriptedTimer(), gpu=lambda: HOT), providers=(EAGER,)):
+        assert (r.us.value, r.us.status, r.discarded) == (None, "unavailable", QUICK.max_discarded)
         assert "throttled (hardware thermal slowdown)" in r.us.source
-        assert r.discarded == QUICK.max_discarded
+    cool = GpuSample(1980, 3201, ("idle",))
+    (r, _) = measure(relu_case(), setup_for(ScriptedTimer(), gpu=lambda: cool), providers=(EAGER,))
+    assert (r.sm_clock_mhz, r.memory_clock_mhz, r.reasons) == (1980, 3201, ("idle",))
 
 
 def test_a_gpu_under_its_power_cap_gives_numbers_that_say_so(monkeypatch):
@@ -164,53 +170,27 @@ def test_a_gpu_under_its_power_cap_gives_numbers_that_say_so(monkeypatch):
     found = bench._ceilings(CPU, torch.float16, ScriptedTimer(), lambda: capped, 0.001)
     assert found.tflops_per_s == pytest.approx(2 * 8192**3 / 100.1e6, rel=0.01)
     assert (found.power_capped_share, found.reason) == (1.0, None)
-    hot = GpuSample(900, 3201, ("hardware thermal slowdown",))
-    assert "hardware thermal slowdown" in bench._ceilings(CPU, torch.float16, ScriptedTimer(), lambda: hot, 1.0).reason
+    assert "hardware thermal slowdown" in bench._ceilings(CPU, torch.float16, ScriptedTimer(), lambda: HOT, 1.0).reason
 
 
-def test_ours_is_checked_before_another_s_right_result_lies_in_its_memory(everything_runs, monkeypatch):
-    built, builder = [], bench._builder
+def test_ours_is_checked_before_another_right_result_lies_in_its_memory(everything_runs, monkeypatch):
+    """A case without a mixture has none, and cuDNN's search is left as it was."""
+    built, builder, search = [], bench._builder, torch.backends.cudnn.benchmark
     monkeypatch.setattr(bench, "_builder", lambda *about: built.append(about[2]) or builder(*about))
-    results = measure(relu_case(), setup_for(ScriptedTimer()), providers=(EAGER_NCHW, EAGER, OURS))
-    assert built == [EAGER, OURS, EAGER_NCHW]
-    assert [r.provider for r in results[:3]] == [EAGER_NCHW, EAGER, OURS]
-
-
-def test_a_provider_that_fails_while_it_is_timed_is_refused_and_the_others_are_timed(everything_runs, monkeypatch):
-    calls = []
-
-    def ours(x):
-        calls.append(x)
-        if len(calls) > 3:
-            raise RuntimeError("the launch cannot be hidden: the function waits for the device")
-        return torch.relu(x)
-
-    results = measure(relu_case(ours), setup_for(ScriptedTimer()), providers=(EAGER, OURS))
-    for r in results:
-        if r.provider == OURS:
-            assert (r.us.value, r.us.source) == (
-                None,
-                "RuntimeError: the launch cannot be hidden: the function waits for the device",
-            )
-        else:
-            assert r.us.value
+    results = measure(relu_case(), setup_for(ScriptedTimer()), providers=(EAGER_NCHW, EAGER, HYBRID, OURS))
+    assert [provider for provider in built if provider != HYBRID] == [EAGER, OURS, EAGER_NCHW]
+    assert [r.provider for r in results] == [EAGER_NCHW, EAGER, OURS] * 2
+    assert torch.backends.cudnn.benchmark == search
 
 
 def test_operands_that_do_not_fit_refuse_the_case():
     def operands(d):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nand advice")
 
-    case = dataclasses.replace(relu_case(), operands=operands)
-    results = measure(case, setup_for(ScriptedTimer()), providers=(EAGER, HYBRID, OURS))
+    results = measure(relu_case(operands=operands), setup_for(ScriptedTimer()), providers=(EAGER, HYBRID, OURS))
     assert [(r.provider, r.mode) for r in results] == [(p, m) for m in ("cold", "hot") for p in (EAGER, OURS)]
     for r in results:
         assert (r.us.value, r.us.source) == (None, "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB")
-
-
-def test_clocks_are_kept_with_the_result():
-    cool = GpuSample(1980, 3201, ("idle",))
-    (r, _) = measure(relu_case(), setup_for(ScriptedTimer(), gpu=lambda: cool), providers=(EAGER,))
-    assert (r.sm_clock_mhz, r.memory_clock_mhz, r.reasons) == (1980, 3201, ("idle",))
 
 
 def test_a_gradient_is_timed_without_its_forward(everything_runs):
@@ -220,25 +200,16 @@ def test_a_gradient_is_timed_without_its_forward(everything_runs):
         forwards.append(x.dtype)
         return torch.relu(x)
 
-    case = Case(
-        "relu_backward",
-        "",
-        "8x4x4",
+    case = relu_case(
+        lambda x, dy: torch.where(x > 0, dy, 0),
         operands=lambda d: (d.activation(8, 4), d.activation(8, 4)),
         library=library,
-        ours=lambda x, dy: torch.where(x > 0, dy, 0),
         cost=lambda x, dy: Cost(1, 1),
         gradient_of=(0,),
     )
     results = measure(case, setup_for(CpuTimer()), providers=(EAGER, OURS))
     assert all(r.us.value for r in results)
     assert forwards == [torch.float64, torch.float16]
-
-
-def test_the_search_of_cudnn_is_left_as_it_was():
-    before = torch.backends.cudnn.benchmark
-    measure(relu_case(), setup_for(ScriptedTimer()), providers=(EAGER,))
-    assert torch.backends.cudnn.benchmark == before
 
 
 def test_the_roofline_names_the_longer_time():
@@ -248,19 +219,10 @@ def test_the_roofline_names_the_longer_time():
     assert Ceilings().bound(1, 1) is None
 
 
-def test_a_case_without_a_mixture_has_none(everything_runs):
-    providers = {r.provider for r in measure(relu_case(), setup_for(ScriptedTimer()), providers=(EAGER, HYBRID, OURS))}
-    assert providers == {EAGER, OURS}
-
-
 def test_the_compiled_providers_are_the_library_compiled(everything_runs, monkeypatch):
     modes = []
 
-    def compile_(function, dynamic, mode):
-        modes.append((dynamic, mode))
-        return function
-
-    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, mode: modes.append((dynamic, mode)) or f)
     providers = (EAGER, "torch.compile", "max-autotune")
     results = measure(relu_case(), setup_for(ScriptedTimer()), providers)
     assert all(r.us.value for r in results)
@@ -275,6 +237,5 @@ def test_the_library_in_another_layout_need_not_be_as_accurate(everything_runs):
         first.append(x)
         return torch.relu(x) * (1.003 if len(first) == 3 else 1.0)  # called in float64, as the baseline, and in NCHW
 
-    case = dataclasses.replace(relu_case(), library=library)
-    results = measure(case, setup_for(ScriptedTimer()), providers=(EAGER, EAGER_NCHW))
+    results = measure(relu_case(library=library), setup_for(ScriptedTimer()), providers=(EAGER, EAGER_NCHW))
     assert all(r.us.value for r in results)

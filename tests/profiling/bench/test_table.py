@@ -10,36 +10,18 @@ from profiling.bench.measure import EAGER, OURS, Ceilings, Number, Result, Setup
 from profiling.bench.timing import QUICK, CpuTimer
 from profiling.output.files import append_jsonl
 
-GPU = {
-    "name": "NVIDIA H200",
-    "capability": "9.0",
-    "memory_bytes": 150_000_000_000,
-    "multiprocessors": 132,
-    "driver": "570.1",
-    "sm_clock_mhz": 1980,
-    "memory_clock_mhz": 3201,
-    "power_limit_w": 700.0,
-}
+GPU = {"name": "NVIDIA H200", "capability": "9.0", "memory_bytes": 150_000_000_000, "multiprocessors": 132}
+GPU |= {"driver": "570.1", "sm_clock_mhz": 1980, "memory_clock_mhz": 3201, "power_limit_w": 700.0}
 ENVIRONMENT = {
-    "device": "cuda:0",
-    "gpu": GPU,
-    "cpu": "a processor",
-    "cores": 16,
-    "threads": 16,
-    "cpu_capability": "AVX512",
-    "platform": "Linux",
-    "packages": {"torch": "2.13.0", "triton": "3.6.0", "numpy": "2.3"},
-    "cuda": "13.0",
-    "cudnn": 91000,
-    "git_sha": "abc",
-    "git_dirty": False,
+    **{"device": "cuda:0", "gpu": GPU, "cpu": "a processor", "cores": 16, "threads": 16, "cpu_capability": "AVX512"},
+    **{"platform": "Linux", "packages": {"torch": "2.13.0", "triton": "3.6.0", "numpy": "2.3"}},
+    **{"cuda": "13.0", "cudnn": 91000, "git_sha": "abc", "git_dirty": False},
 }
 ON_CPU = ENVIRONMENT | {"device": "cpu", "gpu": None, "cuda": None, "cudnn": None}
 MACHINE = table.machine(ENVIRONMENT)
 
 
 def result(us: float = 100.0, provider: str = EAGER, **changes) -> Result:
-    samples = tuple(us + i / 10 for i in range(30))
     r = Result(
         **{"case": "bn_stats 64x32x32", "op": "bn_stats", "variant": "", "shape": "64x32x32"},
         **{"dtype": "float16", "batch": 512, "provider": provider, "mode": "cold"},
@@ -48,7 +30,7 @@ def result(us: float = 100.0, provider: str = EAGER, **changes) -> Result:
         tflops_per_s=Number(1.5, "TFLOP/s", "modelled", "work"),
         gb_per_s=Number(3456.7, "GB/s", "modelled", "work"),
         bound="memory",
-        samples_us=samples,
+        samples_us=tuple(us + i / 10 for i in range(30)),
     )
     return dataclasses.replace(r, **changes)
 
@@ -60,7 +42,8 @@ def write(path, results, environment=ENVIRONMENT) -> list[dict]:
     return rows
 
 
-def test_rows_come_back_from_disk(tmp_path):
+def test_rows_of_this_machine_come_back_from_disk(tmp_path):
+    write(tmp_path / "bench.jsonl", [result(us=50.0)], ON_CPU)
     rows = write(tmp_path / "bench.jsonl", [result(), result(provider=OURS)])
     loaded = table.load(tmp_path / "bench.jsonl", MACHINE)
     assert loaded == json.loads(json.dumps(rows))
@@ -77,7 +60,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("environment", "difference"), OTHERS.values(), ids=OTHERS)
-def test_another_machine_is_refused_naming_what_differs(tmp_path, environment, difference):
+def test_rows_of_another_machine_are_refused_naming_what_differs(tmp_path, environment, difference):
     write(tmp_path / "bench.jsonl", [result()], environment)
     with pytest.raises(ValueError, match="from another machine") as error:
         table.load(tmp_path / "bench.jsonl", MACHINE)
@@ -85,88 +68,63 @@ def test_another_machine_is_refused_naming_what_differs(tmp_path, environment, d
     assert str(error.value).count(" there, ") == 1 or environment is ON_CPU
 
 
-def test_the_commit_and_the_clock_are_not_the_machine():
+def test_commit_and_clock_are_not_part_of_the_machine():
     later = ENVIRONMENT | {"git_sha": "def", "git_dirty": True, "gpu": GPU | {"sm_clock_mhz": 1200}}
     assert table.machine(later) == MACHINE
-    assert table.fingerprint(MACHINE) == table.fingerprint(table.machine(later))
-
-
-def test_of_several_machines_in_a_file_only_this_one_counts(tmp_path):
-    path = tmp_path / "bench.jsonl"
-    write(path, [result(us=50.0)], ON_CPU)
-    write(path, [result(us=100.0)])
-    assert [r["us"]["value"] for r in table.load(path, MACHINE)] == [100.0]
 
 
 @pytest.mark.parametrize(
-    "rows", [[{"schema": 2, "kind": "timing"}], [["a", "list"]], []], ids=["newer_schema", "no_row", "empty"]
+    "rows", [[{"schema": 2, "kind": "timing"}], [["a", "list"]], []], ids=["newer", "list", "none"]
 )
-def test_a_file_of_something_else_is_refused(tmp_path, rows):
+def test_foreign_files_are_refused(tmp_path, rows):
     (tmp_path / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=r"expected rows with schema 1|no timings"):
         table.load(tmp_path / "bench.jsonl", MACHINE)
 
 
-def test_changes_are_of_the_same_thing(tmp_path):
-    then = write(tmp_path / "a", [result(us=200.0), result(us=100.0), result(us=70.0, provider=OURS)])
-    now = write(tmp_path / "b", [result(us=50.0), result(us=70.0, provider=OURS), result(us=1.0, batch=8)])
+def test_changes_compare_equal_keys_that_were_measured(tmp_path):
+    nothing = dataclasses.replace(result(mode="hot"), samples_us=(), us=Number(None, "us", "unavailable", "no GPU"))
+    then = write(tmp_path / "a", [result(us=200.0), result(us=100.0), result(us=70.0, provider=OURS), nothing])
+    now = write(tmp_path / "b", [result(us=50.0), result(us=70.0, provider=OURS), result(us=1.0, batch=8), nothing])
     faster, same = table.changes(then, now)
     assert (faster.then_us, faster.now_us, faster.verdict.word) == (100.0, 50.0, "FAST")
     assert (same.provider, same.verdict.word) == (OURS, "SAME")
 
 
-def test_what_was_not_measured_is_not_compared(tmp_path):
-    nothing = dataclasses.replace(result(), samples_us=(), us=Number(None, "us", "unavailable", "no CUDA GPU"))
-    rows = write(tmp_path / "a", [nothing])
-    assert table.changes(rows, rows) == []
-
-
-def test_a_line_has_the_figures_or_the_reason_never_a_zero():
-    ours = result(
-        provider=OURS,
-        speedup=Number(1.5, "x", "measured", "script"),
-        speedup_low=1.4,
-        speedup_high=1.6,
-        verdict="FAST",
-        best_alternative="torch.compile",
-        converged=True,
-    )
-    missing = dataclasses.replace(
-        ours,
-        samples_us=(),
-        speedup=None,
-        **{name: Number(None, "us", "unavailable", "no CUDA GPU") for name in ("us", "tflops_per_s", "gb_per_s")},
-    )
+def test_lines_have_the_figures_or_the_reason():
+    speedup = Number(1.5, "x", "measured", "script")
+    ours = result(provider=OURS, speedup=speedup, speedup_low=1.4, speedup_high=1.6, verdict="FAST", converged=True)
+    ours = dataclasses.replace(ours, best_alternative="torch.compile")
+    none = {name: Number(None, "us", "unavailable", "no CUDA GPU") for name in ("us", "tflops_per_s", "gb_per_s")}
+    missing = dataclasses.replace(ours, samples_us=(), speedup=None, **none)
     first, second = (line.split()[3:] for line in table.lines([ours, missing]))
     assert first[:5] == [OURS, "100.0", "~1.5", "~3,456.7", "memory"]
     assert " ".join(first[5:]) == "1.50 [1.40, 1.60] FAST vs torch.compile"
     assert " ".join(second) == "ours unavailable: no CUDA GPU"
     (capped,) = table.lines([dataclasses.replace(ours, power_capped_share=0.8)])
     assert capped.endswith("FAST vs torch.compile, power cap in 80% of the samples")
+    about = ("conv_fprop x", "conv_fprop", "", "x", "float16", "conv_fprop_kernel", "sm_90", 90)
+    good = KernelFacts(*about, "measured", "read", 106, 0, 0, 81_968, 2, 33.2)
+    *_, good_line, bad_line = table.fact_lines([good, KernelFacts(*about, "unavailable", "CompilationError: no")])
+    assert good_line.split()[2:] == ["conv_fprop_kernel", "sm_90", "106", "0", "81,968", "2", "33.2"]
+    assert bad_line.endswith("unavailable: CompilationError: no")
+    assert table.row(good, ENVIRONMENT)["kind"] == "facts"
 
 
-def test_the_first_lines_name_the_machine():
-    setup = Setup(torch.device("cpu"), torch.float16, 512, QUICK, CpuTimer(), ceilings=Ceilings(790.0, 4300.0))
-    text = "\n".join(table.heading(ENVIRONMENT, setup))
+def test_heading_names_machine_and_ceilings():
+    setup = Setup(torch.device("cpu"), torch.float16, 512, QUICK, CpuTimer())
+
+    def ceilings(*about, environment=ENVIRONMENT, **more) -> str:
+        found = dataclasses.replace(setup, ceilings=Ceilings(*about, **more))
+        return "\n".join(table.heading(environment, found)[:2])
+
+    text = ceilings(790.0, 4300.0)
     for fact in ("NVIDIA H200", "1980 MHz", "driver 570.1", "torch 2.13.0", "triton 3.6.0", "git abc", "4,300 GB/s"):
         assert fact in text, fact
-    capped = dataclasses.replace(setup, ceilings=Ceilings(650.0, 3000.0, power_capped_share=0.97))
-    assert "650 TFLOP/s (measured, power cap in 97% of the samples)" in table.heading(ENVIRONMENT, capped)[1]
-    hot = dataclasses.replace(setup, ceilings=Ceilings(reason="throttled"))
-    assert table.heading(ENVIRONMENT, hot)[1].endswith("ceilings: unavailable (throttled)")
-    cpu = table.heading(ON_CPU | {"git_dirty": True}, setup)
+    capped = ceilings(650.0, 3000.0, power_capped_share=0.97)
+    assert "650 TFLOP/s (measured, power cap in 97% of the samples)" in capped
+    assert ceilings(reason="throttled").endswith("ceilings: unavailable (throttled)")
+    cpu = ceilings(environment=ON_CPU | {"git_dirty": True}).splitlines()
     assert cpu[0].startswith("no CUDA GPU; a processor")
     assert cpu[0].endswith("git abc (dirty)")
     assert "CPU reference timings" in cpu[1]
-
-
-def test_facts_are_rows_and_lines():
-    about = ("conv_fprop x", "conv_fprop", "", "x", "float16", "conv_fprop_kernel", "sm_90", 90)
-    facts = [
-        KernelFacts(*about, "measured", "read", 106, 0, 0, 81_968, 2, 33.2),
-        KernelFacts(*about, "unavailable", "CompilationError: no"),
-    ]
-    *_, good, bad = table.fact_lines(facts)
-    assert good.split()[2:] == ["conv_fprop_kernel", "sm_90", "106", "0", "81,968", "2", "33.2"]
-    assert bad.endswith("unavailable: CompilationError: no")
-    assert table.row(facts[0], ENVIRONMENT)["kind"] == "facts"

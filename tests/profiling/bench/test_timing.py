@@ -49,12 +49,23 @@ def test_sampling_stops_when_time_is_up_but_not_before_there_is_a_median():
     assert len(taken["slow"].us) == FEWEST
 
 
-def test_throttled_samples_are_discarded_and_taken_again():
-    states = itertools.chain([HOT, HOT, COOL, HOT], itertools.repeat(COOL))
-    taken = interleave(*scripted({"a": [99.0, 99.0, 1.0, 99.0, 1.0]}, []), PLAN, lambda: next(states))
-    assert set(taken["a"].us) == {1.0}
-    assert taken["a"].discarded == 3
-    assert taken["a"].refusal() is None
+@pytest.mark.parametrize(
+    ("states", "us", "discarded", "capped"),
+    [
+        ([HOT, HOT, COOL, HOT, COOL], [99.0, 99.0, 1.0, 99.0, 1.0], 3, 0.0),
+        ([COOL, CAPPED, BRAKED, CAPPED], [1.0, 1.0, 99.0, 1.0], 1, 0.75),
+        ([GpuSample(None, None, None)], [1.0], 0, None),
+        ([GpuSample(1980, 3201, ("idle", "application clocks"))], [1.0], 0, 0.0),
+    ],
+    ids=["throttled", "power_capped_are_kept", "unknown", "idle"],
+)
+def test_throttled_samples_are_taken_again(states, us, discarded, capped):
+    """A large GPU does its large products under the power cap and nowhere else; a brake beside it still discards."""
+    said = itertools.chain(states, itertools.repeat(states[-1]))
+    samples = interleave(*scripted({"a": us}, []), PLAN, lambda: next(said))["a"]
+    assert samples.us == [1.0] * 4
+    assert (samples.discarded, samples.power_capped_share, samples.refusal()) == (discarded, capped, None)
+    assert samples.last.throttled == (CAPPED in states)
 
 
 def test_retries_are_bounded_and_never_an_empty_success():
@@ -62,22 +73,6 @@ def test_retries_are_bounded_and_never_an_empty_success():
     for samples in taken.values():
         assert (samples.us, samples.discarded) == ([], PLAN.max_discarded)
         assert samples.refusal() == "throttled (software thermal slowdown) in 6 of 6 attempts"
-
-
-def test_a_gpu_that_says_nothing_discards_nothing():
-    taken = interleave(*scripted({"a": [1.0]}, []), PLAN, lambda: GpuSample(None, None, None))
-    assert taken["a"].discarded == 0
-    assert not taken["a"].last.throttled
-    assert taken["a"].power_capped_share is None
-
-
-def test_samples_under_the_power_cap_are_kept_and_counted():
-    """A large GPU does its large products there and nowhere else; a brake beside it still discards."""
-    states = itertools.chain([COOL, CAPPED, BRAKED, CAPPED], itertools.repeat(CAPPED))
-    taken = interleave(*scripted({"a": [1.0, 1.0, 99.0, 1.0]}, []), PLAN, lambda: next(states))
-    assert taken["a"].us == [1.0] * 4
-    assert (taken["a"].discarded, taken["a"].power_capped_share) == (1, 0.75)
-    assert taken["a"].refusal() is None
 
 
 def test_a_function_that_fails_drops_out_and_the_others_go_on():
@@ -92,15 +87,14 @@ def test_a_function_that_fails_drops_out_and_the_others_go_on():
     assert taken["steady"].refusal() is None
 
 
-def test_an_idle_gpu_is_not_a_throttled_one():
-    assert not GpuSample(1980, 3201, ("idle", "application clocks")).throttled
-
-
 def test_summary_of_known_samples():
     s = summarise([float(i) for i in range(101)])
     assert (s.n, s.median, s.p20, s.p80) == (101, 50.0, 20.0, 80.0)
     assert 30 < s.low < 50 < s.high < 70
     assert s == summarise([float(i) for i in range(101)])
+    with pytest.raises(ValueError, match="2 samples, expected at least 3"):
+        summarise([1.0, 1.0])
+    assert Samples(us=[1.0, 1.0]).refusal() is not None
 
 
 def test_the_interval_shrinks_with_samples_and_covers_the_median():
@@ -113,12 +107,6 @@ def test_the_interval_shrinks_with_samples_and_covers_the_median():
             widths.append(s.high - s.low)
     assert max(widths[40:]) < min(widths[:40])
     assert covered >= 70  # of 80, at 95 %
-
-
-def test_too_few_samples_are_no_summary():
-    with pytest.raises(ValueError, match="2 samples, expected at least 3"):
-        summarise([1.0, 1.0])
-    assert Samples(us=[1.0, 1.0]).refusal() is not None
 
 
 def evenly(centre: float, spread: float) -> list[float]:
@@ -135,7 +123,6 @@ def evenly(centre: float, spread: float) -> list[float]:
         ((100, 0.01), (101, 0.01), "SAME"),
         ((100, 50), (102, 50), "AMBIGUOUS"),
     ],
-    ids=["faster", "slower", "the_same_thing_twice", "certainly_within_two_percent", "too_noisy_to_say"],
 )
 def test_verdict(ours, other, word):
     v = verdict(evenly(*ours), evenly(*other))
@@ -191,18 +178,14 @@ def test_the_launch_is_hidden_behind_a_spin(gpu_timer, mode, before):
     assert timer.flush.nbytes == 2 * 1024
 
 
-def test_a_launch_that_was_not_hidden_is_sampled_again_behind_a_longer_spin(gpu_timer, monkeypatch):
+def test_a_launch_not_hidden_is_sampled_again_behind_a_longer_spin(gpu_timer, monkeypatch):
+    """A function that waits for the device is no sample, and those after it are not held responsible."""
     timer, log = gpu_timer
-    monkeypatch.setattr(FakeEvent, "late", 2)
-    first = timer.spin
-    assert timer.for_mode("cold")(lambda: None) == 250.0
-    assert [entry for entry in log if isinstance(entry, int)] == [first, 2 * first, 4 * first]
-
-
-def test_a_function_that_waits_for_the_device_is_no_sample(gpu_timer, monkeypatch):
-    timer, _ = gpu_timer
+    first, sample = timer.spin, timer.for_mode("cold")
     monkeypatch.setattr(FakeEvent, "late", 1000)
     with pytest.raises(RuntimeError, match="cannot be hidden"):
-        timer.for_mode("cold")(lambda: None)
-    monkeypatch.setattr(FakeEvent, "late", 0)
-    assert timer.for_mode("cold")(lambda: None) == 250.0, "those after it are not held responsible"
+        sample(lambda: None)
+    log.clear()
+    monkeypatch.setattr(FakeEvent, "late", 2)
+    assert sample(lambda: None) == 250.0
+    assert [entry for entry in log if isinstance(entry, int)] == [first, 2 * first, 4 * first]
