@@ -105,7 +105,7 @@ def test_one_that_cannot_even_be_killed_is_left(monkeypatch):
 
 PARENT = """
 import os, sys, time
-from profiling import telemetry
+from profiling.run import telemetry
 recorder = telemetry.start("GPU-0", sys.argv[1], period_ms=2)
 print(recorder.process.pid, flush=True)
 {fork}
