@@ -35,12 +35,13 @@ def test_an_aggregate_and_its_sentence():
     runs = [
         summary(0.93, 4, peak_memory_bytes=5, peak_reserved_bytes=None),
         summary(0.95, 5, peak_memory_bytes=7, peak_reserved_bytes=None),
+        summary(0.94, 6, peak_memory_bytes=None, peak_reserved_bytes=None),
     ]
-    result = aggregate(runs, 2, target=0.94, required=True, wall_s=9.0)
-    assert (result["runs"], result["seeds"], result["share_at_target"]) == (2, [4, 5], 0.5)
-    assert (result["train_s"], result["status"], result["exit_code"]) == (6.5, "complete", 0)
+    result = aggregate(runs, 3, target=0.94, required=True, wall_s=9.0)
+    assert (result["runs"], result["seeds"], result["share_at_target"]) == (3, [4, 5, 6], pytest.approx(2 / 3))
+    assert (result["train_s"], result["status"], result["exit_code"]) == (7.0, "complete", 0)
     assert (result["peak_memory_bytes"], result["peak_reserved_bytes"]) == (7, None), "the largest"
-    for words in ("n = 2", "94.00%", "50% of the runs"):
+    for words in ("n = 3", "94.00%", "67% of the runs"):
         assert words in claim_in_words(result)
 
 
