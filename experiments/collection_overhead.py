@@ -23,7 +23,7 @@ from profiling.bench.timing import FEWEST, Plan, Summary, interleave, summarise
 from profiling.device.nvml import GpuSample
 from profiling.output.terminal import Terminal
 from profiling.run import sampler, telemetry
-from profiling.run.steps import StepClock
+from profiling.run.clock import StepClock
 
 if TYPE_CHECKING:
     import torch

@@ -1,8 +1,8 @@
-"""What this device sustains, measured: the roofs that a run on it is held against.
+"""Ceilings of this device, measured: the roofs of a run on it.
 
-Candidates are products of large matrices, the library's convolutions at the article's own 3x3 layers, a copy, and an
-empty launch. Each is kept running without a pause (`profiling.device.sustained`). Its value is the best window of
-that, which a training can reach and hardly pass.
+Candidates are products of large matrices, the library's convolutions at the article's 3x3 layers, a copy and an empty
+launch. Each is kept running without a pause (`profiling.device.sustained`); its value is its best window, which a
+training can reach and hardly pass.
 """
 
 import contextlib
@@ -20,12 +20,13 @@ from profiling.device.environment import device_name, environment, fingerprint, 
 from profiling.device.sustained import CpuWatch, CudaWatch, captured, sustain
 from profiling.output.files import read_json
 from profiling.output.forms import COUNT, RATE, SECONDS, SHARE, fit
+from profiling.output.units import show
 
 VERSION = 1
 CPU_BATCH = 64
-"""A CPU's convolutions are hardly faster at a larger batch, and take long."""
+"""A larger batch is hardly faster on a CPU, and takes long."""
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 29}
-"""Read, and again written: far more than a last-level cache holds."""
+"""Bytes read, and as many written: far more than a last-level cache holds."""
 UNROLL = 16
 """Convolutions in one CUDA graph: the smallest layers take no longer than their launch from Python."""
 GEMMS = {
@@ -58,7 +59,7 @@ FORM = {
     "lacks": [str],
     "fingerprint": str,
 }
-"""Of records/ceilings.json; see `profiling.output.forms`."""
+"""The form of records/ceilings.json; see `profiling.output.forms`."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ class Ceiling:
     """One candidate: `value` in its best window and `median` over the `samples` windows of `seconds` in all.
 
     unit        "FLOP/s", "B/s" (bytes read plus bytes written) or "s" (per launch)
-    arithmetic  the peak of a data sheet that it compares with: "float16", "bfloat16", "tf32", "float32"; "" for none
-    power_capped_share  of the windows, 0 to 1, those in which the power limit held the clock down: a large GPU does its
-                large products so, and this is their ceiling. None where nobody can tell
+    arithmetic  the data sheet's peak to compare with: "float16", "bfloat16", "tf32", "float32"; "" for none
+    power_capped_share  the share of windows, 0 to 1, in which the power limit held the clock down, as it does in the
+                large products of a large GPU; None where it is not known
     """
 
     name: str
@@ -86,10 +87,9 @@ class Ceiling:
 class Ceilings:
     """The ceilings of one device in one dtype.
 
-    sm_clock_mhz  before the first candidate, and in the last convolution; None where nobody can tell
-    reasons       what kept these products from being faster, in words: heat, power, other processes; None where nobody
-                  can tell
-    lacks         candidates that the library could not run, and its reason
+    sm_clock_mhz  before the first candidate and in the last convolution; None where it is not known
+    reasons       limits of the products in words: heat, power, other processes; None where they are not known
+    lacks         candidates that the library could not run, with its reason
     fingerprint   of the machine: ceilings of different fingerprints do not compare
     """
 
@@ -125,7 +125,7 @@ class Ceilings:
         return self.launch.value
 
     def to_json(self) -> dict[str, Any]:
-        """As records/ceilings.json holds it."""
+        """The document of records/ceilings.json."""
         return {"version": VERSION, **asdict(self)}
 
     @classmethod
@@ -146,9 +146,9 @@ class Ceilings:
 
 
 def reread(path: Path, device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """What `profiling device --out` measured into `path` on this very machine in `dtype`.
+    """The ceilings that `profiling device --out` wrote to `path` on this machine in `dtype`.
 
-    Raises ValueError where it was another machine, driver, library or dtype, and as `Ceilings.from_json` does; OSError.
+    Raises ValueError for another machine, driver, library or dtype and as `Ceilings.from_json` does, and OSError.
     """
     found = Ceilings.from_json(read_json(path))
     here = device_name(device)
@@ -166,13 +166,13 @@ def measure(
     batch: int = 512,
     say: Callable[[str], None] = lambda text: None,
 ) -> Ceilings:
-    """Run every candidate on `device` for `seconds` and a bit more; `say` is told each result.
+    """Run every candidate on `device` for about `seconds`; `say` is told each result.
 
-    Convolutions are of `batch` images, on a CPU of at most CPU_BATCH. Whether fp32 may be computed in TF32 is as the
-    process has it, so that a ceiling is that of its own training. What does not fit into a GPU's memory is halved.
+    Convolutions have `batch` images, on a CPU at most CPU_BATCH. fp32 is computed in TF32 where the process allows it,
+    as in its training. Sizes that do not fit into a GPU's memory are halved.
 
     Raises ValueError for arguments out of range and for fp16 on a CPU, which emulates it; torch.OutOfMemoryError where
-    even little does not fit; RuntimeError where the library has no matrix product for `dtype`.
+    even the least size does not fit; RuntimeError where the library has no matrix product for `dtype`.
     """
     _check(device, dtype, seconds, batch)
     about = environment(device, ROOT)
@@ -298,7 +298,7 @@ class _Bench:
     ) -> Ceiling:
         took = sustain(self.watch, run, self.seconds)
         value, median = (took.best_s, took.median_s) if work is None else (work / took.best_s, work / took.median_s)
-        self.say(f"{name} {shape}: {in_words(value, unit)}")
+        self.say(f"{name} {shape}: {show(value, unit, 4)}")
         kept = took.samples, took.seconds, arithmetic, took.power_capped_share
         return Ceiling(name, shape, value, median, unit, *kept)
 
@@ -307,16 +307,8 @@ class _Bench:
         return "tf32" if tf32 and torch.cuda.get_device_capability(self.device) >= (8, 0) else _name(self.dtype)
 
 
-def in_words(value: float, unit: str) -> str:
-    """FLOP/s as TFLOP/s, B/s as GB/s, s as microseconds."""
-    scale, shown = {"FLOP/s": (1e-12, "TFLOP/s"), "B/s": (1e-9, "GB/s"), "s": (1e6, "us")}[unit]
-    scaled = value * scale
-    digits = f"{scaled:,.0f}" if scaled >= 1000 else f"{scaled:.{4 if scaled >= 100 else 3}g}"
-    return f"{digits} {shown}"
-
-
 def _tried(run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run`, called once: what it compiles, searches or allocates at first is not timed, and fails here if at all."""
+    """`run`, called once, so that its compilation, searches, allocations and failures come before the timing."""
     run()
     return run
 
@@ -337,7 +329,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def conv_backward(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, shape: ConvShape, which: int) -> torch.Tensor:
-    """The library's dx (0) or dw (1) alone; of x, for dx, and of w, for dw, only the extents are read."""
+    """The library's dx (`which` 0) or dw (1) alone; only the extents of x, for dx, or of w, for dw, are read."""
     sides = [[shape.stride] * 2, [shape.R // 2] * 2, [1, 1], False, [0, 0], 1]
     mask = [which == 0, which == 1, False]
     return torch.ops.aten.convolution_backward(dy, x, w, None, *sides, mask)[which]

@@ -1,22 +1,24 @@
-"""`python -m profiling device`: what this device should do by its data sheet beside what it was measured to sustain."""
+"""`python -m profiling device`: the ceilings of this device as measured, beside those of its data sheet."""
 
 import json
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from profiling.device.specifications import DTYPES
+from profiling.device.specifications import DTYPES, SPECIFICATIONS, Specification, specification
 from profiling.output.errors import CommandError, NoDeviceError, OutOfMemoryError
+from profiling.output.files import write_json
 from profiling.output.numbers import Number, measured, quoted, unavailable
+from profiling.output.units import show
 
 if TYPE_CHECKING:
     import torch
 
     from profiling.device.ceilings import Ceiling, Ceilings
-    from profiling.device.specifications import Specification
     from profiling.output.terminal import Terminal
 
 
@@ -33,7 +35,7 @@ class Request:
 
 
 class Row(NamedTuple):
-    """One ceiling, by the data sheet and as measured; the share of its windows that were under the power cap."""
+    """One ceiling: by the data sheet, measured, and the share of its windows under the power cap."""
 
     label: str
     quoted: Number
@@ -42,15 +44,13 @@ class Row(NamedTuple):
 
 
 def run(request: Request, terminal: "Terminal") -> int:
-    """Do what was asked; the exit code. Raises CommandError."""
+    """Measure and show the ceilings, or list the specifications; returns the exit code. Raises CommandError."""
     _check(request)
     if request.listing:
         return _list(request, terminal)
-    import torch
+    import torch  # a wrong command line has ended before this takes its second
 
     from profiling.device.ceilings import measure
-    from profiling.device.specifications import specification
-    from profiling.output.files import write_json
 
     device = _device(request.device)
     dtype = _dtype(request.dtype, device)
@@ -68,8 +68,10 @@ def run(request: Request, terminal: "Terminal") -> int:
             write_json(request.out, found.to_json())
         except OSError as error:
             raise CommandError(f"--out {request.out}: {error}") from None
-    spec = specification(found.device) if device.type == "cuda" else None
-    reason = _why_no_specification(device.type, found.device)
+    spec, reason = None, "a CPU has no entry in the table of specifications"
+    if device.type == "cuda":
+        spec = specification(found.device)
+        reason = f"{found.device} is not in the table of specifications (--list); no other GPU stands in for it"
     _show(found, spec, reason, request.seconds, terminal)
     if request.json:
         terminal.put(json.dumps(document(found, spec, reason)))
@@ -105,7 +107,7 @@ def _device(name: str) -> "torch.device":
 
 
 def _dtype(name: str | None, device: "torch.device") -> "torch.dtype":
-    """The one asked for, or the one that a training takes by itself."""
+    """The dtype of this name; without one, a training's default on `device`."""
     import torch
 
     if name is not None:
@@ -116,47 +118,39 @@ def _dtype(name: str | None, device: "torch.device") -> "torch.dtype":
     return torch.bfloat16 if fast else torch.float32
 
 
-def _why_no_specification(device_type: str, name: str) -> str:
-    if device_type != "cuda":
-        return "a CPU has no entry in the table of specifications"
-    return f"{name} is not in the table of specifications (--list); no other GPU stands in for it"
-
-
-def rows(found: "Ceilings", spec: "Specification | None", reason: str) -> list[Row]:
+def rows(found: "Ceilings", spec: Specification | None, reason: str) -> list[Row]:
     """Matrix products, the fastest convolution of each pass, copy and launch; without `spec` for the `reason` given."""
 
     def row(ceiling: "Ceiling", label: str) -> Row:
         source = f"best of {ceiling.samples} windows in {ceiling.seconds:.3g} s without a pause"
-        figures = _quoted(ceiling, spec, reason), measured(ceiling.value, ceiling.unit, source)
-        return Row(label, *figures, ceiling.power_capped_share)
+        seen = measured(ceiling.value, ceiling.unit, source)
+        return Row(label, _quoted(ceiling, spec, reason), seen, ceiling.power_capped_share)
 
-    best = [
-        max((c for c in found.convolutions if c.name == name), key=lambda c: c.value)
-        for name in dict.fromkeys(c.name for c in found.convolutions)
-    ]
+    fastest: dict[str, Ceiling] = {}
+    for c in found.convolutions:
+        fastest[c.name] = max(c, fastest.get(c.name, c), key=lambda c: c.value)
     return [
-        *(row(ceiling, f"{ceiling.name} {ceiling.shape}") for ceiling in found.gemm),
-        *(row(ceiling, f"fastest {ceiling.name} {_layer(ceiling)}") for ceiling in best),
+        *(row(c, f"{c.name} {c.shape}") for c in found.gemm),
+        *(row(c, f"fastest {c.name} {_layer(c)}") for c in fastest.values()),
         row(found.copy, f"copy {found.copy.shape}"),
         row(found.launch, f"launch, {found.launch.shape}"),
     ]
 
 
-def _quoted(ceiling: "Ceiling", spec: "Specification | None", reason: str) -> Number:
+def _quoted(ceiling: "Ceiling", spec: Specification | None, reason: str) -> Number:
     if ceiling.unit == "s":
         return unavailable("s", "data sheets do not say")
     if spec is None:
         return unavailable(ceiling.unit, reason)
     if ceiling.unit == "B/s":
         return quoted(spec.bytes_per_s, "B/s", spec.source)
-    peak = spec.flops_per_s.get(ceiling.arithmetic)
-    if peak is None:
+    if ceiling.arithmetic not in spec.flops_per_s:
         return unavailable(ceiling.unit, f"{spec.name} has no unit for {ceiling.arithmetic}")
-    return quoted(peak, ceiling.unit, f"{spec.source}; dense {ceiling.arithmetic}")
+    return quoted(spec.flops_per_s[ceiling.arithmetic], ceiling.unit, f"{spec.source}; dense {ceiling.arithmetic}")
 
 
-def document(found: "Ceilings", spec: "Specification | None", reason: str) -> dict[str, Any]:
-    """What `--json` prints."""
+def document(found: "Ceilings", spec: Specification | None, reason: str) -> dict[str, Any]:
+    """The document of `--json`."""
     return {
         "version": 1,
         "specification": None if spec is None else asdict(spec),
@@ -168,9 +162,7 @@ def document(found: "Ceilings", spec: "Specification | None", reason: str) -> di
     }
 
 
-def _show(found: "Ceilings", spec: "Specification | None", reason: str, seconds: float, terminal: "Terminal") -> None:
-    from profiling.device.ceilings import in_words
-
+def _show(found: "Ceilings", spec: Specification | None, reason: str, seconds: float, terminal: "Terminal") -> None:
     title = f"{found.device}, {found.dtype}: each kept running for {seconds:g} s"
     cells = [_cells(row) for row in rows(found, spec, reason)]
     terminal.table(title, ("ceiling", "quoted", "measured", "of it", "power cap"), cells)
@@ -178,8 +170,8 @@ def _show(found: "Ceilings", spec: "Specification | None", reason: str, seconds:
         _show_convolutions(found.convolutions, terminal)
     best = found.compute
     terminal.say(
-        f"The roofs of a run here: {in_words(best.value, best.unit)} ({best.name} {best.shape}), "
-        f"{in_words(found.bytes_per_s, 'B/s')} read plus written, {in_words(found.launch_s, 's')} a launch."
+        f"The roofs of a run here: {show(best.value, best.unit, 4)} ({best.name} {best.shape}), "
+        f"{show(found.bytes_per_s, 'B/s', 4)} read plus written, {show(found.launch_s, 's')} a launch."
     )
     terminal.say(f"quoted: {f'unavailable, {reason}' if spec is None else f'{spec.source}; dense peaks'}")
     if found.sm_clock_mhz is not None:
@@ -192,63 +184,42 @@ def _show(found: "Ceilings", spec: "Specification | None", reason: str, seconds:
 
 
 def _show_convolutions(convolutions: "Sequence[Ceiling]", terminal: "Terminal") -> None:
-    by_layer: dict[str, dict[str, Ceiling]] = {}
-    for ceiling in convolutions:
-        by_layer.setdefault(_layer(ceiling), {})[ceiling.name] = ceiling
-    batches = dict.fromkeys(ceiling.shape.partition(", ")[2] for ceiling in convolutions)
     passes = ("fprop", "dgrad", "wgrad")
-    terminal.table(
-        f"library convolutions, channels_last, {' and '.join(batches)}: TFLOP/s measured",
-        ("layer", *passes),
-        [
-            (layer, *(f"{of[name].value / 1e12:.3g}" if name in of else "unavailable" for name in passes))
-            for layer, of in by_layer.items()
-        ],
-    )
+    cells = []
+    for layer, of_layer in groupby(convolutions, _layer):
+        of = {c.name: f"{c.value / 1e12:.3g}" for c in of_layer}
+        cells.append((layer, *(of.get(name, "unavailable") for name in passes)))
+    batches = dict.fromkeys(c.shape.partition(", ")[2] for c in convolutions)
+    title = f"library convolutions, channels_last, {' and '.join(batches)}: TFLOP/s measured"
+    terminal.table(title, ("layer", *passes), cells)
 
 
 def _layer(ceiling: "Ceiling") -> str:
-    """Of "64x32x32-64x3x3-s1, batch 512", the layer."""
+    """The layer of "64x32x32-64x3x3-s1, batch 512"."""
     return ceiling.shape.partition(", ")[0]
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    from profiling.device.ceilings import in_words
-
     promised, seen = row.quoted.value, row.measured.value
-    known = "unavailable" if promised is None else in_words(promised, row.quoted.unit)
-    of_it = "" if promised is None else f"{seen / promised:.0%}"
+    known, of_it = "unavailable", ""
+    if promised is not None:
+        known, of_it = show(promised, row.quoted.unit, 4), f"{seen / promised:.0%}"
     capped = "" if row.power_capped_share is None else f"{row.power_capped_share:.0%}"
-    return row.label, known, in_words(seen, row.measured.unit), of_it, capped
+    return row.label, known, show(seen, row.measured.unit, 4), of_it, capped
 
 
 def _list(request: Request, terminal: "Terminal") -> int:
     """The whole table of specifications."""
-    from profiling.device.specifications import SPECIFICATIONS
-
     kinds = ("float16", "bfloat16", "tf32", "float32")
-    terminal.table(
-        "specifications (quoted): dense TFLOP/s with fp32 sums, memory GB/s, L2 MiB",
-        ("GPU", "fp16", "bf16", "tf32", "fp32", "GB/s", "L2"),
-        [
-            (
-                spec.name,
-                *(f"{spec.flops_per_s[kind] / 1e12:g}" if kind in spec.flops_per_s else "-" for kind in kinds),
-                f"{spec.bytes_per_s / 1e9:,.0f}",
-                f"{spec.l2_bytes / 2**20:g}",
-            )
-            for spec in SPECIFICATIONS
-        ],
-    )
-    for source, names in _by_source(SPECIFICATIONS).items():
+    cells, by_source = [], {}
+    for spec in SPECIFICATIONS:
+        peaks = (f"{spec.flops_per_s[kind] / 1e12:g}" if kind in spec.flops_per_s else "-" for kind in kinds)
+        cells.append((spec.name, *peaks, f"{spec.bytes_per_s / 1e9:,.0f}", f"{spec.l2_bytes / 2**20:g}"))
+        by_source.setdefault(spec.source, []).append(spec.name)
+    title = "specifications (quoted): dense TFLOP/s with fp32 sums, memory GB/s, L2 MiB"
+    terminal.table(title, ("GPU", "fp16", "bf16", "tf32", "fp32", "GB/s", "L2"), cells)
+    for source, names in by_source.items():
         terminal.say(f"{', '.join(names)}: {source}")
     if request.json:
         terminal.put(json.dumps([asdict(spec) for spec in SPECIFICATIONS]))
     return 0
-
-
-def _by_source(specifications: "Sequence[Specification]") -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for spec in specifications:
-        found.setdefault(spec.source, []).append(spec.name)
-    return found

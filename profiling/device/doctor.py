@@ -1,6 +1,6 @@
-"""`python -m profiling doctor`: what this machine has for training and profiling, what it lacks, and the remedy.
+"""`python -m profiling doctor`: checks of this machine for training and profiling, each with its remedy.
 
-Nothing here raises and nothing is changed: whatever cannot be asked is a line that says so.
+Nothing here raises and nothing is changed: a check that fails is a line that says so.
 """
 
 import getpass
@@ -15,12 +15,12 @@ import tempfile
 import textwrap
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from profiling import ROOT
 from profiling.device import ncu, nvml
+from profiling.device.specifications import specification
 
 if TYPE_CHECKING:
     from profiling.output.terminal import Terminal
@@ -33,11 +33,11 @@ ENOUGH_DISK_BYTES = 2 << 30
 """The data take 0.35 GB with their archive; a run's checkpoints, and a trace of up to 200 MB, come on top."""
 DATA_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 DATA_FILE_BYTES = 30_730_000
+INSTALL = "Run `pip install -e .` in the checkout"
 
 
-@dataclass(frozen=True)
-class Check:
-    """One line: `status` is ok, warning or missing; `remedy` is one sentence, None where nothing is to be done."""
+class Check(NamedTuple):
+    """One line: `status` is ok, warning or missing; `remedy` is one sentence, or None."""
 
     name: str
     status: str
@@ -45,21 +45,8 @@ class Check:
     remedy: str | None = None
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU as NVML sees it, before this process touches it; None is not known."""
-
-    uuid: str
-    name: str | None
-    capability: tuple[int, int] | None
-    persistent: bool | None
-    ecc: bool | None
-    processes: int | None
-    memory: tuple[int, int] | None  # (free, total) bytes
-
-
 def run(terminal: "Terminal", as_json: bool = False) -> None:
-    """Print every check; a line for each, and its remedy below."""
+    """Print every check as a line, with its remedy below."""
     found = list(checks())
     column = 2 + len(WARNING) + max(len(check.name) for check in found)
     width = max(min(terminal.out.width, 120) - column - 1, 20)
@@ -71,23 +58,42 @@ def run(terminal: "Terminal", as_json: bool = False) -> None:
         for line in textwrap.wrap(check.remedy or "", width):
             terminal.say(f"{lead} {line}")
     if as_json:
-        terminal.put(json.dumps([asdict(check) for check in found]))
+        terminal.put(json.dumps([check._asdict() for check in found]))
 
 
 def checks() -> Iterator[Check]:
     """Every check, in the order of the lines."""
-    gpus, driver = _driver()
-    yield driver
-    yield from _guarded("GPU", lambda: _torch_gpu(gpus))
-    for gpu in gpus:
-        yield from _guarded(gpu.name or gpu.uuid, lambda gpu=gpu: _of_gpu(gpu))
-    yield from _guarded("Nsight Compute", _ncu)
-    yield from _guarded("versions", _versions)
-    yield from _guarded("C compiler", _compiler)
-    yield from _guarded("CPU threads", _threads)
-    yield from _guarded("disk", _disk)
-    yield from _guarded("compiler caches", _caches)
-    yield from _guarded("CIFAR-10", _data)
+    try:
+        version, uuids = nvml.driver()
+    except nvml.UnavailableError as error:
+        uuids = []
+        remedy = "On a machine with an NVIDIA GPU, install or repair its driver; without one, training uses the CPU."
+        yield Check("driver", MISSING, str(error), remedy)
+    else:
+        found = f"{version}, {_counted(len(uuids), 'GPU')}" if uuids else f"{version}, and no GPU"
+        yield _check("driver", bool(uuids), found, "Give this container or machine a GPU.", MISSING)
+    yield from _guarded("GPU", lambda: _torch_gpu(bool(uuids)))
+    for uuid in uuids:
+        yield from _guarded(uuid, lambda uuid=uuid: _gpu(nvml.Gpu(uuid)))
+    for name, check in {
+        "Nsight Compute": _ncu,
+        "versions": _versions,
+        "C compiler": _compiler,
+        "CPU threads": _threads,
+        "disk": _disk,
+        "compiler caches": _caches,
+        "CIFAR-10": _data,
+    }.items():
+        yield from _guarded(name, check)
+
+
+def _check(name: str, good: bool, found: str, remedy: str, status: str = WARNING) -> Check:
+    """A check that is ok if `good`, and else `status` with its `remedy`."""
+    return Check(name, OK, found) if good else Check(name, status, found, remedy)
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def _guarded(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
@@ -98,120 +104,67 @@ def _guarded(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]
         yield Check(name, WARNING, f"could not be checked ({type(error).__name__}: {error})".replace("\n", " "))
 
 
-def _driver() -> tuple[list[Gpu], Check]:
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        version = pynvml.nvmlSystemGetDriverVersion()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        gpus = [_gpu(pynvml, handle) for handle in handles]
-    except Exception:  # no library, no driver, or another one than the library's: each its own exception class
-        try:
-            nvml.Gpu("")
-            reason = "NVML cannot list the GPUs"
-        except nvml.UnavailableError as error:
-            reason = str(error)
-        remedy = "On a machine with an NVIDIA GPU, install or repair its driver; without one, training uses the CPU."
-        return [], Check("driver", MISSING, reason, remedy)
-    if not gpus:
-        return [], Check("driver", MISSING, f"{version}, and no GPU", "Give this container or machine a GPU.")
-    return gpus, Check("driver", OK, f"{version}, {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}")
-
-
-def _gpu(nvml_library: Any, handle: Any) -> Gpu:
-    def ask(function: str, *arguments: Any) -> Any:
-        try:
-            return getattr(nvml_library, function)(handle, *arguments)
-        except (nvml_library.NVMLError, AttributeError):
-            return None
-
-    persistent, ecc, memory = (ask(f"nvmlDeviceGet{what}") for what in ("PersistenceMode", "EccMode", "MemoryInfo"))
-    processes = ask("nvmlDeviceGetComputeRunningProcesses")
-    return Gpu(
-        nvml_library.nvmlDeviceGetUUID(handle),
-        ask("nvmlDeviceGetName"),
-        ask("nvmlDeviceGetCudaComputeCapability"),
-        None if persistent is None else bool(persistent),
-        None if ecc is None else bool(ecc[0]),
-        None if processes is None else sum(process.pid != os.getpid() for process in processes),
-        None if memory is None else (memory.free, memory.total),
-    )
-
-
-def _torch_gpu(gpus: list[Gpu]) -> Iterator[Check]:
-    """Whether PyTorch can use what the driver has."""
-    import torch
+def _torch_gpu(has_gpu: bool) -> Iterator[Check]:
+    """Whether PyTorch can use the driver's GPUs."""
+    import torch  # a finding, where it is not installed
 
     if torch.cuda.is_available():
         yield Check("GPU", OK, f"PyTorch finds {torch.cuda.device_count()}, for CUDA {torch.version.cuda}")
-    elif gpus and torch.version.cuda is None:
+    elif not has_gpu:
+        yield Check("GPU", MISSING, "none", "Training works on the CPU; the kernels and their figures need a GPU.")
+    elif torch.version.cuda is None:
         remedy = "Install the build of torch for CUDA, as https://pytorch.org/get-started says."
         yield Check("GPU", MISSING, f"torch {torch.__version__} is built without CUDA", remedy)
-    elif gpus:
+    else:
         remedy = "See that CUDA_VISIBLE_DEVICES names a GPU and that the driver is new enough for torch's CUDA."
         yield Check("GPU", MISSING, f"PyTorch finds none, for CUDA {torch.version.cuda}", remedy)
-    else:
-        yield Check("GPU", MISSING, "none", "Training works on the CPU; the kernels and their figures need a GPU.")
 
 
-def _of_gpu(gpu: Gpu) -> Iterator[Check]:
-    from kernels.jit import MIN_CAPABILITY
-    from profiling.device.specifications import specification
+def _gpu(gpu: nvml.Gpu) -> Iterator[Check]:
+    from kernels.jit import MIN_CAPABILITY  # imports torch
 
-    needs = ".".join(map(str, MIN_CAPABILITY))
-    if gpu.capability is None:
+    needs, capability = ".".join(map(str, MIN_CAPABILITY)), gpu.ask("nvmlDeviceGetCudaComputeCapability")
+    if capability is None:
         yield Check("capability", WARNING, f"{gpu.name}: unknown", f"See that it is {needs} or later.")
     else:
-        enough = gpu.capability >= MIN_CAPABILITY
-        found = f"{gpu.name}: {'.'.join(map(str, gpu.capability))}"
         remedy = f"The kernels need {needs}: a preset falls back to the library's operations here."
-        yield Check("capability", OK if enough else WARNING, found, None if enough else remedy)
-    if gpu.name is None or specification(gpu.name) is None:
-        remedy = "Utilisation is given against the measured ceiling alone; see `python -m profiling device --list`."
-        yield Check("specification", WARNING, f"{gpu.name} is not in the table", remedy)
-    else:
-        yield Check("specification", OK, specification(gpu.name).name)
-    yield _clocks(gpu)
-    if gpu.persistent is not None:
+        found = f"{gpu.name}: {'.'.join(map(str, capability))}"
+        yield _check("capability", tuple(capability) >= MIN_CAPABILITY, found, remedy)
+    sheet = specification(gpu.name)
+    remedy = "Utilisation is given against the measured ceiling alone; see `python -m profiling device --list`."
+    yield _check("specification", sheet is not None, sheet.name if sheet else f"{gpu.name} is not in the table", remedy)
+    yield _clocks(gpu.clocks())
+    if (persistent := gpu.ask("nvmlDeviceGetPersistenceMode")) is not None:
         remedy = "Let an administrator run `nvidia-smi -pm 1`, or each run first waits for the driver to load."
-        yield Check(
-            "persistence",
-            OK if gpu.persistent else WARNING,
-            "on" if gpu.persistent else "off",
-            None if gpu.persistent else remedy,
-        )
-    if gpu.ecc is not None:
-        yield Check("ECC", OK, "on" if gpu.ecc else "off")
-    if gpu.processes is None:
+        yield _check("persistence", bool(persistent), "on" if persistent else "off", remedy)
+    if (ecc := gpu.ask("nvmlDeviceGetEccMode")) is not None:
+        yield Check("ECC", OK, "on" if ecc[0] else "off")
+    processes = gpu.ask("nvmlDeviceGetComputeRunningProcesses")
+    if processes is None:
         yield Check("other processes", WARNING, "unknown", "See with `nvidia-smi` that nobody else uses the GPU.")
-    elif gpu.processes:
-        found = f"{gpu.processes} on this GPU"
-        yield Check("other processes", WARNING, found, "Wait for them to end: times measured beside them mean nothing.")
     else:
-        yield Check("other processes", OK, "none")
-    yield _memory(gpu)
+        others = sum(process.pid != os.getpid() for process in processes)
+        remedy = "Wait for them to end: times measured beside them mean nothing."
+        yield _check("other processes", not others, f"{others} on this GPU" if others else "none", remedy)
+    memory = gpu.ask("nvmlDeviceGetMemoryInfo")
+    if memory is None:
+        yield Check("GPU memory", WARNING, "unknown", "See with `nvidia-smi` how much is free.")
+    else:
+        found = f"{memory.free / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
+        room = f"{ENOUGH_GPU_BYTES >> 30} GiB are enough at batch 512"
+        remedy = f"End what uses it, or train with a smaller batch: {room}."
+        yield _check("GPU memory", memory.free >= ENOUGH_GPU_BYTES, found, remedy)
 
 
-def _clocks(gpu: Gpu) -> Check:
-    sample = nvml.sampler(gpu.uuid)()
-    if sample is None or sample.sm_clock_mhz is None:
+def _clocks(sample: nvml.GpuSample) -> Check:
+    if sample.sm_clock_mhz is None:
         return Check("clocks", WARNING, "unknown", "Timings cannot be checked for throttling here.")
     memory = "unknown" if sample.memory_clock_mhz is None else f"{sample.memory_clock_mhz} MHz"
     reasons = "unknown reasons" if sample.reasons is None else ", ".join(sample.reasons) or "nothing"
     found = f"SM {sample.sm_clock_mhz} MHz, memory {memory}, held down by: {reasons}"
-    remedy = "Cool the GPU or raise its power limit before timing anything." if sample.throttled else None
-    return Check("clocks", WARNING if sample.throttled else OK, found, remedy)
-
-
-def _memory(gpu: Gpu) -> Check:
-    if gpu.memory is None:
-        return Check("GPU memory", WARNING, "unknown", "See with `nvidia-smi` how much is free.")
-    free, total = gpu.memory
-    found = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-    remedy = f"End what uses it, or train with a smaller batch: {ENOUGH_GPU_BYTES >> 30} GiB are enough at batch 512."
-    enough = free >= ENOUGH_GPU_BYTES
-    return Check("GPU memory", OK if enough else WARNING, found, None if enough else remedy)
+    return _check(
+        "clocks", not sample.throttled, found, "Cool the GPU or raise its power limit before timing anything."
+    )
 
 
 def _ncu() -> Iterator[Check]:
@@ -225,9 +178,11 @@ def _ncu() -> Iterator[Check]:
 
 
 def _versions() -> Iterator[Check]:
-    """Python and the packages against the bounds in pyproject.toml, the one place that has them."""
+    """Python and the packages against the bounds in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    yield _version("Python", platform.python_version(), project["requires-python"])
+    bounds, python = project["requires-python"], platform.python_version()
+    remedy = "Use another Python: this version has not been tried."
+    yield _check("Python", admits(python, bounds), f"{python}, expected {bounds}", remedy)
     for requirement in project["dependencies"]:
         wanted, _, marker = requirement.partition(";")
         name, bounds = re.fullmatch(r"\s*([\w.-]+)\s*(.*?)\s*", wanted).groups()
@@ -236,20 +191,14 @@ def _versions() -> Iterator[Check]:
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Check(name, MISSING, f"not installed, needs {bounds}", "Run `pip install -e .` in the checkout.")
+            yield Check(name, MISSING, f"not installed, needs {bounds}", f"{INSTALL}.")
         else:
-            yield _version(name, version, bounds)
-
-
-def _version(name: str, version: str, bounds: str) -> Check:
-    if admits(version, bounds):
-        return Check(name, OK, f"{version} ({bounds})")
-    what = "Use another Python" if name == "Python" else "Run `pip install -e .` in the checkout"
-    return Check(name, WARNING, f"{version}, expected {bounds}", f"{what}: this version has not been tried.")
+            remedy = f"{INSTALL}: this version has not been tried."
+            yield _check(name, admits(version, bounds), f"{version}, expected {bounds}", remedy)
 
 
 def admits(version: str, bounds: str) -> bool:
-    """Whether `version` is within `bounds`, as in ">=2.11,<2.14"; local parts and pre-releases are not looked at."""
+    """Whether `version` is within `bounds`, as in ">=2.11,<2.14"; local parts and pre-releases are ignored."""
     compare = {">=": lambda a, b: a >= b, "<": lambda a, b: a < b}
     have = _release(version)
     parsed = (re.fullmatch(r"(>=|<)([\d.]+)", bound.strip()) for bound in bounds.split(","))
@@ -265,16 +214,14 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _compiler() -> Iterator[Check]:
-    """Triton compiles the launcher of every kernel with it, and looks for it so (triton/runtime/build.py)."""
+    """The compiler of Triton's kernel launchers, found as triton/runtime/build.py finds it."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     header = Path(sysconfig.get_paths(scheme=scheme)["include"], "Python.h")
     absent = [name for name, there in (("gcc or clang", compiler), (str(header), header.exists())) if not there]
-    if absent:
-        remedy = "Install gcc and Python's headers, or name a compiler in CC: without them Triton launches no kernel."
-        yield Check("C compiler", MISSING, f"no {' and no '.join(absent)}", remedy)
-    else:
-        yield Check("C compiler", OK, f"{compiler}, and {header}")
+    remedy = "Install gcc and Python's headers, or name a compiler in CC: without them Triton launches no kernel."
+    found = f"no {' and no '.join(absent)}" if absent else f"{compiler}, and {header}"
+    yield _check("C compiler", not absent, found, remedy, MISSING)
 
 
 def _threads() -> Iterator[Check]:
@@ -282,22 +229,19 @@ def _threads() -> Iterator[Check]:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
-    found = f"{threads} on {cores} core{'s' if cores > 1 else ''}"
-    if threads < cores / 2 or threads > cores:
-        yield Check("CPU threads", WARNING, found, "Unset OMP_NUM_THREADS, or set it to the number of physical cores.")
-    else:
-        yield Check("CPU threads", OK, found)
+    remedy = "Unset OMP_NUM_THREADS, or set it to the number of physical cores."
+    found = f"{threads} on {_counted(cores, 'core')}"
+    yield _check("CPU threads", cores / 2 <= threads <= cores, found, remedy)
 
 
 def _disk() -> Iterator[Check]:
     free = shutil.disk_usage(Path.cwd()).free
     remedy = f"Make room in {Path.cwd()} or name another place with --out: a profiled run may take 2 GiB."
-    enough = free >= ENOUGH_DISK_BYTES
-    yield Check("disk", OK if enough else WARNING, f"{free / 2**30:.1f} GiB free", None if enough else remedy)
+    yield _check("disk", free >= ENOUGH_DISK_BYTES, f"{free / 2**30:.1f} GiB free", remedy)
 
 
 def _caches() -> Iterator[Check]:
-    for name, variable, folder in (
+    for name, variable, default in (
         ("Triton's cache", "TRITON_CACHE_DIR", lambda: Path.home() / ".triton" / "cache"),
         (
             "Inductor's cache",
@@ -305,26 +249,19 @@ def _caches() -> Iterator[Check]:
             lambda: Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}",
         ),
     ):
-        remedy = f"Set {variable} to a folder that can be written to, or every process compiles anew or fails."
         try:
-            place = Path(os.environ.get(variable) or folder())
-            _try_to_write(place)
+            folder = place = Path(os.environ.get(variable) or default())
+            while not folder.exists():
+                folder = folder.parent
+            with tempfile.TemporaryFile(dir=folder):
+                yield Check(name, OK, str(place))
         except (OSError, RuntimeError, KeyError) as error:  # RuntimeError and KeyError: a user without home or name
+            remedy = f"Set {variable} to a folder that can be written to, or every process compiles anew or fails."
             yield Check(name, WARNING, f"cannot be written: {error}", remedy)
-        else:
-            yield Check(name, OK, str(place))
-
-
-def _try_to_write(folder: Path) -> None:
-    """Raise OSError unless a file can be made in `folder`, or in the nearest of its parents that exists."""
-    while not folder.exists():
-        folder = folder.parent
-    with tempfile.TemporaryFile(dir=folder):
-        pass
 
 
 def _data() -> Iterator[Check]:
-    """The folder that a run looks into by itself; whether the contents are right a run finds out."""
+    """The data's files by name and size, in the folders where a run looks; a run checks their contents."""
     for folder in (Path("data", "cifar-10-batches-bin"), Path("data")):
         sizes = [path.stat().st_size if path.is_file() else None for path in (folder / name for name in DATA_FILES)]
         if sizes == [DATA_FILE_BYTES] * len(DATA_FILES):

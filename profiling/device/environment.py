@@ -1,5 +1,6 @@
-"""What a run ran on: hardware, drivers, versions, and the commit. Whatever cannot be known is None."""
+"""Description of the machine: hardware, drivers, versions, commit. None is not known."""
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from kernels.jit import PDL
+from profiling.device import nvml
 
 PACKAGES = ("torch", "triton", "numpy", "nvidia-ml-py", "safetensors")
 
@@ -47,7 +49,7 @@ def environment(device: torch.device, root: Path) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The name people know it by."""
+    """The product name of the GPU, or of the CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else (_cpu_name() or "cpu")
 
 
@@ -77,28 +79,12 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "memory_clock_mhz": None,
         "power_limit_w": None,
     }
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no library, no driver, or another one than the library's: each its own exception class
-        return known
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-        for name, read in {
-            "driver": pynvml.nvmlSystemGetDriverVersion,
-            "sm_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "memory_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-            "power_limit_w": lambda: pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
-        }.items():
-            try:
-                known[name] = read()
-            except pynvml.NVMLError:
-                continue
-    except pynvml.NVMLError:
-        pass
-    finally:
-        pynvml.nvmlShutdown()
+    with contextlib.suppress(nvml.UnavailableError):
+        gpu = nvml.Gpu(f"GPU-{properties.uuid}")
+        clocks, limit_mw = gpu.clocks(), gpu.ask("nvmlDeviceGetEnforcedPowerLimit")
+        known |= {"sm_clock_mhz": clocks.sm_clock_mhz, "memory_clock_mhz": clocks.memory_clock_mhz}
+        known["power_limit_w"] = None if limit_mw is None else limit_mw / 1000
+        known["driver"] = nvml.driver()[0]
     return known
 
 
@@ -127,7 +113,7 @@ def _version(package: str) -> str | None:
 
 
 def machine(environment: dict[str, Any]) -> dict[str, Any]:
-    """What a timing depends on: the device, its driver and the libraries, from `environment`."""
+    """The part of `environment` that a timing depends on: device, driver, libraries."""
     e = environment
     about = {"device": e["device"].partition(":")[0], **{name: e["packages"][name] for name in ("torch", "triton")}}
     if e["gpu"] is None:

@@ -1,8 +1,8 @@
-"""Nsight Compute, where it is installed and may read counters: measured DRAM traffic and tensor activity per kernel.
+"""Nsight Compute (ncu): measured DRAM traffic and tensor activity per kernel.
 
-It replays kernels one by one, so what it says about time is not what a run takes; the account does not use it. Caches
-are flushed before each kernel, so that its bytes compare with the compulsory traffic of the cost functions, and clocks
-are left as a training has them. Where it cannot run there is a reason, never a failure.
+ncu replays kernels one by one, so its times are not a run's; the account does not use them. Caches are flushed before
+each kernel: its bytes compare with the compulsory traffic of the cost functions. Clocks are left as in training. Where
+ncu cannot run, there is a reason and no failure.
 """
 
 import csv
@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from profiling.device import nvml
 
 METRICS = {
     "dram_bytes": "dram__bytes.sum",
@@ -60,19 +62,16 @@ class Measured(NamedTuple):
 
 
 def find() -> str | None:
-    """The path of ncu: on PATH, or where its installers put it; of several the newest."""
+    """The path of ncu: on PATH, or the newest in its installers' places."""
     return shutil.which("ncu") or max((path for place in PLACES for path in glob.glob(place)), default=None)
 
 
 def probe() -> str | None:
-    """Why Nsight Compute cannot read counters here, with the remedy; None if nothing is known to be in its way."""
+    """The reason why ncu cannot read counters here, with the remedy; None if none is known."""
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        gpus = pynvml.nvmlDeviceGetCount()
-    except Exception:  # no library, no driver, or another one than the library's: each its own exception class
-        gpus = 0
+        _, gpus = nvml.driver()
+    except nvml.UnavailableError:
+        gpus = []
     if not gpus:
         return "there is no NVIDIA GPU whose counters could be read"
     if find() is None:
@@ -102,9 +101,8 @@ def _administrator() -> bool:
 def command(argv: Sequence[str], out: Path, launches: int = 2000) -> list[str]:
     """The command line that runs `argv` under ncu and writes CSV for `read` to `out`.
 
-    Measured are at most `launches` kernels, of those that `argv` launches between torch.cuda.profiler.start() and
-    stop(). It must not use torch.profiler: a process has room for one client of the profiling interface. Kernels of a
-    CUDA graph are measured one by one.
+    It measures at most `launches` kernels between torch.cuda.profiler.start() and stop(), those of a CUDA graph one by
+    one. `argv` must not use torch.profiler: a process has room for one client of the profiling interface.
     """
     return [
         find() or "ncu",
@@ -119,7 +117,7 @@ def command(argv: Sequence[str], out: Path, launches: int = 2000) -> list[str]:
 
 
 def hint(text: str) -> str | None:
-    """What to do about the error that ncu reports in its output `text`; None where it reports none."""
+    """The error that ncu reports in its output `text`, with its remedy; None where it reports none."""
     if "ERR_NVGPUCTRPERM" in text:
         return f"ncu may not read the GPU's counters (ERR_NVGPUCTRPERM): {REMEDY}"
     errors = [line.removeprefix("==ERROR==").strip() for line in text.splitlines() if line.startswith("==ERROR==")]
@@ -127,10 +125,7 @@ def hint(text: str) -> str | None:
 
 
 def read(text: str) -> list[Measured]:
-    """The launches in the output of `command`, in order. What is not a row of the table is skipped, as is a torn row.
-
-    Output without a table, an error message's or none at all, has no launches.
-    """
+    """The launches in the output of `command`, in order. Lines outside the table and torn rows are skipped."""
     rows = csv.reader(line for line in text.splitlines() if not line.startswith("==") and "\0" not in line)
     header = next((row for row in rows if "Kernel Name" in row), None)
     if header is None:

@@ -1,8 +1,7 @@
-"""What the driver says about a GPU at one moment: clocks, the reasons why they are not higher, power, activity, energy.
+"""The driver's view of a GPU (NVML): clocks, the reasons that hold them down, power, activity, energy.
 
-A field that this GPU, this driver or this user cannot read is None with its reason in `Gpu.unavailable`. One whose
-reading failed this once is None this once. Processes on the GPU are never asked for: it takes milliseconds under a lock
-that a launching program needs too.
+A field that this GPU, driver or user cannot read is None with its reason in `Gpu.unavailable`; a reading that fails
+once is None once. Samples never ask for processes: that takes milliseconds under a lock that a launching program needs.
 """
 
 import math
@@ -34,7 +33,7 @@ DISTURBING = {
     "hardware thermal slowdown",
     "power brake",
 }
-"""Those under which a timing says more about the room than about the kernel."""
+"""Reasons that invalidate a timing."""
 
 THROTTLING = DISTURBING | {POWER_CAP}
 """Heat or power."""
@@ -84,11 +83,11 @@ class GpuSample(NamedTuple):
 
 
 FIELDS = tuple(name for name in GpuSample._fields if name != "t_ns")
-"""What is read: every field of a sample but its time."""
+"""Every field of a sample but its time."""
 
 
 class UnavailableError(Exception):
-    """NVML cannot be asked about this GPU: `str(error)` is the reason in words."""
+    """NVML cannot be asked; `str(error)` is the reason in words."""
 
 
 def in_words(mask: int) -> tuple[str, ...]:
@@ -127,28 +126,44 @@ _FOR_GOOD = {
 """Failures that asking again will not mend."""
 
 
+def library() -> Any:
+    """`pynvml`, initialised. Raises UnavailableError: no library, no driver, or two versions that do not match."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception as error:  # each kind of failure is a class of its own, and a broken library raises any
+        raise UnavailableError(_why_not(error)) from error
+    return pynvml
+
+
+def driver() -> tuple[str, list[str]]:
+    """(the driver's version, the UUIDs of its GPUs). Raises UnavailableError."""
+    nvml = library()
+    try:
+        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        return nvml.nvmlSystemGetDriverVersion(), [nvml.nvmlDeviceGetUUID(handle) for handle in handles]
+    except (nvml.NVMLError, AttributeError) as error:
+        raise UnavailableError(_why_not(error)) from error
+
+
 class Gpu:
-    """The GPU of a UUID ("GPU-...") as NVML sees it.
+    """The GPU of a UUID ("GPU-...").
 
     name         the driver's name for it
     unavailable  fields that cannot be read, and why
 
-    Raises UnavailableError: no library, no driver, a library and a kernel module of different versions, no such GPU.
-    Without a UUID it always does, with the reason why no GPU could be meant.
+    Raises UnavailableError as `library` does, for an unknown UUID, and for None: the run was on no GPU.
     """
 
     def __init__(self, uuid: str | None):
+        pynvml = library()
+        if uuid is None:
+            raise UnavailableError("the run was not on an NVIDIA GPU")
         try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            if uuid is None:
-                raise UnavailableError("the run was not on an NVIDIA GPU")
             self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             self.name: str = pynvml.nvmlDeviceGetName(self._handle)
-        except UnavailableError:
-            raise
-        except Exception as error:  # each kind of failure is a class of its own, and a broken library raises any
+        except (pynvml.NVMLError, AttributeError) as error:
             raise UnavailableError(_why_not(error, uuid)) from error
         self._nvml = pynvml
         self.unavailable: dict[str, str] = {}
@@ -165,14 +180,21 @@ class Gpu:
             reason = _FOR_GOOD.get(type(error).__name__, str(error))
             self.unavailable |= dict.fromkeys(_ACTIVITY, reason)
 
+    def ask(self, function: str) -> Any:
+        """The answer of pynvml's `function` about this GPU, None where it fails or does not exist."""
+        try:
+            return getattr(self._nvml, function)(self._handle)
+        except (self._nvml.NVMLError, AttributeError):
+            return None
+
     def sample(self) -> GpuSample:
-        """All that can be read now."""
+        """Every field, read now."""
         now_ns = time.monotonic_ns()
         activity = self._activity.read(now_ns) if self._activity else {}
         return GpuSample(t_ns=now_ns, **self._read(_READERS), **activity)
 
     def clocks(self) -> GpuSample:
-        """Only the clocks and their reasons."""
+        """The clocks and their reasons only."""
         return GpuSample(t_ns=time.monotonic_ns(), **self._read(_CLOCKS))
 
     def _read(self, readers: dict[str, Callable]) -> dict[str, Any]:
@@ -206,7 +228,7 @@ class _Activity:
         nvml.nvmlGpmSampleGet(handle, self._before)
 
     def read(self, now_ns: int) -> dict[str, float]:
-        """Shares since the reading before, each 0 to 1; none where that was too short a while ago, or it failed."""
+        """Shares since the reading before, each 0 to 1; {} after less than GPM_INTERVAL_NS, or where it failed."""
         if now_ns - self._taken_ns < GPM_INTERVAL_NS:
             return {}
         try:
@@ -221,14 +243,14 @@ class _Activity:
 
 
 def sampler(uuid: str) -> Callable[[], GpuSample | None]:
-    """A function that reads the clocks of the GPU of this UUID ("GPU-..."), or that returns None where NVML cannot."""
+    """A function that reads the clocks of the GPU of this UUID ("GPU-..."); it returns None where NVML cannot."""
     try:
         return Gpu(uuid).clocks
     except UnavailableError:
         return lambda: None
 
 
-def _why_not(error: Exception, uuid: str | None) -> str:
+def _why_not(error: Exception, uuid: str | None = None) -> str:
     if isinstance(error, ImportError):
         return "nvidia-ml-py is not installed"
     reasons = {

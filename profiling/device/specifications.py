@@ -1,7 +1,8 @@
-"""What the vendor promises of a GPU, and of two what predictions assume: what knows hardware by name.
+"""Data sheets of GPUs, and for two of them the assumptions of the predictions. Hardware is named nowhere else.
 
 Every peak is dense; a data sheet that prints only its sparse figure is halved. Products accumulate in fp32, as training
-does, which GeForce cards do at half of their advertised fp16 rate. Bytes are decimal, caches binary.
+does: GeForce cards do so at half of their advertised fp16 rate, workstation cards at the whole. Bytes are decimal,
+caches binary.
 """
 
 from dataclasses import dataclass
@@ -11,15 +12,15 @@ V100_FLOPS_PER_S = 125e12
 """Dense fp16 tensor-core peak of the article's GPU (NVIDIA's Tesla V100 SXM2 data sheet; the article uses it too)."""
 
 DTYPES = ("float16", "bfloat16", "float32")
-"""Of a training's activations and its kernels."""
+"""Dtypes of a training's activations and of its kernels."""
 
 
 @dataclass(frozen=True)
 class Specification:
     """One GPU.
 
-    `flops_per_s` is the dense peak for "float16", "bfloat16", "tf32" and "float32" (without tensor cores); what the GPU
-    has no unit for is absent. `bytes_per_s` is of device memory. `source` is the document that says so.
+    `flops_per_s` is the dense peak for "float16", "bfloat16", "tf32" and "float32" (without tensor cores), without the
+    dtypes that the GPU has no unit for. `bytes_per_s` is of device memory. `source` names the document.
     """
 
     name: str
@@ -38,151 +39,120 @@ def specification(gpu_name: str) -> Specification | None:
     return _BY_NAME.get(gpu_name.strip().removeprefix("NVIDIA "))
 
 
-_BOOST_MHZ = {
-    "V100 SXM2": 1530,
-    "V100 PCIe": 1380,
-    "A100 SXM 40 GB": 1410,
-    "A100 SXM 80 GB": 1410,
-    "A100 PCIe 40 GB": 1410,
-    "A100 PCIe 80 GB": 1410,
-    "H100 SXM": 1830,
-    "H100 PCIe": 1620,
-    "H200 SXM": 1830,
-    "GeForce RTX 3090": 1695,
-    "GeForce RTX 4090": 2520,
-    "L4": 2040,
-    "T4": 1590,
-}
-"""Architecture white papers' boost clocks; H200: the H100's, by which its own peaks are as many FLOP a clock."""
-_BOOST_MHZ_WITHOUT_TENSOR_CORES = {"H100 SXM": 1980, "H100 PCIe": 1755, "H200 SXM": 1980}
-"""Where the same paper has another one for "float32"."""
-
-
 def boost_mhz(gpu: Specification, arithmetic: str) -> int | None:
     """The SM clock that the peak in `arithmetic` is quoted at, None where it is not known.
 
     A peak is FLOP per clock times clock, so at another clock it is another one.
     """
-    of_arithmetic = _BOOST_MHZ_WITHOUT_TENSOR_CORES if arithmetic == "float32" else {}
-    return of_arithmetic.get(gpu.name, _BOOST_MHZ.get(gpu.name))
+    row = next(row for row in _ROWS if row.name == gpu.name)
+    return row.plain_mhz if arithmetic == "float32" and row.plain_mhz else row.mhz
 
 
-_MIB = 2**20
+class _Row(NamedTuple):
+    """Peaks in TFLOP/s: `half` of fp16 and bf16, which are equally fast on a GPU that has bf16; `single` without tensor
+    cores. `tf32` is None before compute capability 8.0, which has no bf16 either. Boost clocks in MHz, None where no
+    document names one; `plain_mhz` is of `single`, where it differs. `drivers` are the driver's names without "NVIDIA".
+    """
+
+    name: str
+    half: float
+    tf32: float | None
+    single: float
+    gb_per_s: float
+    l2_mib: int
+    mhz: int | None
+    source: str
+    drivers: tuple[str, ...] = ()
+    plain_mhz: int | None = None
+
+    def specification(self) -> Specification:
+        peaks = {"float16": self.half, "bfloat16": self.half, "tf32": self.tf32, "float32": self.single}
+        known = {k: v * 1e12 for k, v in peaks.items() if self.tf32 is not None or k in ("float16", "float32")}
+        return Specification(self.name, known, self.gb_per_s * 1e9, self.l2_mib * 2**20, self.source)
 
 
-def _peaks(half: float, tf32: float, single: float) -> dict[str, float]:
-    """From TFLOP/s; fp16 and bf16 are equally fast on everything that has bf16."""
-    return {"float16": half * 1e12, "bfloat16": half * 1e12, "tf32": tf32 * 1e12, "float32": single * 1e12}
+_V100 = "NVIDIA V100 data sheet; L2: Tesla V100 GPU architecture white paper"
+_A100 = "NVIDIA A100 data sheet; L2: A100 architecture white paper"
+_H100 = "NVIDIA H100 architecture white paper, final clocks; bandwidth: H100 data sheet"
+_GA102 = "NVIDIA Ampere GA102 architecture white paper"
+_ADA = "NVIDIA Ada GPU architecture white paper"
+_RTX_PRO = "RTX PRO 6000 Blackwell Workstation Edition"
+_HALVED = "its sparse figures halved"
+_L2 = "L2: as the driver reports it"
 
-
-def _volta_or_turing(half: float, single: float) -> dict[str, float]:
-    """From FLOP/s; neither bf16 nor tf32 before compute capability 8.0."""
-    return {"float16": half, "float32": single}
-
-
-_V100_SHEET = "NVIDIA V100 data sheet; L2: Tesla V100 GPU architecture white paper"
-_A100_SHEET = "NVIDIA A100 data sheet; L2: A100 architecture white paper"
-_H100_PAPER = "NVIDIA H100 architecture white paper, final clocks; bandwidth: H100 data sheet"
-
-_ENTRIES: tuple[tuple[Specification, tuple[str, ...]], ...] = (
-    (
-        Specification("V100 SXM2", _volta_or_turing(V100_FLOPS_PER_S, 15.7e12), 0.9e12, 6 * _MIB, _V100_SHEET),
-        ("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB"),
-    ),
-    (
-        Specification("V100 PCIe", _volta_or_turing(112e12, 14e12), 0.9e12, 6 * _MIB, _V100_SHEET),
-        ("Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB"),
-    ),
-    (
-        Specification("A100 SXM 40 GB", _peaks(312, 156, 19.5), 1.555e12, 40 * _MIB, _A100_SHEET),
-        ("A100-SXM4-40GB",),
-    ),
-    (
-        Specification("A100 SXM 80 GB", _peaks(312, 156, 19.5), 2.039e12, 40 * _MIB, _A100_SHEET),
-        ("A100-SXM4-80GB",),
-    ),
-    (
-        Specification("A100 PCIe 40 GB", _peaks(312, 156, 19.5), 1.555e12, 40 * _MIB, _A100_SHEET),
-        ("A100-PCIE-40GB",),
-    ),
-    (
-        Specification("A100 PCIe 80 GB", _peaks(312, 156, 19.5), 1.935e12, 40 * _MIB, _A100_SHEET),
-        ("A100 80GB PCIe",),
-    ),
-    (
-        Specification("H100 SXM", _peaks(989.4, 494.7, 66.9), 3.35e12, 50 * _MIB, _H100_PAPER),
-        ("H100 80GB HBM3",),
-    ),
-    (
-        Specification("H100 PCIe", _peaks(756, 378, 51.2), 2.0e12, 50 * _MIB, _H100_PAPER),
-        ("H100 PCIe",),
-    ),
-    (
-        Specification(
-            "H200 SXM",
-            _peaks(989.5, 494.5, 67),
-            4.8e12,
-            60 * _MIB,
-            "NVIDIA H200 data sheet, its sparse figures halved; L2: as the driver reports it",
-        ),
-        ("H200",),
-    ),
-    (
-        Specification(
-            "B200",
-            _peaks(2250, 1125, 75),
-            7.7e12,
-            126 * _MIB,
-            "NVIDIA Blackwell data sheet, HGX B200, its sparse figures halved; L2: as the driver reports it",
-        ),
-        ("B200",),
-    ),
-    (
-        Specification(
-            "GeForce RTX 3090",
-            _peaks(71, 35.6, 35.6),
-            0.936e12,
-            6 * _MIB,
-            "NVIDIA Ampere GA102 architecture white paper",
-        ),
-        ("GeForce RTX 3090",),
-    ),
-    (
-        Specification(
-            "GeForce RTX 4090", _peaks(165.2, 82.6, 82.6), 1.008e12, 72 * _MIB, "NVIDIA Ada architecture white paper"
-        ),
-        ("GeForce RTX 4090",),
-    ),
-    (
-        Specification(
-            "L4",
-            _peaks(121, 60, 30.3),
-            0.3e12,
-            48 * _MIB,
-            "NVIDIA L4 data sheet, its sparse figures halved; L2: Ada architecture white paper",
-        ),
-        ("L4",),
-    ),
-    (
-        Specification(
-            "T4",
-            _volta_or_turing(65e12, 8.1e12),
-            0.32e12,
-            4 * _MIB,
-            "NVIDIA T4 data sheet; L2: Turing architecture white paper",
-        ),
+_ROWS = (
+    _Row("V100 SXM2", 125, None, 15.7, 900, 6, 1530, _V100, ("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB")),
+    _Row("V100 PCIe", 112, None, 14, 900, 6, 1380, _V100, ("Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB")),
+    _Row(
+        "T4",
+        65,
+        None,
+        8.1,
+        320,
+        4,
+        1590,
+        "NVIDIA T4 data sheet; L2: Turing architecture white paper",
         ("Tesla T4", "T4"),
     ),
+    _Row("A100 SXM 40 GB", 312, 156, 19.5, 1555, 40, 1410, _A100, ("A100-SXM4-40GB",)),
+    _Row("A100 SXM 80 GB", 312, 156, 19.5, 2039, 40, 1410, _A100, ("A100-SXM4-80GB",)),
+    _Row("A100 PCIe 40 GB", 312, 156, 19.5, 1555, 40, 1410, _A100, ("A100-PCIE-40GB",)),
+    _Row("A100 PCIe 80 GB", 312, 156, 19.5, 1935, 40, 1410, _A100, ("A100 80GB PCIe",)),
+    _Row("A30", 165, 82, 10.3, 933, 24, 1440, f"NVIDIA A30 data sheet; {_L2}"),
+    _Row("A40", 149.7, 74.8, 37.4, 696, 6, 1740, f"NVIDIA A40 data sheet; L2: {_GA102}"),
+    _Row("A10", 125, 62.5, 31.2, 600, 6, 1695, f"NVIDIA A10 data sheet; {_L2}"),
+    _Row("A10G", 70, 35, 35, 600, 6, 1710, f"NVIDIA A10G data sheet for AWS; {_L2}"),
+    _Row("RTX A6000", 154.8, 77.4, 38.7, 768, 6, 1800, _GA102),
+    _Row("GeForce RTX 3090", 71, 35.6, 35.6, 936, 6, 1695, _GA102),
+    _Row("GeForce RTX 4080", 97.5, 48.7, 48.7, 716.8, 64, 2505, _ADA),
+    _Row("GeForce RTX 4090", 165.2, 82.6, 82.6, 1008, 72, 2520, _ADA),
+    _Row(
+        "RTX 6000 Ada",
+        364.2,
+        182.1,
+        91.1,
+        960,
+        96,
+        2505,
+        "NVIDIA Ada architecture white paper for professional GPUs",
+        ("RTX 6000 Ada Generation",),
+    ),
+    _Row("L4", 121, 60, 30.3, 300, 48, 2040, f"NVIDIA L4 data sheet, {_HALVED}; L2: {_ADA}"),
+    _Row("L40", 181.05, 90.5, 90.5, 864, 96, 2490, f"NVIDIA L40 data sheet; L2: {_ADA}"),
+    _Row("L40S", 362.05, 183, 91.6, 864, 96, 2520, f"NVIDIA L40S data sheet; {_L2}"),
+    _Row("H100 SXM", 989.4, 494.7, 66.9, 3350, 50, 1830, _H100, ("H100 80GB HBM3",), 1980),
+    _Row("H100 PCIe", 756, 378, 51.2, 2000, 50, 1620, _H100, ("H100 PCIe",), 1755),
+    _Row("H100 NVL", 835.5, 417.5, 60, 3900, 60, None, f"NVIDIA H100 data sheet, {_HALVED}; {_L2}", (), 1785),
+    _Row("H200 SXM", 989.5, 494.5, 67, 4800, 60, 1830, f"NVIDIA H200 data sheet, {_HALVED}; {_L2}", ("H200",), 1980),
+    _Row("GH200", 990, 494, 67, 4000, 60, 1830, f"NVIDIA GH200 data sheet; {_L2}", ("GH200 480GB",), 1980),
+    _Row("B200", 2250, 1125, 75, 7700, 126, None, f"NVIDIA Blackwell data sheet, HGX B200, {_HALVED}; {_L2}"),
+    _Row(
+        "GB200",
+        2500,
+        1250,
+        80,
+        8000,
+        126,
+        None,
+        f"NVIDIA GB200 NVL72 data sheet, {_HALVED}; L2: Blackwell tuning guide",
+    ),
+    _Row("GeForce RTX 5090", 209.5, 104.8, 104.8, 1792, 96, 2407, "NVIDIA RTX Blackwell architecture white paper"),
+    _Row(_RTX_PRO, 503.8, 251.9, 125, 1792, 128, 2617, "NVIDIA RTX PRO Blackwell architecture white paper, data sheet"),
 )
+"""`mhz`: boost clocks of the architecture white papers or, where those lack the GPU, the highest that the driver names;
+of H200 and GH200 the H100's, by which their peaks are as many FLOP a clock. Left out are the RTX 3080, a name that the
+driver gives to two cards (10 and 12 GB), and the B300, of whose L2 no document was found."""
 
-SPECIFICATIONS: tuple[Specification, ...] = tuple(entry for entry, _ in _ENTRIES)
-"""Every GPU that the table knows."""
+SPECIFICATIONS: tuple[Specification, ...] = tuple(row.specification() for row in _ROWS)
+"""Every GPU of the table."""
 
-_BY_NAME = {name: entry for entry, names in _ENTRIES for name in names}
+_BY_NAME = {
+    name: entry for row, entry in zip(_ROWS, SPECIFICATIONS, strict=True) for name in row.drivers or (row.name,)
+}
 
 
 class Machine(NamedTuple):
-    """What a prediction needs to know of a GPU; of which data sheet, `specification(name)` says.
+    """Assumptions of the predictions about a GPU, whose data sheet is `specification(name)`.
 
     flops_per_s, bytes_per_s     of a large fp16 product and of a copy in device memory, as `source` has them (quoted)
     l2_bytes_per_s               what all multiprocessors together read through the L2 cache, and `l2_range`, within
@@ -217,11 +187,11 @@ _ELSEWHERE = "a large fp16 product and a copy in device memory, measured elsewhe
 H100 = Machine("H100", "NVIDIA H100 80GB HBM3", (9, 0), 798e12, 3.0e12, _ELSEWHERE)
 H200 = Machine("H200", "NVIDIA H200", (9, 0), 790e12, 4.3e12, _ELSEWHERE)
 MACHINES = (H100, H200)
-"""Those that predictions are made for."""
+"""GPUs with predictions."""
 
 
 def machine(gpu_name: str) -> Machine | None:
-    """What predictions assume of the GPU that the driver calls `gpu_name`; None where none are made for it."""
+    """The machine that the driver calls `gpu_name`; None where there are no predictions for it."""
     sheet = specification(gpu_name)
     return next((one for one in MACHINES if sheet is not None and specification(one.name) == sheet), None)
 

@@ -1,7 +1,7 @@
-"""Calls that run without a pause, timed by the window: what a device sustains, as opposed to what one call takes.
+"""Calls without a pause, timed by the window: the rate that a device sustains.
 
 A window is a number of calls. Windows follow one another immediately, after the same calls have run hot for a quarter
-of the time. On a GPU nothing waits for the device, but one window of calls is always queued while it works on another.
+of the time. On a GPU one window of calls is always queued while the device works on another.
 """
 
 import itertools
@@ -17,16 +17,16 @@ from profiling.device import nvml
 WINDOWS = 8
 """An eighth of two seconds is long enough for clocks and power to settle: a window's rate can be kept up."""
 FEWEST = 3
-"""Windows, however long one of them takes."""
+"""The least number of windows."""
 QUIET = 0.9
-"""The share of the cores' time below which a CPU was not this process's own."""
+"""The share of the cores' time below which this process shared its CPU."""
 
 
 class Sustained(NamedTuple):
     """Seconds per call in the best window and in the median one; `seconds` is how long all `samples` windows took.
 
     `power_capped_share` is the share of the windows, 0 to 1, in which the power limit held the clock down; None where
-    nobody can tell.
+    it is not known.
     """
 
     best_s: float
@@ -37,7 +37,7 @@ class Sustained(NamedTuple):
 
 
 class CpuWatch:
-    """Times calls that return when they are done, and that use all of PyTorch's threads."""
+    """Times calls that return when they are done and use all of PyTorch's threads."""
 
     hot_clock: int | None = None
     power_capped_share: float | None = None
@@ -56,7 +56,7 @@ class CpuWatch:
         return wall_s
 
     def windows(self, run: Callable[[], Any], calls: int, seconds: float) -> list[float]:
-        """Seconds of each window of `calls` calls, one behind the other until `seconds` have passed."""
+        """Seconds of each window of `calls` calls, one after another until `seconds` have passed."""
         taken: list[float] = []
         while len(taken) < FEWEST or sum(taken) < seconds:
             taken.append(self.time(run, calls))
@@ -99,7 +99,7 @@ class CudaWatch:
     def windows(self, run: Callable[[], Any], calls: int, seconds: float) -> list[float]:
         """Seconds of each window of `calls` calls on the device, until about `seconds` have passed.
 
-        Windows during which heat or a power brake held the clocks down are left out, unless nearly all were such.
+        Windows with the clocks held down by heat or a power brake are left out, unless fewer than FEWEST remain.
         """
         torch.cuda.synchronize(self.device)
         begin, marks, seen = time.perf_counter(), [_mark()], []
@@ -118,7 +118,7 @@ class CudaWatch:
         return calm if len(calm) >= FEWEST else taken
 
     def clock(self) -> int | None:
-        """The SM clock in MHz at this moment, None where NVML cannot tell; takes note of what holds it down."""
+        """The SM clock in MHz now, None where NVML cannot tell; records the reasons that hold it down."""
         return self._look().sm_clock_mhz
 
     def _look(self) -> nvml.GpuSample:
@@ -128,7 +128,7 @@ class CudaWatch:
         return sample
 
     def reasons(self) -> tuple[str, ...] | None:
-        """What has held the clock down so far, in words; None where NVML cannot tell."""
+        """The reasons that held the clock down so far, in words; None where NVML cannot tell."""
         return None if self._reasons is None else tuple(sorted(self._reasons))
 
 
@@ -142,7 +142,7 @@ def sustain(watch: CpuWatch | CudaWatch, run: Callable[[], Any], seconds: float)
 
 
 def captured(run: Callable[[], Any], times: int) -> Callable[[], Any]:
-    """A replay of `times` calls of `run`, which has run before, as one CUDA graph: one launch for the host."""
+    """A replay of `times` calls of `run`, which has run before, as one CUDA graph: one launch of the host."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(times):
@@ -157,7 +157,7 @@ def _mark() -> torch.cuda.Event:
 
 
 def _calls(watch: CpuWatch | CudaWatch, run: Callable[[], Any], window_s: float) -> int:
-    """How many calls take `window_s`; at least one."""
+    """The number of calls that take `window_s`, at least 1."""
     calls = 1
     while (took := watch.time(run, calls)) < window_s / 4:
         calls *= 4

@@ -2,13 +2,13 @@
 
 
 class CommandError(Exception):
-    """The command line asks for what cannot be."""
+    """The command line is invalid."""
 
     exit_code = 2
 
 
 class NoDeviceError(CommandError):
-    """What was asked for needs a device that is not there."""
+    """The command needs a device that is not there."""
 
     exit_code = 4
 

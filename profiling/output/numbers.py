@@ -1,4 +1,4 @@
-"""A number with where it comes from. Nothing is reported without."""
+"""A number with its provenance: measured, modelled, quoted or unavailable."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,7 +29,7 @@ class Number:
 
 
 def measured(value: float | int, unit: str, source: str) -> Number:
-    """Seen on this machine."""
+    """Measured on this machine."""
     return Number(value, unit, "measured", source)
 
 
@@ -39,7 +39,7 @@ def modelled(value: float | int, unit: str, source: str) -> Number:
 
 
 def quoted(value: float | int, unit: str, source: str) -> Number:
-    """Said by somebody else."""
+    """Quoted from a source."""
     return Number(value, unit, "quoted", source)
 
 

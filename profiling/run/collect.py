@@ -12,36 +12,35 @@ import secrets
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, schedule
 
 from profiling.output.files import write_json
 from profiling.run import telemetry
-from profiling.run.clock import Clock
-from profiling.run.steps import StepClock
-
-if TYPE_CHECKING:
-    import torch
+from profiling.run.clock import Clock, StepClock
 
 VERSION = 1
 WAIT_STEPS, WARM_UP_STEPS, ACTIVE_STEPS = 3, 10, 20
-"""Of the profiled pass: left alone, profiled and thrown away, and recorded. CUPTI loses kernels where a session begins
-(pytorch/pytorch#192021), hence so many to throw away."""
+"""Steps of the profiled pass: not profiled, profiled and dropped, recorded. CUPTI loses kernels where a session begins
+(pytorch/pytorch#192021), hence the many that are dropped."""
 CPU_WARM_UP_STEPS = 3
-"""Without CUPTI; there a step may take seconds."""
+"""Fewer without CUPTI, where a step may take seconds."""
 EAGER_STEP = 2
-"""Index among the recorded steps of the one that runs eagerly: all others are compared with it, so it is not the first.
-Among the replays the clocks are theirs."""
+"""Index of the eager one among the recorded steps: not the first, since all others are compared with it, and among the
+replays, so that it has their clocks."""
 
 PATIENCE_S = 1800
-"""How long a pass may take."""
+"""Seconds that a pass may take."""
 
 RECORDS = "records"
 
 
 class Collection:
-    """The records of a timed run on `device`: `steps` is to wrap its epochs, `finish` to be called at its end."""
+    """The records of a timed run on `device`: `steps` wraps its epochs, `finish` is called at its end."""
 
-    def __init__(self, out: Path, device: "torch.device", warn: Callable[[str], None]):
+    def __init__(self, out: Path, device: torch.device, warn: Callable[[str], None]):
         self.folder, self.warn = out / RECORDS, warn
         with contextlib.suppress(OSError):  # what cannot be written is warned of at the end
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -61,12 +60,10 @@ class Collection:
                 self.warn(f"{self.folder}: {error}; the report will lack the {name}")
 
 
-def gpu_uuid(device: "torch.device") -> str | None:
+def gpu_uuid(device: torch.device) -> str | None:
     """The driver's name of the GPU, None for a CPU."""
     if device.type != "cuda":
         return None
-    import torch
-
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
@@ -91,21 +88,18 @@ def run_pass(what: str, command: list[str], folder: Path, warn: Callable[[str], 
 
 def record_trace(
     steps: Iterator[int],
-    device: "torch.device",
+    device: torch.device,
     folder: Path,
     about: dict[str, Any],
     eagerly: Callable[[], contextlib.AbstractContextManager] | None = None,
     active: int = ACTIVE_STEPS,
 ) -> None:
-    """Take the session: `steps` trains, a step at a time, and yields the images of each.
+    """Profile `steps`, which trains a step at a time and yields the images of each.
 
-    Where steps are replayed, one more is recorded among them within `eagerly()`: which operation launched a kernel can
-    only be learned from that, and what a replay should hold (`profiling.account.cross_check`).
+    Where steps are replayed, one more is recorded among them within `eagerly()`: only that one tells which operation
+    launched a kernel, and the kernels that a replay should hold (`profiling.account.cross_check`).
     Writes trace.json.gz and profile.json to `folder`; `about` is the environment. Raises OSError where it cannot.
     """
-    import torch
-    from torch.profiler import ProfilerActivity, profile, schedule
-
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     path = folder / "trace.json.gz"
     temporary = folder / f".tmp-{secrets.token_hex(4)}.json.gz"
@@ -119,7 +113,7 @@ def record_trace(
     before, recorded = WAIT_STEPS + warm_up, active + (1 if eagerly else 0)
     plan = schedule(wait=WAIT_STEPS, warmup=warm_up, active=recorded, repeat=1)
     if eagerly:
-        # The first too, which is not recorded, so that a search of cuDNN's or an allocation is none of the other's.
+        # The unrecorded first step too: it takes the searches and allocations of an eager step.
         steps = _with_eager(steps, {0, before + EAGER_STEP}, eagerly)
     try:
         with profile(activities=activities, schedule=plan, on_trace_ready=save, record_shapes=True) as session:
@@ -150,7 +144,7 @@ def record_trace(
 def _with_eager(
     steps: Iterator[int], numbers: set[int], eagerly: Callable[[], contextlib.AbstractContextManager]
 ) -> Iterator[int]:
-    """`steps`, of which those of `numbers`, from 0, run within `eagerly()`."""
+    """`steps`; those whose index is in `numbers` run within `eagerly()`."""
     for number in itertools.count():
         with eagerly() if number in numbers else contextlib.nullcontext():
             images = next(steps, None)
@@ -160,7 +154,7 @@ def _with_eager(
 
 
 def record_failure(folder: Path, error: str) -> None:
-    """Leave word that the profiled pass failed; a disk that is full takes none."""
+    """Record that the profiled pass failed; ignored if the disk is full."""
     nothing = {"version": VERSION, "eager_step": None, "step_images": [], "step_ns": [], "environment": None}
     with contextlib.suppress(OSError):
         write_json(folder / "profile.json", nothing | {"error": error})

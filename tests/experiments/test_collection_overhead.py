@@ -12,7 +12,7 @@ from experiments import collection_overhead
 from experiments.collection_overhead import measure, overhead
 from profiling import ROOT
 from profiling.run import telemetry
-from profiling.run.steps import StepClock
+from profiling.run.clock import StepClock
 
 CPU = torch.device("cpu")
 

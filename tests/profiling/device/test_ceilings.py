@@ -6,7 +6,7 @@ import torch
 
 from kernels.conv_shape import RESNET_LAYERS, ConvShape
 from profiling.device import ceilings
-from profiling.device.ceilings import Ceiling, Ceilings, in_words, measure
+from profiling.device.ceilings import Ceiling, Ceilings, measure
 from profiling.device.sustained import CpuWatch, Sustained
 
 CPU = torch.device("cpu")
@@ -32,6 +32,10 @@ def second_each(monkeypatch):
     monkeypatch.setattr(ceilings, "sustain", once)
 
 
+def bench(device=CPU, dtype=torch.float32):
+    return ceilings._Bench(device, dtype, 0.1, CpuWatch(), lambda text: None)
+
+
 @pytest.mark.usefixtures("small")
 def test_a_cpu_is_measured():
     said, search = [], torch.backends.cudnn.benchmark
@@ -43,9 +47,7 @@ def test_a_cpu_is_measured():
         assert c.value >= c.median > 0
         assert c.samples >= 3
     assert 0 < found.launch.value <= found.launch.median
-    assert found.sm_clock_mhz is None
-    assert found.lacks == ()
-    assert found.dtype == "float32"
+    assert (found.sm_clock_mhz, found.lacks, found.dtype) == (None, (), "float32")
     assert Ceilings.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
@@ -65,16 +67,19 @@ def test_rates_are_the_work_of_a_call_over_its_time():
 
 
 @pytest.mark.usefixtures("second_each")
-def test_the_convolutions_are_the_article_s_3x3_layers(monkeypatch):
+def test_the_candidates(monkeypatch):
+    """The article's 3x3 layers; a larger product is left out where it would take minutes; a CPU's batch is bounded."""
     monkeypatch.setattr(ceilings._Bench, "_convolution", lambda bench, name, layer, batch: lambda: None)
+    monkeypatch.setattr(ceilings, "GEMMS", {"cpu": ((64, False), (128, False))})
+    monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 1 << 20})
     found = bench().convolutions(512, [])
     layers = [layer for layer in RESNET_LAYERS if layer.R == 3]
     assert [c.shape for c in found[::3]] == [f"{layer}, batch 512" for layer in layers]
     assert [c.value for c in found[::3]] == [layer.flops(512) for layer in layers]
-
-
-def bench(device=CPU, dtype=torch.float32):
-    return ceilings._Bench(device, dtype, 0.1, CpuWatch(), lambda text: None)
+    assert [c.shape for c in bench().gemms()] == ["64^3"]
+    for batch, used in ((2, 2), (512, ceilings.CPU_BATCH)):
+        shape = measure(CPU, torch.float32, seconds=0.001, batch=batch).convolutions[0].shape
+        assert shape.endswith(f", batch {used}")
 
 
 @pytest.mark.parametrize(
@@ -86,16 +91,7 @@ def test_each_pass_computes_its_own_gradient_channels_last(name, shape):
     assert result.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.usefixtures("small")
-def test_a_cpu_s_batch_is_bounded(monkeypatch):
-    batches = []
-    monkeypatch.setattr(ceilings._Bench, "convolutions", lambda bench, batch, lacks: batches.append(batch) or [])
-    for batch in (2, 512):
-        measure(CPU, torch.float32, seconds=0.001, batch=batch)
-    assert batches == [2, ceilings.CPU_BATCH]
-
-
-def test_what_does_not_fit_is_halved():
+def test_a_size_that_does_not_fit_is_halved():
     def build(size):
         if size > 300:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -119,12 +115,6 @@ def test_a_pass_that_the_library_lacks_is_named_and_the_others_stand(monkeypatch
     assert "second line" not in found.lacks[1]
 
 
-@pytest.mark.usefixtures("second_each")
-def test_larger_products_are_left_out_where_they_would_take_minutes(monkeypatch):
-    monkeypatch.setattr(ceilings, "GEMMS", {"cpu": ((64, False), (128, False))})
-    assert [c.shape for c in bench().gemms()] == ["64^3"]
-
-
 @pytest.mark.parametrize(
     ("dtype", "allowed", "capability", "expected"),
     [
@@ -134,7 +124,7 @@ def test_larger_products_are_left_out_where_they_would_take_minutes(monkeypatch)
         (torch.float16, True, (9, 0), "float16"),
     ],
 )
-def test_the_arithmetic_is_what_the_device_does(monkeypatch, dtype, allowed, capability, expected):
+def test_the_arithmetic_is_the_device_s(monkeypatch, dtype, allowed, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert bench(torch.device("cuda"), dtype)._arithmetic(allowed) == expected
 
@@ -175,8 +165,7 @@ FOUND = Ceilings(
 
 def test_the_roof_is_the_fastest_of_products_and_convolutions():
     assert FOUND.flops_per_s == 790e12
-    faster = dataclasses.replace(FOUND, convolutions=[ceiling(800e12, "wgrad")])
-    assert faster.compute.name == "wgrad"
+    assert dataclasses.replace(FOUND, convolutions=[ceiling(800e12, "wgrad")]).compute.name == "wgrad"
 
 
 @pytest.mark.parametrize("clocks", [None, (None, 1755)])
@@ -202,20 +191,6 @@ DAMAGED = {
 def test_a_damaged_record_is_refused(damage):
     with pytest.raises(ValueError, match=r"^ceilings.*measure them again"):
         Ceilings.from_json(damage(FOUND.to_json()))
-
-
-@pytest.mark.parametrize(
-    ("value", "unit", "words"),
-    [
-        (790e12, "FLOP/s", "790 TFLOP/s"),
-        (989.5e12, "FLOP/s", "989.5 TFLOP/s"),
-        (0.0412e12, "FLOP/s", "0.0412 TFLOP/s"),
-        (4.31e12, "B/s", "4,310 GB/s"),
-        (2.15e-6, "s", "2.15 us"),
-    ],
-)
-def test_values_in_words(value, unit, words):
-    assert in_words(value, unit) == words
 
 
 @pytest.mark.gpu

@@ -1,6 +1,3 @@
-import sys
-import types
-
 import pytest
 
 from profiling.device import ncu
@@ -11,53 +8,6 @@ HEADER = (
     '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device",'
     f'"CC","dram__bytes.sum","gpu__time_duration.sum","{TENSOR}"\n'
 )
-
-
-def table(units, *rows):
-    """Output in the layout of `ncu --csv --page raw`, made for this test: progress, header, units, a row a launch."""
-    lead = '"{i}","17","python","127.0.0.1","{name}","1","7","(256, 1, 1)","(64, 1, 1)","0","9.0",'
-    lines = [lead.format(i=i, name=name) + cells + "\n" for i, (name, cells) in enumerate(rows)]
-    return (
-        "==PROF== Connected to process 17\n"
-        + HEADER
-        + '"","","","","","","","","","","",'
-        + units
-        + "\n"
-        + "".join(lines)
-    )
-
-
-def test_launches_in_base_units():
-    text = table(
-        '"byte","ns","%"',
-        ("void cutlass::Kernel<int, (bool)1>(Params)", '"67,108,864","31,456","62.50"'),
-        ("bn_apply_kernel", '"134217728","40000","0"'),
-    )
-    assert read(text) == [
-        Measured("void cutlass::Kernel<int, (bool)1>(Params)", 67108864, 0.625, 31456),
-        Measured("bn_apply_kernel", 134217728, 0, 40000),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("units", "cells"),
-    [('"Mbyte","usecond","%"', '"2","3","50"'), ('"Kbyte","ms","%"', '"2000","0.003","50"')],
-    ids=["older_names", "newer_names"],
-)
-def test_units_that_ncu_chose_itself(units, cells):
-    assert read(table(units, ("k", cells))) == [Measured("k", 2e6, 0.5, pytest.approx(3e3))]
-
-
-def test_what_ncu_cannot_tell_is_not_known():
-    assert read(table('"byte","ns","%"', ("k", '"n/a","nan",""'))) == [Measured("k", None, None, None)]
-    assert read(table('"byte","fortnight","%"', ("k", '"1","2","3"'))) == [Measured("k", 1, 0.03, None)]
-
-
-def test_a_metric_that_the_gpu_does_not_have():
-    text = '"Kernel Name","gpu__time_duration.sum"\n"","ns"\n"k","5"\n'
-    assert read(text) == [Measured("k", None, None, 5)]
-
-
 REFUSED = (
     "==PROF== Connected to process 17 (/usr/bin/python3)\n"
     "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access NVIDIA GPU Performance Counters\n"
@@ -65,69 +15,89 @@ REFUSED = (
 )
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", REFUSED, "\0\0\0", HEADER, "no table\nhere\n", "Kernel Name\n"],
-    ids=["empty", "refused", "binary", "header_only", "prose", "no_units"],
-)
-def test_output_without_launches(text):
-    assert read(text) == []
+def table(units, *rows):
+    """Output in the layout of `ncu --csv --page raw`: progress, header, units, a row a launch. MADE UP."""
+    lead = '"{i}","17","python","127.0.0.1","{name}","1","7","(256, 1, 1)","(64, 1, 1)","0","9.0",'
+    lines = [lead.format(i=i, name=name) + cells + "\n" for i, (name, cells) in enumerate(rows)]
+    return "".join(["==PROF== Connected to process 17\n", HEADER, 11 * '"",', units, "\n", *lines])
 
 
-def test_a_torn_last_row_and_foreign_lines_are_skipped():
-    text = table('"byte","ns","%"', ("k", '"1","2","3"'), ("torn", '"1"')) + "a line of the program's own\n"
-    assert [row.name for row in read(text)] == ["k"]
+BASE = '"byte","ns","%"'
+CUTLASS = "void cutlass::Kernel<int, (bool)1>(Params)"
+OUTPUTS = {
+    "launches": (
+        table(BASE, (CUTLASS, '"67,108,864","31,456","62.50"'), ("bn", '"134217728","40000","0"')),
+        [Measured(CUTLASS, 67108864, 0.625, 31456), Measured("bn", 134217728, 0, 40000)],
+    ),
+    "units_of_older_names": (table('"Mbyte","usecond","%"', ("k", '"2","3","50"')), [Measured("k", 2e6, 0.5, 3e3)]),
+    "units_of_newer_names": (table('"Kbyte","ms","%"', ("k", '"2000","0.003","50"')), [Measured("k", 2e6, 0.5, 3e3)]),
+    "not_known": (table(BASE, ("k", '"n/a","nan",""')), [Measured("k", None, None, None)]),
+    "unknown_unit": (table('"byte","fortnight","%"', ("k", '"1","2","3"')), [Measured("k", 1, 0.03, None)]),
+    "fewer_metrics": ('"Kernel Name","gpu__time_duration.sum"\n"","ns"\n"k","5"\n', [Measured("k", None, None, 5)]),
+    "torn_and_foreign_lines": (
+        table(BASE, ("k", '"1","2","3"'), ("torn", '"1"')) + "a line of the program's own\n",
+        [Measured("k", 1, 0.03, 2)],
+    ),
+    "empty": ("", []),
+    "refused": (REFUSED, []),
+    "binary": ("\0\0\0", []),
+    "header_only": (HEADER, []),
+    "prose": ("no table\nhere\n", []),
+    "no_units": ("Kernel Name\n", []),
+}
+
+
+@pytest.mark.parametrize(("text", "launches"), OUTPUTS.values(), ids=OUTPUTS)
+def test_launches_of_an_output(text, launches):
+    found = read(text)
+    assert [row.name for row in found] == [row.name for row in launches]
+    for row, expected in zip(found, launches, strict=True):
+        assert row[1:] == tuple(None if v is None else pytest.approx(v) for v in expected[1:])
 
 
 def test_a_refusal_is_a_hint_with_its_remedy():
     assert "NVreg_RestrictProfilingToAdminUsers=0" in hint(REFUSED)
     assert hint("==ERROR== No kernels were profiled.\n") == "ncu: No kernels were profiled."
-    assert hint(table('"byte","ns","%"')) is None
+    assert hint(table(BASE)) is None
 
 
 def test_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(ncu, "find", lambda: "/opt/ncu")
     words = command(["python", "train.py"], tmp_path / "ncu.csv", launches=7)
-    assert words[0] == "/opt/ncu"
-    assert words[-2:] == ["python", "train.py"]
+    assert (words[0], words[-2:]) == ("/opt/ncu", ["python", "train.py"])
     assert words[words.index("--log-file") + 1] == str(tmp_path / "ncu.csv")
     assert words[words.index("--launch-count") + 1] == "7"
     assert f"dram__bytes.sum,{TENSOR},gpu__time_duration.sum" in words
 
 
-def machine(monkeypatch, tmp_path, gpus=1, path="/opt/ncu", admin_only=1, capabilities=0):
-    module = types.SimpleNamespace(nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: gpus)
-    monkeypatch.setitem(sys.modules, "pynvml", module if gpus is not None else None)
-    monkeypatch.setattr(ncu, "find", lambda: path)
-    (tmp_path / "params").write_text(f"ResmanDebugLevel: 4294967295\nRmProfilingAdminOnly: {admin_only}\n")
-    (tmp_path / "status").write_text(f"Name:\tpython\nCapEff:\t{capabilities:016x}\n")
-    monkeypatch.setattr(ncu, "PARAMETERS", tmp_path / "params")
-    monkeypatch.setattr(ncu, "STATUS", tmp_path / "status")
-
-
+RESTRICTED = {"ncu": "/opt/ncu", "gpus": 1, "params": "RmProfilingAdminOnly: 1", "capabilities": 0}
 CASES = {
     "no_library": ({"gpus": None}, "no NVIDIA GPU"),
     "no_gpu": ({"gpus": 0}, "no NVIDIA GPU"),
-    "not_installed": ({"path": None}, "not installed"),
+    "not_installed": ({"ncu": None}, "not installed"),
     "not_permitted": ({}, "ERR_NVGPUCTRPERM"),
     "root_in_a_container": ({"capabilities": 0xA80425FB}, "--cap-add=SYS_ADMIN"),
     "sys_admin": ({"capabilities": 1 << 21}, None),
     "perfmon": ({"capabilities": 1 << 38}, None),
-    "everybody_may": ({"admin_only": 0}, None),
+    "everybody_may": ({"params": "RmProfilingAdminOnly: 0"}, None),
+    "the_driver_does_not_say": ({"params": None}, None),
 }
 
 
-@pytest.mark.parametrize(("what", "words"), CASES.values(), ids=CASES)
-def test_why_counters_cannot_be_read(monkeypatch, tmp_path, what, words):
-    machine(monkeypatch, tmp_path, **what)
+@pytest.mark.parametrize(("changed", "words"), CASES.values(), ids=CASES)
+def test_why_counters_cannot_be_read(fake, monkeypatch, tmp_path, changed, words):
+    case = RESTRICTED | changed
+    fake.nvmlDeviceGetCount = lambda: case["gpus"]
+    if case["gpus"] is None:
+        fake.fail("nvmlInit", "LibraryNotFound")
+    monkeypatch.setattr(ncu, "find", lambda: case["ncu"])
+    if case["params"]:
+        (tmp_path / "params").write_text(f"ResmanDebugLevel: 4294967295\n{case['params']}\n")
+    (tmp_path / "status").write_text(f"Name:\tpython\nCapEff:\t{case['capabilities']:016x}\n")
+    monkeypatch.setattr(ncu, "PARAMETERS", tmp_path / "params")
+    monkeypatch.setattr(ncu, "STATUS", tmp_path / "status")
     reason = probe()
     assert reason is None if words is None else words in reason
-
-
-def test_a_driver_that_does_not_say_is_not_in_the_way(monkeypatch, tmp_path):
-    machine(monkeypatch, tmp_path)
-    monkeypatch.setattr(ncu, "PARAMETERS", tmp_path / "absent")
-    assert probe() is None
 
 
 def test_ncu_is_found_where_its_installers_put_it(monkeypatch, tmp_path):

@@ -1,22 +1,9 @@
-import importlib.util
 import sys
 
 import pytest
 
-from profiling import ROOT
 from profiling.device import nvml
-
-FAKE = ROOT / "tests" / "support" / "fake_nvml" / "pynvml.py"
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    """A fresh fake `pynvml`, in the real one's place."""
-    spec = importlib.util.spec_from_file_location("pynvml", FAKE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setitem(sys.modules, "pynvml", module)
-    return module
+from profiling.device.nvml import Gpu, GpuSample, UnavailableError, in_words
 
 
 @pytest.fixture
@@ -28,30 +15,27 @@ def clock(monkeypatch):
 
 
 def test_reasons_in_words():
-    assert nvml.in_words(0) == ()
-    assert nvml.in_words(0x1 | 0x40) == ("idle", "hardware thermal slowdown")
-    assert nvml.in_words(1 << 20) == ("reason 0x100000",)
+    assert in_words(0) == ()
+    assert in_words(0x1 | 0x40) == ("idle", "hardware thermal slowdown")
+    assert in_words(1 << 20) == ("reason 0x100000",)
 
 
-@pytest.mark.parametrize("mask", [0x4, 0x8, 0x20, 0x40, 0x80])
-def test_heat_and_power_throttle(mask):
-    assert nvml.GpuSample(1, 1, nvml.in_words(mask)).throttled
-
-
-@pytest.mark.parametrize(("mask", "disturbed"), [(0x4, False), (0x8, True), (0x20, True), (0x40, True), (0x80, True)])
-def test_all_of_them_disturb_a_timing_but_the_power_cap(mask, disturbed):
-    sample = nvml.GpuSample(1, 1, nvml.in_words(mask))
-    assert (sample.disturbed, sample.power_capped) == (disturbed, not disturbed)
-    assert nvml.GpuSample().power_capped is None
-
-
-@pytest.mark.parametrize("mask", [0x0, 0x1, 0x2, 0x100], ids=["none", "idle", "application_clocks", "display_clocks"])
-def test_a_chosen_clock_is_no_throttling(mask):
-    assert not nvml.GpuSample(1, 1, nvml.in_words(mask)).throttled
+@pytest.mark.parametrize(
+    ("mask", "throttled", "disturbed", "capped"),
+    [
+        *[(mask, False, False, False) for mask in (0, 0x1, 0x2, 0x100)],  # none, idle, application and display clocks
+        (0x4, True, False, True),
+        *[(mask, True, True, False) for mask in (0x8, 0x20, 0x40, 0x80)],
+    ],
+)
+def test_heat_and_power_throttle_and_all_but_the_power_cap_disturb(mask, throttled, disturbed, capped):
+    sample = GpuSample(1, 1, in_words(mask))
+    assert (sample.throttled, sample.disturbed, sample.power_capped) == (throttled, disturbed, capped)
+    assert GpuSample().power_capped is None
 
 
 def test_a_sample_in_the_fields_units(fake, clock):
-    assert nvml.Gpu("GPU-0").sample() == nvml.GpuSample(
+    assert Gpu("GPU-0").sample() == GpuSample(
         sm_clock_mhz=1980,
         memory_clock_mhz=3201,
         reasons=("software thermal slowdown",),
@@ -65,26 +49,23 @@ def test_a_sample_in_the_fields_units(fake, clock):
 
 
 def test_activity_is_read_as_often_as_its_counters_are_refreshed(fake, clock):
-    gpu, start_ns = nvml.Gpu("GPU-0"), clock[0]
-    found = []
-    for ms in (25, 50, 75, 100, 125, 150, 175, 200, 225, 250):
+    gpu, start_ns, found = Gpu("GPU-0"), clock[0], []
+    for ms in range(25, 275, 25):
         clock[0] = start_ns + ms * 10**6
         found.append(gpu.sample())
     with_activity = [s for s in found if s.sm_active is not None]
     assert [(s.t_ns - start_ns) // 10**6 for s in with_activity] == [125, 250]
-    for sample in with_activity:
-        # each from two samples that follow one another: the fake multiplies by their distance
-        assert (sample.sm_active, sample.tensor_active, sample.dram_active) == (0.1, 0.2, 0.3)
+    for s in with_activity:  # each from two samples that follow one another: the fake multiplies by their distance
+        assert (s.sm_active, s.tensor_active, s.dram_active) == (0.1, 0.2, 0.3)
 
 
 def test_an_activity_that_is_not_a_number_is_not_known(fake, clock):
-    gpu, metrics_get = nvml.Gpu("GPU-0"), fake.nvmlGpmMetricsGet
+    gpu, metrics_get = Gpu("GPU-0"), fake.nvmlGpmMetricsGet
 
     def broken(request):
         metrics_get(request)
         request.metrics[0].value = float("nan")
         request.metrics[1].nvmlReturn = 3
-        return request
 
     fake.nvmlGpmMetricsGet = broken
     clock[0] += 10**9
@@ -94,7 +75,7 @@ def test_an_activity_that_is_not_a_number_is_not_known(fake, clock):
 
 @pytest.mark.parametrize("function", ["nvmlGpmSampleGet", "nvmlGpmMetricsGet"])
 def test_activity_survives_a_failed_reading(fake, clock, function):
-    gpu, working = nvml.Gpu("GPU-0"), getattr(fake, function)
+    gpu, working = Gpu("GPU-0"), getattr(fake, function)
     fake.fail(function, "Unknown")
     clock[0] += 10**9
     assert gpu.sample().sm_active is None
@@ -105,7 +86,7 @@ def test_activity_survives_a_failed_reading(fake, clock, function):
 
 def test_an_older_gpu_has_no_activity_and_says_why(fake):
     fake.nvmlGpmQueryDeviceSupport = lambda handle: fake.c_nvmlGpmSupport_t(version=1, isSupportedDevice=0)
-    gpu = nvml.Gpu("GPU-0")
+    gpu = Gpu("GPU-0")
     assert set(gpu.unavailable) == {"sm_active", "tensor_active", "dram_active"}
     assert "Hopper" in gpu.unavailable["sm_active"]
     assert gpu.sample().power_w == 512.345
@@ -127,7 +108,7 @@ SOURCES = {
 @pytest.mark.parametrize(("field", "function"), SOURCES.items())
 def test_a_field_that_is_not_supported_is_not_known_and_says_why(fake, field, function):
     fake.fail(function, "NotSupported")
-    gpu = nvml.Gpu("GPU-0")
+    gpu = Gpu("GPU-0")
     assert gpu.unavailable[field] == "not supported on this GPU"
     sample = gpu.sample()
     assert getattr(sample, field) is None
@@ -136,25 +117,22 @@ def test_a_field_that_is_not_supported_is_not_known_and_says_why(fake, field, fu
     assert not others & set(gpu.unavailable)
 
 
-@pytest.mark.parametrize("error", ["NoPermission", "FunctionNotFound"])
-def test_other_lasting_failures_have_their_reason(fake, error):
-    fake.fail("nvmlDeviceGetTotalEnergyConsumption", error)
-    assert nvml.Gpu("GPU-0").unavailable["energy_j"]
-
-
-def test_an_older_library_without_a_function_costs_one_field(fake):
-    del fake.nvmlDeviceGetCurrentClocksEventReasons
-    gpu = nvml.Gpu("GPU-0")
-    assert set(gpu.unavailable) == {"reasons"}
+def test_other_lasting_failures_cost_one_field_and_have_their_reason(fake):
+    for error, reason in (("NoPermission", "may not read"), ("FunctionNotFound", "driver cannot tell")):
+        fake.fail("nvmlDeviceGetTotalEnergyConsumption", error)
+        assert reason in Gpu("GPU-0").unavailable["energy_j"]
+    del fake.nvmlDeviceGetTotalEnergyConsumption  # an older library
+    gpu = Gpu("GPU-0")
+    assert gpu.unavailable == {"energy_j": "this nvidia-ml-py cannot tell"}
     assert gpu.sample().sm_clock_mhz == 1980
 
 
-@pytest.mark.parametrize("moment", ["at_the_probe", "later"])
-def test_a_passing_failure_is_none_only_while_it_lasts(fake, moment):
+@pytest.mark.parametrize("at_the_probe", [True, False])
+def test_a_passing_failure_is_none_only_while_it_lasts(fake, at_the_probe):
     working = fake.nvmlDeviceGetPowerUsage
-    if moment == "at_the_probe":
+    if at_the_probe:
         fake.fail("nvmlDeviceGetPowerUsage", "Unknown")
-    gpu = nvml.Gpu("GPU-0")
+    gpu = Gpu("GPU-0")
     fake.fail("nvmlDeviceGetPowerUsage", "Unknown")
     assert gpu.sample().power_w is None
     fake.nvmlDeviceGetPowerUsage = working
@@ -169,30 +147,29 @@ def test_a_passing_failure_is_none_only_while_it_lasts(fake, moment):
         ("DriverNotLoaded", "no NVIDIA driver"),
         ("LibRmVersionMismatch", "different versions"),
         ("GpuIsLost", "NVML: GpuIsLost"),
+        (None, "nvidia-ml-py is not installed"),
     ],
 )
-def test_why_there_is_no_nvml(fake, error, reason):
-    fake.fail("nvmlInit", error)
-    with pytest.raises(nvml.UnavailableError, match=reason):
-        nvml.Gpu("GPU-0")
+def test_why_there_is_no_nvml(fake, monkeypatch, error, reason):
+    if error:
+        fake.fail("nvmlInit", error)
+    else:
+        monkeypatch.setitem(sys.modules, "pynvml", None)
+    for ask in (nvml.driver, lambda: Gpu("GPU-0"), lambda: Gpu(None)):
+        with pytest.raises(UnavailableError, match=reason):
+            ask()
     assert nvml.sampler("GPU-0")() is None
 
 
-def test_no_library(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    with pytest.raises(nvml.UnavailableError, match="nvidia-ml-py is not installed"):
-        nvml.Gpu("GPU-0")
-    assert nvml.sampler("GPU-0")() is None
-
-
-def test_a_gpu_that_is_not_there_is_named(fake):
-    with pytest.raises(nvml.UnavailableError, match="GPU-1"):
-        nvml.Gpu("GPU-1")
-
-
-def test_without_a_gpu_meant_the_reason_is_the_run_s(fake):
-    with pytest.raises(nvml.UnavailableError, match="the run was not on an NVIDIA GPU"):
-        nvml.Gpu(None)
+def test_which_gpu_is_meant(fake):
+    assert nvml.driver() == ("570.86.15", ["GPU-0"])
+    with pytest.raises(UnavailableError, match="GPU-1"):
+        Gpu("GPU-1")
+    with pytest.raises(UnavailableError, match="the run was not on an NVIDIA GPU"):
+        Gpu(None)
+    fake.fail("nvmlDeviceGetCount", "Unknown")
+    with pytest.raises(UnavailableError, match="NVML: Unknown"):
+        nvml.driver()
 
 
 def test_the_micro_benchmarks_read_clocks_and_reasons_only(fake, clock):
@@ -200,7 +177,7 @@ def test_the_micro_benchmarks_read_clocks_and_reasons_only(fake, clock):
     for name in SOURCES.values():
         if "Clock" not in name:
             delattr(fake, name)
-    assert sample() == nvml.GpuSample(1980, 3201, ("software thermal slowdown",), t_ns=10**12)
+    assert sample() == GpuSample(1980, 3201, ("software thermal slowdown",), t_ns=10**12)
 
 
 def test_the_fake_is_like_the_library(fake):
@@ -222,7 +199,6 @@ def test_activity_through_the_library_s_own_structures(clock, monkeypatch):
     def metrics_get(request):
         for metric in request.metrics[: request.numMetrics]:
             metric.value = 25.0 + metric.metricId
-        return request
 
     monkeypatch.setattr(real, "nvmlGpmQueryDeviceSupport", lambda handle: real.c_nvmlGpmSupport_t(1, 1))
     monkeypatch.setattr(real, "nvmlGpmSampleAlloc", real.c_nvmlGpmSample_t)

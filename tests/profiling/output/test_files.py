@@ -136,14 +136,6 @@ def test_rows_are_appended_one_line_each(tmp_path):
         (b'{"a"', []),
         (b"", []),
     ],
-    ids=[
-        "half_a_row",
-        "only_the_newline_lost",
-        "half_a_character",
-        "zeros_after_power_loss",
-        "only_a_torn_row",
-        "empty",
-    ],
 )
 def test_a_torn_last_line_is_skipped_and_healed(tmp_path, before, kept):
     path = tmp_path / "log.jsonl"

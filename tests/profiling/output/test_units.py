@@ -28,27 +28,6 @@ MINUS = "\N{MINUS SIGN}"
         (5e-324, "s", f"4.94e{MINUS}315 ns"),
         (1e300, "quaggas", "1.00e+300 quaggas"),
     ],
-    ids=[
-        "seconds",
-        "no_decimals",
-        "thousands",
-        "rounds_up_to_more_digits",
-        "milliseconds_that_round_to_one",
-        "milliseconds",
-        "microseconds",
-        "integer_nanoseconds",
-        "si_prefix",
-        "prefix_after_rounding",
-        "per_cent",
-        "more_than_all",
-        "factor",
-        "exact_count",
-        "real_minus",
-        "zero",
-        "not_known",
-        "smallest_float",
-        "large_in_unknown_unit",
-    ],
 )
 def test_a_number_as_people_read_it(value, unit, shown):
     assert show(value, unit).replace("\xa0", " ") == shown
@@ -79,15 +58,6 @@ def test_scale_is_a_factor():
         ([0.5, 0.001, 0.0001, -0.0001], "share", ["50.0", "0.1", "<0.1", f"{MINUS}<0.1"], "%"),
         ([None], "B/s", [MISSING], "B/s"),
         ([], "ns", [], "s"),
-    ],
-    ids=[
-        "decimals_align",
-        "fewer_decimals",
-        "one_prefix",
-        "flops",
-        "known_but_small_is_no_zero",
-        "none_known",
-        "empty",
     ],
 )
 def test_a_column_has_one_unit_and_one_number_of_decimals(values, unit, texts, shown):

@@ -1,12 +1,19 @@
 import importlib.util
+import itertools
+import json
 import time
+import types
 from itertools import pairwise
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiling.run.clock import Clock
+from profiling.run import clock as module
+from profiling.run.clock import Clock, StepClock
 
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 NAMES = st.sampled_from(["set-up", "training", "evaluation"])
 
 
@@ -31,16 +38,11 @@ def test_phases_are_contiguous_and_sum_to_the_wall_clock(switches):
 def test_the_present_phase_counts_and_repeats_add_up():
     times = iter([100, 200, 300, 450, 500, 500])
     clock = Clock("a", now=lambda: next(times))
-    clock.switch("b")
-    clock.switch("a")
-    clock.switch("b")
+    for name in "bab":
+        clock.switch(name)
     assert clock.seconds("b") == (100 + 50) / 1e9
     assert clock.wall_s() == 400 / 1e9
-
-
-def test_it_may_have_started_before_it_was_made():
-    clock = Clock("a", start_ns=10, now=lambda: 25)
-    assert clock.wall_s() == 15 / 1e9
+    assert Clock("a", start_ns=10, now=lambda: 25).wall_s() == 15 / 1e9, "it may have started before it was made"
 
 
 def test_the_device_is_waited_for_before_a_phase_ends():
@@ -52,7 +54,7 @@ def test_the_device_is_waited_for_before_a_phase_ends():
 
 
 def test_a_changed_wall_clock_changes_no_duration(monkeypatch):
-    """Clocks of its own for a fresh copy of the module, whose defaults are bound as it is imported."""
+    """A fresh copy of the module, whose defaults are bound as it is imported, on clocks of its own."""
     ticks, wall = iter([5 * 10**9, 8 * 10**9]), iter([10**18, 0])
     monkeypatch.setattr(time, "monotonic_ns", lambda: next(ticks))
     monkeypatch.setattr(time, "time", lambda: next(wall) / 1e9)
@@ -63,3 +65,142 @@ def test_a_changed_wall_clock_changes_no_duration(monkeypatch):
     clock = fresh.Clock("a")
     clock.switch("b")
     assert [tuple(phase) for phase in clock.phases] == [("a", 5 * 10**9, 8 * 10**9)]
+
+
+def run_epoch(clock: StepClock, count: int) -> None:
+    clock.start_epoch()
+    for _ in range(count):
+        clock.tick()
+    clock.end_epoch()
+
+
+def test_on_a_cpu_each_step_begins_when_the_clock_says(monkeypatch):
+    now = itertools.count(10**9, 7)
+    monkeypatch.setattr(module.time, "monotonic_ns", lambda: next(now))
+    monkeypatch.delattr(torch, "cuda")  # nothing of it is touched
+    clock = StepClock(CPU)
+    run_epoch(clock, 3)
+    run_epoch(clock, 2)
+    found = clock.to_json()
+    assert found["epochs"] == [[10**9 + 7 * i for i in range(4)], [10**9 + 7 * i for i in range(4, 7)]]
+    assert (found["version"], found["missed_steps"]) == (1, 0)
+    json.dumps(found)
+
+
+def test_an_epoch_of_an_iterator_of_steps(monkeypatch):
+    """Each step takes 100 when it is asked for, and its caller 10 afterwards."""
+    now = [0]
+    monkeypatch.setattr(module.time, "monotonic_ns", lambda: now[0])
+
+    def work(count):
+        for i in range(count):
+            now[0] += 100
+            yield i
+
+    clock = StepClock(CPU)
+    for _ in clock.each(work(3)):
+        now[0] += 10
+    now[0] += 1000
+    for _ in range(2):
+        clock.end_epoch()  # it ended with its last step
+        assert clock.to_json()["epochs"] == [[0, 110, 220, 330]]
+    now[0] = 0
+    for i in clock.each(work(3)):
+        now[0] += 10
+        if i == 1:
+            break
+    clock.end_epoch()
+    assert clock.durations_ns() == [110, 110, 110, 110, 110]
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A device 1 ms behind the host's launches, on which each record takes 2 ms; the log of what it was asked for."""
+    log, device_ms = [], [0.0]
+
+    class Event:
+        made = 0
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+            Event.made += 1
+            self.at_ms = None
+
+        def record(self, stream):
+            log.append(("record", stream))
+            device_ms[0] += 2.0
+            self.at_ms = device_ms[0]
+
+        def synchronize(self):
+            log.append(("synchronize", None))
+
+        def elapsed_time(self, other):
+            log.append(("read", None))
+            return other.at_ms - self.at_ms
+
+    fake = types.SimpleNamespace(Event=Event, current_stream=lambda device: f"stream of {device}", log=log)
+    monkeypatch.setattr(torch, "cuda", fake)
+    monkeypatch.setattr(module.time, "monotonic_ns", lambda: 50 * 10**9)
+    return fake
+
+
+def test_on_cuda_events_are_anchored_at_the_host_s_clock(cuda):
+    clock = StepClock(CUDA, steps=4)
+    assert len(cuda.log) == cuda.Event.made, "every event was recorded once before the first step"
+    run_epoch(clock, 4)
+    assert clock.to_json()["epochs"] == [[50 * 10**9 + 2_000_000 * i for i in range(1, 6)]]
+    assert {stream for what, stream in cuda.log if what == "record"} == {"stream of cuda:0"}
+
+
+def test_inside_an_epoch_the_device_is_neither_waited_for_nor_read(cuda):
+    clock = StepClock(CUDA, steps=8)
+    clock.start_epoch()
+    made = cuda.Event.made
+    cuda.log.clear()
+    for _ in range(8):
+        clock.tick()
+    clock.end_epoch()
+    assert {what for what, _ in cuda.log} == {"record"}
+    assert (len(cuda.log), cuda.Event.made) == (9, made)
+
+
+def test_a_longer_epoch_is_cut_at_a_step_and_the_next_one_fits(cuda):
+    clock = StepClock(CUDA, steps=2)
+    run_epoch(clock, 5)
+    run_epoch(clock, 5)
+    found = clock.to_json()
+    assert [len(epoch) - 1 for epoch in found["epochs"]] == [2, 5]
+    assert found["missed_steps"] == 3
+    for epoch in found["epochs"]:
+        assert {b - a for a, b in pairwise(epoch)} == {2_000_000}
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_an_epoch_that_was_interrupted_is_left_out(cuda, device):
+    clock = StepClock(device)
+    run_epoch(clock, 2)
+    clock.start_epoch()
+    clock.tick()
+    assert [len(epoch) for epoch in clock.to_json()["epochs"]] == [3]
+    for _ in clock.each(range(9)):
+        break
+    run_epoch(clock, 1)
+    assert [len(epoch) for epoch in clock.to_json()["epochs"]] == [3, 2]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_steps_are_as_long_as_their_work():
+    clock = StepClock(CUDA, steps=4)
+    before_ns = time.monotonic_ns()
+    clock.start_epoch()
+    for i in range(4):
+        clock.tick()
+        torch.cuda._sleep(10_000_000 * (1 + i))
+    clock.end_epoch()
+    torch.cuda.synchronize()
+    after_ns = time.monotonic_ns()
+    (times,) = clock.to_json()["epochs"]
+    lengths = [b - a for a, b in pairwise(times)]
+    assert lengths == sorted(lengths)
+    assert before_ns < times[0]
+    assert times[-1] < after_ns + 1_000_000

@@ -51,6 +51,7 @@ def gone(pid: int) -> bool:
 
 def test_a_recording(start, path):
     recorder = start("GPU-0", path, period_ms=2)
+    assert os.getpgid(recorder.process.pid) == recorder.process.pid != os.getpgid(0), "Ctrl-C does not reach it"
     wait_for_rows(path, 40)
     recorder.stop()
     assert recorder.process.returncode == 0
@@ -63,11 +64,6 @@ def test_a_recording(start, path):
         1980, 3201, ("software thermal slowdown",), None, 512.345, 61, 0.97, 3 << 30
     )
     assert found.energy().value == pytest.approx(12.5 * (len(found.samples) - 1))
-
-
-def test_ctrl_c_does_not_reach_it(start, path):
-    recorder = start("GPU-0", path)
-    assert os.getpgid(recorder.process.pid) == recorder.process.pid != os.getpgid(0)
 
 
 def test_a_killed_sampler_is_told_and_costs_nothing(start, path):
@@ -105,7 +101,7 @@ def test_one_that_cannot_even_be_killed_is_left(monkeypatch):
 
 PARENT = """
 import os, sys, time
-from profiling import telemetry
+from profiling.run import telemetry
 recorder = telemetry.start("GPU-0", sys.argv[1], period_ms=2)
 print(recorder.process.pid, flush=True)
 {fork}
@@ -194,40 +190,26 @@ def test_a_whole_file(tmp_path):
     assert "power_w" not in found.unavailable
 
 
-@pytest.mark.parametrize(
-    ("lines", "torn", "samples", "lack"),
-    [
-        ([HEADER, *ROWS], ROWS[0][:50], 30, "killed after 30 samples, in the middle of a row"),
-        ([HEADER, *ROWS], "", 30, "killed after 30 samples"),
-        ([HEADER, *ROWS[:19], END], "", 19, "too short, 19 samples, expected at least 20"),
-        ([HEADER, END], "", 0, "too short, 0 samples"),
-        ([HEADER], "", 0, "killed after 0 samples"),
-        ([], "", 0, "ended before its first row"),
-        ([], HEADER[:20], 0, "ended before its first row"),
-        ([*ROWS, END], "", 0, "not a recording"),
-        (["\0\0\0", *ROWS, END], "", 0, "not a recording"),
-        ([HEADER, *ROWS, json.dumps({"end": "No space left on device"})], "", 30, "early: No space left on device"),
-        ([HEADER, *ROWS[:15], *ROWS[-5:], END], "", 20, ""),
-        ([HEADER, *ROWS, ROWS[0].replace(": 0", ": 9000000000"), END], "", 31, "no sample for 8.3 s"),
-        ([HEADER, *ROWS, "[1]", '{"t_ns": true}', '{"t_ns": NaN}', "{" * 9999, END], "", 30, "4 damaged rows"),
-    ],
-    ids=[
-        "torn_last_line",
-        "killed_between_rows",
-        "too_short",
-        "no_samples",
-        "header_only",
-        "empty",
-        "torn_header",
-        "no_header",
-        "garbage_header",
-        "disk_full",
-        "exactly_enough",
-        "held_up",
-        "damaged_rows",
-    ],
-)
-def test_what_a_file_lacks_is_told(tmp_path, lines, torn, samples, lack):
+LAST = ROWS[0].replace(": 0", ": 9000000000")
+FILES = {
+    "torn_last_line": ([HEADER, *ROWS], ROWS[0][:50], 30, "killed after 30 samples, in the middle of a row"),
+    "killed_between_rows": ([HEADER, *ROWS], "", 30, "killed after 30 samples"),
+    "too_short": ([HEADER, *ROWS[:19], END], "", 19, "too short, 19 samples, expected at least 20"),
+    "no_samples": ([HEADER, END], "", 0, "too short, 0 samples"),
+    "header_only": ([HEADER], "", 0, "killed after 0 samples"),
+    "empty": ([], "", 0, "ended before its first row"),
+    "torn_header": ([], HEADER[:20], 0, "ended before its first row"),
+    "no_header": ([*ROWS, END], "", 0, "not a recording"),
+    "garbage_header": (["\0\0\0", *ROWS, END], "", 0, "not a recording"),
+    "disk_full": ([HEADER, *ROWS, json.dumps({"end": "No space left on device"})], "", 30, "early: No space left"),
+    "exactly_enough": ([HEADER, *ROWS[:15], *ROWS[-5:], END], "", 20, ""),
+    "held_up": ([HEADER, *ROWS, LAST, END], "", 31, "no sample for 8.3 s"),
+    "damaged_rows": ([HEADER, *ROWS, "[1]", '{"t_ns": true}', '{"t_ns": NaN}', "{" * 9999, END], "", 30, "4 damaged"),
+}
+
+
+@pytest.mark.parametrize(("lines", "torn", "samples", "lack"), FILES.values(), ids=FILES)
+def test_the_lacks_of_a_file_are_told(tmp_path, lines, torn, samples, lack):
     found = read(written(tmp_path, *lines, torn=torn))
     assert len(found.samples) == samples
     assert any(lack in text for text in found.lacks) if lack else not found.lacks
@@ -266,24 +248,18 @@ def test_energy_of_a_part_of_the_run():
     assert whole.between(25_000_000, 75_000_000).energy().value == 6.0
 
 
-@pytest.mark.parametrize(
-    ("counter", "reason"),
-    [
-        ([100.0, 200.0, 5.0, 300.0], "went backwards"),
-        ([100.0], "fewer than two readings"),
-        ([None, None], "fewer than two readings"),
-    ],
-    ids=["driver_reloaded", "one_reading", "none"],
-)
-def test_energy_that_cannot_be_known(counter, reason):
-    found = sampled(energy_j=counter).energy()
-    assert found.value is None
-    assert reason in found.source
+UNKNOWN = {
+    "driver_reloaded": (sampled(energy_j=[100.0, 200.0, 5.0, 300.0]), "went backwards"),
+    "one_reading": (sampled(energy_j=[100.0]), "fewer than two readings"),
+    "none": (sampled(energy_j=[None, None]), "fewer than two readings"),
+    "not_counted": (Telemetry([], {"energy_j": "not supported on this GPU"}, []), "not supported on this GPU"),
+}
 
 
-def test_energy_that_the_gpu_does_not_count():
-    found = Telemetry([], {"energy_j": "not supported on this GPU"}, []).energy()
-    assert (found.value, found.source) == (None, "not supported on this GPU")
+@pytest.mark.parametrize(("found", "reason"), UNKNOWN.values(), ids=UNKNOWN)
+def test_energy_that_cannot_be_known(found, reason):
+    assert found.energy().value is None
+    assert reason in found.energy().source
 
 
 def test_the_throttled_share_names_its_reasons():

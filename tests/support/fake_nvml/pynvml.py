@@ -21,44 +21,19 @@ class NVMLError(Exception):
     pass
 
 
-class NVMLError_NotSupported(NVMLError):
-    pass
-
-
-class NVMLError_NoPermission(NVMLError):
-    pass
-
-
-class NVMLError_FunctionNotFound(NVMLError):
-    pass
-
-
-class NVMLError_LibraryNotFound(NVMLError):
-    pass
-
-
-class NVMLError_DriverNotLoaded(NVMLError):
-    pass
-
-
-class NVMLError_LibRmVersionMismatch(NVMLError):
-    pass
-
-
-class NVMLError_NotFound(NVMLError):
-    pass
-
-
-class NVMLError_InvalidArgument(NVMLError):
-    pass
-
-
-class NVMLError_GpuIsLost(NVMLError):
-    pass
-
-
-class NVMLError_Unknown(NVMLError):
-    pass
+for _name in (
+    "NotSupported",
+    "NoPermission",
+    "FunctionNotFound",
+    "LibraryNotFound",
+    "DriverNotLoaded",
+    "LibRmVersionMismatch",
+    "NotFound",
+    "InvalidArgument",
+    "GpuIsLost",
+    "Unknown",
+):
+    globals()[f"NVMLError_{_name}"] = type(f"NVMLError_{_name}", (NVMLError,), {})
 
 
 class c_nvmlUtilization_t(ctypes.Structure):
@@ -94,42 +69,55 @@ class c_nvmlGpmSupport_t(ctypes.Structure):
     _fields_ = (("version", ctypes.c_uint), ("isSupportedDevice", ctypes.c_uint))
 
 
+class c_nvmlProcessInfo_v2_t(ctypes.Structure):
+    _fields_ = (("pid", ctypes.c_uint),)
+
+
 def nvmlInit():
     pass
 
 
+def nvmlSystemGetDriverVersion():
+    return "570.86.15"
+
+
+def nvmlDeviceGetCount():
+    return 1
+
+
+def nvmlDeviceGetHandleByIndex(index):
+    return {0: UUID}[index]
+
+
 def nvmlDeviceGetHandleByUUID(uuid):
     if uuid != UUID:
-        raise NVMLError_NotFound("Not Found")
+        raise globals()["NVMLError_NotFound"]("Not Found")
     return uuid
 
 
-def nvmlDeviceGetName(handle):
-    return NAME
+_answers = {
+    "nvmlDeviceGetUUID": UUID,
+    "nvmlDeviceGetName": NAME,
+    "nvmlDeviceGetCurrentClocksEventReasons": 0x20,
+    "nvmlDeviceGetPowerUsage": 512_345,
+    "nvmlDeviceGetEnforcedPowerLimit": 700_000,
+    "nvmlDeviceGetUtilizationRates": c_nvmlUtilization_t(gpu=97, memory=40),
+    "nvmlDeviceGetMemoryInfo": c_nvmlMemory_t(total=8 << 30, free=5 << 30, used=3 << 30),
+    "nvmlDeviceGetCudaComputeCapability": (9, 0),
+    "nvmlDeviceGetPersistenceMode": 1,
+    "nvmlDeviceGetEccMode": [1, 1],
+    "nvmlDeviceGetComputeRunningProcesses": [c_nvmlProcessInfo_v2_t(pid=os.getpid())],
+}
+for _name, _answer in _answers.items():
+    globals()[_name] = lambda handle, answer=_answer: answer
 
 
 def nvmlDeviceGetClockInfo(handle, clock):
     return {NVML_CLOCK_SM: 1980, NVML_CLOCK_MEM: 3201}[clock]
 
 
-def nvmlDeviceGetCurrentClocksEventReasons(handle):
-    return 0x20
-
-
-def nvmlDeviceGetPowerUsage(handle):
-    return 512_345
-
-
 def nvmlDeviceGetTemperature(handle, sensor):
     return {NVML_TEMPERATURE_GPU: 61}[sensor]
-
-
-def nvmlDeviceGetUtilizationRates(handle):
-    return c_nvmlUtilization_t(gpu=97, memory=40)
-
-
-def nvmlDeviceGetMemoryInfo(handle):
-    return c_nvmlMemory_t(total=8 << 30, free=5 << 30, used=3 << 30)
 
 
 _millijoules = itertools.count(1_000_000, 12_500)
