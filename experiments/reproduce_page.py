@@ -183,8 +183,8 @@ def _bench(out: Path, document: Row) -> list[str]:
     return lines
 
 
-def _step_modes(out: Path, document: Row) -> list[str]:
-    path = out / "step_modes.json"
+def _step_speeds(out: Path, document: Row) -> list[str]:
+    path = out / "steps.json"
     rows = read_json(path)["rows"] if path.exists() else []
     cells = [
         f"{row['batch']} {row['step']} "
@@ -203,7 +203,7 @@ SECTIONS: tuple[Callable[[Path, Row], list[str]], ...] = (
     _tests,
     _logs,
     _bench,
-    _step_modes,
+    _step_speeds,
     _predictions,
     _kernels,
 )

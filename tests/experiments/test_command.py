@@ -11,7 +11,10 @@ from model.errors import DataError
 from model.interrupts import Interrupted
 from profiling import ROOT
 
-NAMES = {"ladder", "lr-finder", "forgetting", "batch-size", "reproduce", "predictions", "machine-code", "tritons"}
+NAMES = {
+    *("ladder", "lr-finder", "forgetting", "batch-size", "reproduce", "steps", "collection-overhead"),
+    *("longest-kernels", "predictions", "machine-code", "tritons"),
+}
 
 
 def command(*words: str):

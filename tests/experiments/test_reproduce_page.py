@@ -139,7 +139,7 @@ def test_what_was_predicted_is_told_beside_what_was_measured(tmp_path):
 
 def test_step_modes_are_a_line(tmp_path):
     rows = [{"batch": 512, "step": "eager", "reason": None, "images_per_s": 1e5}]
-    write_json(tmp_path / "step_modes.json", {"rows": [*rows, {"batch": 512, "step": "compiled", "reason": "no"}]})
+    write_json(tmp_path / "steps.json", {"rows": [*rows, {"batch": 512, "step": "compiled", "reason": "no"}]})
     assert "by batch: 512 eager 100,000 images/s; 512 compiled unavailable (no)" in text(tmp_path, document())
 
 
