@@ -107,7 +107,7 @@ from model.session import (
 )
 from model.trainer import Trainer, build_network, choose_dtype, step_mode, triton_conv_share
 from profile_pass import ceilings_for, profile, profile_pass
-from profiling.account.flops import flops_per_image
+from profiling.account.work import flops_per_image
 from profiling.device.environment import commit, device_name, environment
 from profiling.output.files import read_json, write_json
 from profiling.run.clock import Clock

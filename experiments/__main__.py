@@ -3,7 +3,9 @@
 Arguments are checked before torch is imported; every experiment is a module of its own, imported when it is asked for.
 """
 
+import functools
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -18,7 +20,6 @@ from profiling.output import command_line
 
 app = typer.Typer(**command_line.MANNERS, no_args_is_help=True)
 
-Small = Annotated[bool, typer.Option("--small", help="Sizes that two CPU cores finish in minutes.")]
 Out = Annotated[
     Path | None,
     typer.Option(help="The experiment's folder; goes on with what it holds. Default: runs/<time>-<name>."),
@@ -26,12 +27,43 @@ Out = Annotated[
 DataDir = Annotated[
     Path | None, typer.Option(help="Folder of the CIFAR-10 binary files, or its parent. Never written to.")
 ]
-Synthetic = Annotated[bool, typer.Option("--synthetic", help="Use generated images.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting everywhere. Repeatable.")
 ]
-Seed = Annotated[int | None, typer.Option(help="Of initialisation, order and augmentation.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly the result's JSON on stdout.")]
+SHARED: dict[str, tuple[Any, Any]] = {
+    "small": (Annotated[bool, typer.Option("--small", help="Sizes that two CPU cores finish in minutes.")], False),
+    "out": (Out, None),
+    "data_dir": (DataDir, None),
+    "synthetic": (Annotated[bool, typer.Option("--synthetic", help="Use generated images.")], False),
+    "settings": (Settings, None),
+    "seed": (Annotated[int | None, typer.Option(help="Of initialisation, order and augmentation.")], None),
+    "as_json": (Json, False),
+}
+"""Type and default of the options that trainings share."""
+
+
+def _training(command: Callable[..., None]) -> Callable[..., None]:
+    """`command(read, **own)` with the options SHARED before its own; `read()` makes the Request of them."""
+    signature = inspect.signature(command)
+    own = {name: parameter for name, parameter in signature.parameters.items() if name != "read"}
+
+    @functools.wraps(command)
+    def with_shared(**given: Any) -> None:
+        shared = {name: given.pop(name) for name in SHARED}
+        json_asked, settings = shared.pop("as_json"), tuple(shared.pop("settings") or ())
+        command(lambda: Request(**shared, settings=settings, json=json_asked), **given)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    added = {
+        name: inspect.Parameter(name, kind, default=default, annotation=annotation)
+        for name, (annotation, default) in SHARED.items()
+    }
+    whole = added | {name: parameter.replace(kind=kind) for name, parameter in own.items()}
+    with_shared.__signature__ = signature.replace(parameters=list(whole.values()))
+    with_shared.__annotations__ = {name: parameter.annotation for name, parameter in whole.items()}
+    del with_shared.__wrapped__  # typer reads the types of what is wrapped
+    return with_shared
 
 
 @app.callback()
@@ -40,14 +72,9 @@ def main() -> None:
 
 
 @app.command()
+@_training
 def ladder(
-    small: Small = False,
-    out: Out = None,
-    data_dir: DataDir = None,
-    synthetic: Synthetic = False,
-    settings: Settings = None,
-    seed: Seed = None,
-    as_json: Json = False,
+    read: Callable[[], Request],
     epochs_per_rung: Annotated[
         int | None, typer.Option(help="Time so many epochs of each rung, and extrapolate. Default: 4.")
     ] = None,
@@ -58,55 +85,30 @@ def ladder(
 
     From the entry of 341 s to the last of 256 s, and on to the fused kernels: all in turns, on one machine.
     """
-    _experiment(
-        "ladder",
-        lambda: Request(small, out, data_dir, synthetic, tuple(settings or ()), seed, as_json),
-        epochs_per_rung=epochs_per_rung,
-        full=full,
-        cutout=cutout,
-    )
+    _experiment("ladder", read, epochs_per_rung=epochs_per_rung, full=full, cutout=cutout)
 
 
 @app.command()
-def lr_finder(
-    small: Small = False,
-    out: Out = None,
-    data_dir: DataDir = None,
-    synthetic: Synthetic = False,
-    settings: Settings = None,
-    seed: Seed = None,
-    as_json: Json = False,
-) -> None:
+@_training
+def lr_finder(read: Callable[[], Request]) -> None:
     """Sweep the learning rate over one epoch, and suggest one.
 
     It rises exponentially; two rules read the curve.
     """
-    _experiment("lr_finder", lambda: Request(small, out, data_dir, synthetic, tuple(settings or ()), seed, as_json))
+    _experiment("lr_finder", read)
 
 
 @app.command()
-def forgetting(
-    small: Small = False,
-    out: Out = None,
-    data_dir: DataDir = None,
-    synthetic: Synthetic = False,
-    settings: Settings = None,
-    seed: Seed = None,
-    as_json: Json = False,
-) -> None:
+@_training
+def forgetting(read: Callable[[], Request]) -> None:
     """The article's two experiments on catastrophic forgetting."""
-    _experiment("forgetting", lambda: Request(small, out, data_dir, synthetic, tuple(settings or ()), seed, as_json))
+    _experiment("forgetting", read)
 
 
 @app.command()
+@_training
 def batch_size(
-    small: Small = False,
-    out: Out = None,
-    data_dir: DataDir = None,
-    synthetic: Synthetic = False,
-    settings: Settings = None,
-    seed: Seed = None,
-    as_json: Json = False,
+    read: Callable[[], Request],
     evidence: Annotated[
         Path | None, typer.Option(help="Folder of a finished forgetting: say what limits each batch.")
     ] = None,
@@ -115,45 +117,16 @@ def batch_size(
 
     The learning rate is scaled linearly.
     """
-    _experiment(
-        "batch_size",
-        lambda: Request(small, out, data_dir, synthetic, tuple(settings or ()), seed, as_json),
-        evidence=evidence,
-    )
+    _experiment("batch_size", read, evidence=evidence)
 
 
 @app.command()
-def steps(
-    small: Small = False,
-    out: Annotated[Path | None, typer.Option(help="A folder for steps.json.")] = None,
-    data_dir: DataDir = None,
-    settings: Settings = None,
-    seed: Seed = None,
-    as_json: Json = False,
-    preset: Annotated[str | None, typer.Option(help="What to train. Default: fused on a GPU, laptop on a CPU.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Default: 128, 512 and 2048. Repeatable.")] = None,
-    mode: Annotated[
-        list[str] | None, typer.Option(help="eager, compiled, captured or plain. Default: all but plain. Repeatable.")
-    ] = None,
-    count: Annotated[int, typer.Option("--steps", min=1, help="Steps of one sample.")] = 20,
-) -> None:
-    """Images per second of a training step, run in several ways.
-
-    Eagerly, compiled and captured in turns, and the idle share of the GPU; plain is the loop that a user would write.
-    Without --data-dir on generated images, which take the same time.
-    """
-    _experiment(
-        "steps",
-        lambda: Request(small, out, data_dir, False, tuple(settings or ()), seed, as_json),
-        preset_name=preset,
-        batches=tuple(batch or (128, 512, 2048)),
-        modes=tuple(mode or ("eager", "compiled", "captured")),
-        steps=count,
-    )
-
-
-@app.command()
+@_training
 def reproduce(
+    read: Callable[[], Request],
+    out: Annotated[
+        Path | None, typer.Option(help="The folder; goes on with what it holds. Default: results/<date>-<device>.")
+    ] = None,
     stage: Annotated[
         str | None, typer.Option(help="smoke (230 s), numbers (440 s) or peers (560 s). Default: all, in this order.")
     ] = None,
@@ -163,27 +136,72 @@ def reproduce(
     pack: Annotated[
         Path | None, typer.Option(help="Keep an archive, .tar.gz, of the folder here, without weights and data.")
     ] = None,
-    small: Small = False,
-    out: Annotated[
-        Path | None, typer.Option(help="The folder; goes on with what it holds. Default: results/<date>-<device>.")
-    ] = None,
-    data_dir: DataDir = None,
-    synthetic: Synthetic = False,
-    settings: Settings = None,
-    seed: Seed = None,
-    as_json: Json = False,
 ) -> None:
     """Everything worth measuring on this GPU, in one command.
 
     The most valuable first: does it work, how fast is it, what do others offer.
     """
+    _experiment("reproduce", read, stage=stage, budget=budget, pack=pack)
+
+
+@app.command()
+def steps(
+    preset: Annotated[
+        str | None, typer.Option(help="Train this preset. Default: fused on a GPU, laptop on a CPU.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch size. Repeatable. Default: 128, 512 and 2048.")
+    ] = None,
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(help="eager, compiled, captured or plain, a user's loop. Repeatable. Default: the first three."),
+    ] = None,
+    count: Annotated[int, typer.Option("--steps", min=1, help="Steps of one sample.")] = 20,
+    quick: Annotated[bool, typer.Option("--quick", help="Few samples: a look, not a measurement to quote.")] = False,
+    apart: Annotated[
+        bool, typer.Option("--apart", help="Each mode twice in a process of its own, with its peak memory.")
+    ] = False,
+    settings: Settings = None,
+    data_dir: DataDir = None,
+    out: Annotated[Path | None, typer.Option(help="The folder for steps.json.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Images per second of a training step, by how it is launched.
+
+    Eager, compiled, captured, or the loop that a user would write; the share of the time that a GPU is idle.
+    """
     _experiment(
-        "reproduce",
-        lambda: Request(small, out, data_dir, synthetic, tuple(settings or ()), seed, as_json),
-        stage=stage,
-        budget=budget,
-        pack=pack,
+        "steps",
+        lambda: Request(out=out, data_dir=data_dir, settings=tuple(settings or ()), json=as_json),
+        trained=preset,
+        batches=batch or (128, 512, 2048),
+        modes=mode or ("eager", "compiled", "captured"),
+        steps=count,
+        quick=quick,
+        apart=apart,
     )
+
+
+@app.command("collection-overhead")
+def collection_overhead(
+    pairs: Annotated[int, typer.Option(min=3, help="Turns.")] = 30,
+    count: Annotated[int, typer.Option("--steps", min=1, help="Steps of a training.")] = 50,
+    as_json: Json = False,
+) -> None:
+    """The cost of collecting a timed run's records.
+
+    Steps timed with the collection and without, in turns.
+    """
+    _experiment("collection_overhead", lambda: Request(json=as_json), pairs=pairs, steps=count)
+
+
+@app.command("longest-kernels", context_settings={"ignore_unknown_options": True})
+def longest_kernels(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)],
+    data: Annotated[list[str] | None, typer.Argument(help="train.py's words for its images, as --synthetic.")] = None,
+) -> None:
+    """The longest kernels of a finished run's step, in RUN/kernels.json."""
+    _experiment("longest_kernels", Request, folder=folder, data=tuple(data or ()))
 
 
 @app.command()

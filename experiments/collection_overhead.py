@@ -1,37 +1,37 @@
 """What collecting a timed run's records costs the run: steps timed with and without, in turns.
 
-    python -m experiments.collection_overhead [--pairs N] [--steps N] [--json]
+    python -m experiments collection-overhead [--pairs N] [--steps N] [--json]
 
 With: the clock of the steps, and the process that samples the GPU, which a signal holds still otherwise. Trainings of
 the same steps take turns, with, without, without again and back, so that a drift of the machine does not read as a
 cost. The ratio with / without stands beside the interval of without / without: what no difference looks like here.
 """
 
-import argparse
 import itertools
-import json
 import math
 import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from experiments.study.arguments import Parser, at_least
-from profiling.bench.timing import FEWEST, Plan, Summary, interleave, summarise
+from experiments.study.folder import Request
+from profiling.bench.timing import Plan, Summary, interleave, summarise
 from profiling.device.nvml import GpuSample
-from profiling.output.terminal import Terminal
 from profiling.run import sampler, telemetry
 from profiling.run.clock import StepClock
 
 if TYPE_CHECKING:
     import torch
 
+    from model.interrupts import Interrupts
     from model.trainer import Trainer
+    from profiling.output.terminal import Terminal
 
 BATCH = 64
 WIDTHS = (8, 16, 16, 32)
+SAMPLER = "import sys; from experiments.collection_overhead import sample_nothing; sample_nothing(sys.argv[1])"
 READY_S = 10.0
 """How long the sampler may take to its first sample."""
 
@@ -88,7 +88,7 @@ def sampling(device: "torch.device", path: Path) -> tuple[telemetry.Recorder, st
             return recorder, "NVML"
         recorder.stop()
     path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "experiments.collection_overhead", "--sampler", str(path)]
+    command = [sys.executable, "-c", SAMPLER, str(path)]
     recorder = telemetry.Recorder(telemetry.launch(command))
     if not _has_samples(recorder, path):
         recorder.stop()
@@ -149,28 +149,20 @@ def overhead(with_us: list[float], without_us: list[float], again_us: list[float
     return Overhead(summarise(cost), summarise(same))
 
 
-def sample_nothing(path: Path) -> None:
+def sample_nothing(path: str) -> None:
     """The sampler's loop on a source that knows nothing, until standard input closes."""
     first = sampler.header(None, None, sampler.PERIOD_MS, {})
-    sampler.record(lambda: GpuSample(t_ns=time.monotonic_ns()), first, path, sampler.stdin_closes())
+    sampler.record(lambda: GpuSample(t_ns=time.monotonic_ns()), first, Path(path), sampler.stdin_closes())
 
 
-def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("--pairs", type=at_least(FEWEST), default=30, help=f"turns; at least {FEWEST}")
-    parser.add_argument("--steps", type=at_least(1), default=50, help="steps per training")
-    parser.add_argument("--json", action="store_true", help="print the result as JSON; the table goes to stderr")
-    parser.add_argument("--sampler", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.sampler:
-        sample_nothing(arguments.sampler)
-        return
+def run(
+    request: Request, terminal: "Terminal", interrupts: "Interrupts", pairs: int = 30, steps: int = 50
+) -> dict[str, Any]:
+    """Measure and print the two ratios; returns them with their intervals."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pairs, steps = arguments.pairs, arguments.steps
     found, sampled = measure(pairs, steps, device)
-    terminal = Terminal(json=arguments.json)
     terminal.table(
         f"{pairs} turns of {steps} steps of a small network on {device.type}; sampled: {sampled}",
         ["ratio of times", "median", "95 % interval"],
@@ -181,11 +173,5 @@ def main() -> None:
     )
     place = "inside" if found.inside else "outside"
     terminal.say(f"collection costs {found.cost.median - 1:+.2%}, {place} the interval of no difference")
-    if arguments.json:
-        record = {"version": 1, "device": device.type, "sampled": sampled, "pairs": pairs, "steps": steps}
-        ratios = {"cost": found.cost._asdict(), "same": found.same._asdict(), "inside": found.inside}
-        print(json.dumps({**record, **ratios}))
-
-
-if __name__ == "__main__":
-    main()
+    record = {"version": 1, "device": device.type, "sampled": sampled, "pairs": pairs, "steps": steps}
+    return {**record, "cost": found.cost._asdict(), "same": found.same._asdict(), "inside": found.inside}

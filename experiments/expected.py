@@ -22,7 +22,8 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from model.config import Config, preset
+from model.config import Config
+from model.presets import preset
 from profiling.device.specifications import Machine
 
 if TYPE_CHECKING:

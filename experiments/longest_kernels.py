@@ -1,23 +1,27 @@
-"""What a step of a finished run is made of, the longest kernels first: python -m experiments.longest_kernels RUN ...
+"""The longest kernels of a finished run's step: python -m experiments longest-kernels RUN ...
 
 The words after RUN name its data, as for train.py. The run's steps are profiled in a process of their own, and of each
 kernel the time in a step, of those steps that `profiling.account.cross_check` believes, is written to RUN/kernels.json.
 """
 
-import argparse
 import statistics
-import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from experiments.study.arguments import Parser
+from experiments.study.folder import Request
+from model.errors import RunError, UsageError
 from profiling.account.attribution import per_step
 from profiling.account.cross_check import judge
 from profiling.account.trace import Trace, read
 from profiling.output.files import read_json, read_jsonl, write_json
 from profiling.report.command import PROFILE_PASS, ROOT
 from profiling.run.collect import RECORDS, run_pass
+
+if TYPE_CHECKING:
+    from model.interrupts import Interrupts
+    from profiling.output.terminal import Terminal
 
 LONGEST = 20
 
@@ -53,23 +57,24 @@ def longest(trace: Trace, profile: dict[str, Any], timed_ms: float | None) -> di
     }
 
 
-def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("run", type=Path, help="the folder of a finished run")
-    parser.add_argument("data", nargs=argparse.REMAINDER, help="train.py's words for its images, as --synthetic")
-    arguments = parser.parse_args()
-    run, data = arguments.run.absolute(), arguments.data
-    if not (run / "summary.json").is_file():
-        parser.fail(f"{arguments.run} is not the folder of a run: it has no summary.json; name one that train.py wrote")
-    (run / RECORDS).mkdir(exist_ok=True)
-    error = run_pass("the profiled pass", [*PROFILE_PASS, str(run), *data], ROOT, print)
+def check(request: Request, folder: Path, data: Sequence[str] = ()) -> None:
+    """Raise UsageError for a folder that is no run's."""
+    if not (folder / "summary.json").is_file():
+        raise UsageError(f"{folder} is not the folder of a run: it has no summary.json; name one that train.py wrote")
+
+
+def run(
+    request: Request, terminal: "Terminal", interrupts: "Interrupts", folder: Path, data: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Profile the run's steps; write RUN/kernels.json and return it. Raises RunError where the pass fails."""
+    where = folder.absolute()
+    (where / RECORDS).mkdir(exist_ok=True)
+    error = run_pass("the profiled pass", [*PROFILE_PASS, str(where), *data], ROOT, terminal.say)
     if error:
-        sys.exit(1)
-    trace, about = read(run / RECORDS / "trace.json.gz"), read_json(run / RECORDS / "profile.json")
-    found = longest(trace, about, step_ms(run))
-    write_json(run / "kernels.json", found)
-    print(f"{len(found['kernels'])} kernels written to {run / 'kernels.json'}; lacks: {found['lacks'] or 'nothing'}")
-
-
-if __name__ == "__main__":
-    main()
+        raise RunError(f"no kernels: {error}")
+    trace, about = read(where / RECORDS / "trace.json.gz"), read_json(where / RECORDS / "profile.json")
+    found = longest(trace, about, step_ms(where))
+    write_json(where / "kernels.json", found)
+    lacks = found["lacks"] or "nothing"
+    terminal.say(f"{len(found['kernels'])} kernels written to {where / 'kernels.json'}; lacks: {lacks}")
+    return found

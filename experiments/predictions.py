@@ -18,7 +18,6 @@ from experiments import expected, predictions_held
 from experiments.expected import Compile, Op, Prediction
 from experiments.study.folder import Request
 from model.errors import DataError, RunError, UsageError
-from model.presets import preset
 from profiling import ROOT
 from profiling.device.specifications import MACHINES, Machine
 from profiling.output.files import write_json, write_text

@@ -183,7 +183,7 @@ def _bench(out: Path, document: Row) -> list[str]:
     return lines
 
 
-def _steps(out: Path, document: Row) -> list[str]:
+def _step_speeds(out: Path, document: Row) -> list[str]:
     path = out / "steps.json"
     rows = read_json(path)["rows"] if path.exists() else []
     cells = [
@@ -203,7 +203,7 @@ SECTIONS: tuple[Callable[[Path, Row], list[str]], ...] = (
     _tests,
     _logs,
     _bench,
-    _steps,
+    _step_speeds,
     _predictions,
     _kernels,
 )

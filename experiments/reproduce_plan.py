@@ -143,9 +143,9 @@ class _Plan:
             self.train(AUTOTUNED, stage, 180, preset, settings, epochs=2, environment=tuple(MAX_AUTOTUNE.items())),
             self.bench(),
             Step(
-                "step-modes",
+                "steps",
                 stage,
-                _module("experiments", "steps", "--small", "--out", str(self.out)),
+                _module("experiments", "steps", "--quick", "--out", str(self.out)),
                 120,
                 reason=self.no_gpu,
             ),
@@ -222,7 +222,7 @@ class _Plan:
 
     def kernels(self, mode: str) -> Step:
         """The longest kernels of a mode's step."""
-        command = _module("experiments.longest_kernels", str(self.out / mode))
+        command = _module("experiments", "longest-kernels", str(self.out / mode))
         needs, reason = f"{mode}/log.jsonl", self.unable(MODES[mode][1])
         return Step(f"kernels-{mode}", "smoke", command, 40, needs=needs, given=self.data, reason=reason)
 

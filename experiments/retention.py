@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from experiments import climb, forgetting_rules
+from experiments import forgetting_rules
+from experiments.forgetting_rules import LEAST, Climb, climb, curve, smoothed
 from experiments.study import training
 from experiments.study.folder import Table
 from model.config import Config
@@ -97,7 +98,7 @@ def ends(row: dict[str, Any]) -> tuple[float, float]:
     return sum(epoch[:few]) / few, sum(epoch[-few:]) / few
 
 
-def sentences(memory: dict[str, Any], fits: dict[str, climb.Climb]) -> list[str]:
+def sentences(memory: dict[str, Any], fits: dict[str, Climb]) -> list[str]:
     """What the second experiment says."""
     said = []
     for rate, multiple in RATES.items():
@@ -117,7 +118,7 @@ def sentences(memory: dict[str, Any], fits: dict[str, climb.Climb]) -> list[str]
     return said
 
 
-def _of_climbs(words: str, fits: dict[str, climb.Climb | None]) -> str:
+def _of_climbs(words: str, fits: dict[str, Climb | None]) -> str:
     """The climbs of one setting at both rates."""
     parts = []
     for rate, fit in fits.items():
@@ -145,7 +146,7 @@ def _of_climbs(words: str, fits: dict[str, climb.Climb | None]) -> str:
     return sentence + "."
 
 
-def chart(rate: str, memory: dict[str, Any], fits: dict[str, climb.Climb]) -> Chart:
+def chart(rate: str, memory: dict[str, Any], fits: dict[str, Climb]) -> Chart:
     """Loss of past batches at one of RATES against their age, smoothed, and the fit to the last epoch."""
     key, data = f"memory-{rate}", []
     for (name, words), paint in zip(SETTINGS.items(), ("series-2", "series-1"), strict=True):
@@ -156,7 +157,7 @@ def chart(rate: str, memory: dict[str, Any], fits: dict[str, climb.Climb]) -> Ch
         width = max(5, row["epoch_steps"] // 10)
         faint = {"mode": "markers", "marker": {"size": 3, "color": colour(paint)}, "opacity": 0.35}
         data.append(trace("scatter", x=ages, y=row["losses"], hoverinfo="skip", **faint))
-        smooth = climb.smoothed(row["losses"], width)
+        smooth = smoothed(row["losses"], width)
         hover = [f"{words}: {age} steps ago, loss {loss:.3f}" for age, loss in zip(ages, smooth, strict=True)]
         data.append(
             trace(
@@ -177,7 +178,7 @@ def chart(rate: str, memory: dict[str, Any], fits: dict[str, climb.Climb]) -> Ch
             trace(
                 "scatter",
                 x=epoch,
-                y=climb.curve(fit, epoch),
+                y=curve(fit, epoch),
                 name=f"fit to the last epoch: {forgotten}",
                 showlegend=True,
                 mode="lines",
@@ -197,13 +198,13 @@ def chart(rate: str, memory: dict[str, Any], fits: dict[str, climb.Climb]) -> Ch
     return Chart(key, "loss against age", 400, data, whole)
 
 
-def fits(memory: dict[str, Any]) -> dict[str, climb.Climb]:
+def fits(memory: dict[str, Any]) -> dict[str, Climb]:
     """The climb over the last epoch of each run that has one of enough batches."""
     last = {key: row["losses"][: row["epoch_steps"]] for key, row in memory.items()}
-    return {key: climb.climb(losses) for key, losses in last.items() if len(losses) >= climb.LEAST}
+    return {key: climb(losses) for key, losses in last.items() if len(losses) >= LEAST}
 
 
-def table(memory: dict[str, Any], fits: dict[str, climb.Climb]) -> Table:
+def table(memory: dict[str, Any], fits: dict[str, Climb]) -> Table:
     """The numbers of the runs."""
     rows = []
     for key, row in memory.items():
@@ -228,7 +229,7 @@ def table(memory: dict[str, Any], fits: dict[str, climb.Climb]) -> Table:
     )
 
 
-def _memory(fit: climb.Climb) -> str:
+def _memory(fit: Climb) -> str:
     if not fit.clear:
         return "no climb"
     return f"{'at least ' if fit.bounded else ''}{fit.memory:.0f}"

@@ -157,7 +157,7 @@ def test_command_reaches_its_work(command, monkeypatch):
     """Up to where measuring begins: what the words mean is accepted, not only how they are spelt."""
     program, words = program_of(shlex.split(command))
     reached = []
-    for name in ("bench.command", "device.command", "device.doctor", "report.collect_command"):
+    for name in ("bench.command", "device.command", "device.doctor", "report.command"):
         monkeypatch.setattr(f"profiling.{name}.run", lambda *_, **__: reached.append(words[0]) or 0)
     module = words[0].replace("-", "_")
     if program == "-m experiments":

@@ -9,8 +9,8 @@ import json
 import torch
 
 from model.trainer import choose_device
+from profiling import ROOT
 from profiling.device.environment import device_name, environment, machine
-from train import ROOT
 
 
 def main() -> None:

@@ -10,7 +10,9 @@ import torch
 
 from experiments import collection_overhead
 from experiments.collection_overhead import measure, overhead
+from experiments.study.folder import Request
 from profiling import ROOT
+from profiling.output.terminal import Terminal
 from profiling.run import telemetry
 from profiling.run.clock import StepClock
 
@@ -102,26 +104,6 @@ def test_without_nvml_the_process_samples_nothing_at_the_same_period(tmp_path):
     assert recorder.process.returncode == 0
 
 
-def test_the_command():
-    code = (
-        "import sys; from experiments import collection_overhead as c; c.BATCH, c.WIDTHS = 4, (8, 8, 8, 8);"
-        "sys.argv = ['', '--pairs', '3', '--steps', '2', '--json']; c.main()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = json.loads(done.stdout)
-    assert (found["pairs"], found["steps"], found["device"]) == (3, 2, "cpu")
-    assert found["cost"]["low"] <= found["cost"]["median"] <= found["cost"]["high"]
-    assert found["inside"] == (found["same"]["low"] <= found["cost"]["median"] <= found["same"]["high"])
-    assert "no NVML" in done.stderr
-
-
 @pytest.mark.parametrize(
     ("with_us", "sentence"),
     [(101.0, "costs +1.00%, inside the interval"), (110.0, "costs +10.00%, outside the interval")],
@@ -129,8 +111,22 @@ def test_the_command():
 def test_the_sentence(monkeypatch, capsys, with_us, sentence):
     found = overhead([with_us] * 9, [100.0] * 9, [98.0, 100.0, 102.0] * 3)
     monkeypatch.setattr(collection_overhead, "measure", lambda pairs, steps, device: (found, "nothing"))
-    monkeypatch.setattr("sys.argv", ["collection_overhead"])
-    collection_overhead.main()
+    collection_overhead.run(Request(), Terminal(), None)
     out = capsys.readouterr().out
     assert sentence in out
     assert "0.9800 to 1.0200" in out
+
+
+def test_the_command():
+    code = (
+        "import sys; from experiments import collection_overhead as c; c.BATCH, c.WIDTHS = 4, (8, 8, 8, 8);"
+        "from experiments.__main__ import app; app(['collection-overhead', '--pairs', '3', '--steps', '2', '--json'])"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    pipes = {"capture_output": True, "text": True, "check": True}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes)
+    found = json.loads(done.stdout)
+    assert (found["pairs"], found["steps"], found["device"]) == (3, 2, "cpu")
+    assert found["cost"]["low"] <= found["cost"]["median"] <= found["cost"]["high"]
+    assert found["inside"] == (found["same"]["low"] <= found["cost"]["median"] <= found["same"]["high"])
+    assert "no NVML" in done.stderr

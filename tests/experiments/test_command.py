@@ -12,15 +12,8 @@ from model.interrupts import Interrupted
 from profiling import ROOT
 
 NAMES = {
-    "ladder",
-    "lr-finder",
-    "forgetting",
-    "batch-size",
-    "steps",
-    "reproduce",
-    "predictions",
-    "machine-code",
-    "tritons",
+    *("ladder", "lr-finder", "forgetting", "batch-size", "reproduce", "steps", "collection-overhead"),
+    *("longest-kernels", "predictions", "machine-code", "tritons"),
 }
 
 

@@ -5,7 +5,9 @@ import sys
 import pytest
 from traces import EAGER, PASS_KERNELS, PASS_STEP_NS, profiled_pass
 
-from experiments.longest_kernels import longest, main, step_ms
+from experiments.longest_kernels import check, longest, step_ms
+from experiments.study.folder import Request
+from model.errors import UsageError
 from profiling import ROOT
 from profiling.account.trace import read
 from profiling.output.files import append_jsonl, read_json
@@ -63,7 +65,7 @@ def test_a_run_s_kernels_are_profiled_and_kept(tmp_path):
     driver = (
         "import sys; from experiments import longest_kernels\n"
         "longest_kernels.PROFILE_PASS = [sys.executable, 'tests/support/runs.py', '--profile-pass']\n"
-        f"sys.argv = ['', {str(run)!r}, '--synthetic']; longest_kernels.main()"
+        f"from experiments.__main__ import app; app(['longest-kernels', {str(run)!r}, '--synthetic'])"
     )
     done = subprocess.run([sys.executable, "-c", driver], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -74,13 +76,6 @@ def test_a_run_s_kernels_are_profiled_and_kept(tmp_path):
     assert subprocess.run([sys.executable, "-c", failing], cwd=ROOT, capture_output=True).returncode == 1
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"), [([], "required: run"), (["nowhere", "--synthetic"], "nowhere is not the folder of a run")]
-)
-def test_what_is_no_run_is_a_line(monkeypatch, capsys, words, expected):
-    monkeypatch.setattr("sys.argv", ["longest_kernels", *words])
-    with pytest.raises(SystemExit) as end:
-        main()
-    err = capsys.readouterr().err
-    assert (end.value.code, err.count("\n")) == (2, 1)
-    assert expected in err
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="is not the folder of a run"):
+        check(Request(), tmp_path / "nowhere", ("--synthetic",))

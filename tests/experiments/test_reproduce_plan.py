@@ -50,7 +50,7 @@ def test_the_plan_is_the_same_list_in_order_of_value(tmp_path, small, gpu):
     assert names["numbers"][8:11] == ["reference-1", "fused-2", "reference-2"]
     assert names["numbers"][-2:] == ["reference-9", "predictions"]
     assert names["peers"] == [
-        *("reference-max-autotune", "bench", "step-modes", "memcheck", "racecheck", "ncu", "report"),
+        *("reference-max-autotune", "bench", "steps", "memcheck", "racecheck", "ncu", "report"),
     ]
     assert [step.name for step in planned.values() if step.repeats] == ["predictions"]
     assert list(planned)[-1] == "predictions"
@@ -100,6 +100,7 @@ def test_the_modes_are_trained_as_they_are_called(tmp_path):
     assert set(tuned) == {f"TORCHINDUCTOR_{n}" for n in ("MAX_AUTOTUNE", "COORDINATE_DESCENT_TUNING", "CUDAGRAPHS")}
 
 
+@pytest.mark.slow
 def test_the_compiler_s_variables_make_max_autotune(tmp_path):
     """They are read as the library is imported."""
     code = (

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from runs import loaded, tiny_config, tiny_dataset, tiny_session
 
-from experiments import climb, retention
+from experiments import forgetting_rules, retention
 from experiments.study import training
 
 CHOSEN = {"images": 70, "epochs": 2, "constant": 3, "last": 2}
@@ -141,7 +141,7 @@ def test_sentences_on_the_last_loss_follow_the_data(seen, expected):
 
 def test_too_few_batches_have_no_fit_and_are_still_drawn_in_the_table():
     row = retention.look_back(tiny_session(), tiny_config(), CHOSEN, "all", 0.05, lambda n: None)
-    assert row["epoch_steps"] < climb.LEAST
+    assert row["epoch_steps"] < forgetting_rules.LEAST
     made = dict.fromkeys(retention.RUNS, row)
     assert retention.fits(made) == {}
     assert "too few batches" in retention.sentences(made, {})[-1]
