@@ -91,7 +91,7 @@ def ladder(
 @app.command()
 @_training
 def lr_finder(read: Callable[[], Request]) -> None:
-    """Sweep the learning rate over one epoch, and suggest one.
+    """Sweep the learning rate over one epoch.
 
     It rises exponentially; two rules read the curve.
     """
@@ -101,7 +101,7 @@ def lr_finder(read: Callable[[], Request]) -> None:
 @app.command()
 @_training
 def forgetting(read: Callable[[], Request]) -> None:
-    """The article's two experiments on catastrophic forgetting."""
+    """The article's two experiments on forgetting."""
     _experiment("forgetting", read)
 
 
@@ -113,7 +113,7 @@ def batch_size(
         Path | None, typer.Option(help="Folder of a finished forgetting: say what limits each batch.")
     ] = None,
 ) -> None:
-    """Time, accuracy and loss at batch sizes of 128 to 1024.
+    """Time, accuracy and loss at batch 128 to 1024.
 
     The learning rate is scaled linearly.
     """
@@ -137,7 +137,7 @@ def reproduce(
         Path | None, typer.Option(help="Keep an archive, .tar.gz, of the folder here, without weights and data.")
     ] = None,
 ) -> None:
-    """Everything worth measuring on this GPU, in one command.
+    """Everything worth measuring on this GPU.
 
     The most valuable first: does it work, how fast is it, what do others offer.
     """
@@ -166,7 +166,7 @@ def steps(
     out: Annotated[Path | None, typer.Option(help="The folder for steps.json.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Images per second of a training step, by how it is launched.
+    """Images per second of a training step.
 
     Eager, compiled, captured, or the loop that a user would write; the share of the time that a GPU is idle.
     """
@@ -200,7 +200,7 @@ def longest_kernels(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)],
     data: Annotated[list[str] | None, typer.Argument(help="train.py's words for its images, as --synthetic.")] = None,
 ) -> None:
-    """The longest kernels of a finished run's step, in RUN/kernels.json."""
+    """The longest kernels of a run's step."""
     _experiment("longest_kernels", Request, folder=folder, data=tuple(data or ()))
 
 

@@ -29,8 +29,8 @@ def test_a_gpu_decides_the_tests_that_ask_for_the_device_and_those_marked_for_it
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert [line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line] == [
         "tests/profiling/device/test_sustained.py::test_a_captured_call_is_replayed",
-        "tests/profiling/bench/test_tuning.py::test_the_backend_refuses_wrong_and_spilling_tiles_and_times_the_others",
-        "tests/profiling/bench/test_tuning.py::test_a_library_that_fails_is_named_beside_the_tiles_that_are_refused",
+        "tests/profiling/bench/test_tuning.py::test_the_backend_refuses_faulty_tiles_and_times_the_others",
+        "tests/profiling/bench/test_tuning.py::test_the_backend_names_a_failing_library_and_blames_none_after_a_lost_device",
     ], done.stdout + done.stderr
 
 

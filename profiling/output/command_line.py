@@ -65,8 +65,8 @@ def guarded(command: Callable[[], int | None], tell: Callable[[BaseException], A
         error = PathError(line) if line else raised
         if not hasattr(error, "exit_code"):
             raise
-    tell(error)
-    return error.exit_code
+        tell(error)  # here, since torchrun's report has the traceback of what is being handled
+        return error.exit_code
 
 
 def refused_path(error: OSError) -> str | None:

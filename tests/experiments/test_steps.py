@@ -131,7 +131,7 @@ def test_apart_takes_turns_of_processes_and_prints_ratio_and_peak(monkeypatch, c
     assert json.loads((tmp_path / "steps.json").read_text()) == found
 
 
-WORDS = ["--preset", "laptop", "--quick", "--steps", "1", "--batch", "4", "--mode"]
+WORDS = ["--preset", "article-256", "--quick", "--steps", "1", "--batch", "16", "--mode"]
 
 
 @pytest.mark.slow
@@ -141,7 +141,7 @@ def test_a_process_apart_measures():
 
 
 def test_a_process_apart_that_fails_says_why():
-    with pytest.raises(RunError, match=r"the process of --batch 4 --mode slow failed: error: --mode slow is unknown"):
+    with pytest.raises(RunError, match=r"the process of --batch 16 --mode slow failed: error: --mode slow is unknown"):
         steps.measure_apart([*WORDS, "slow"])
 
 

@@ -218,8 +218,8 @@ def test_a_run_that_was_not_profiled_is_profiled_afterwards(tmp_path, quick):
 def test_a_profile_that_was_interrupted_is_taken_up_as_it_says(tmp_path, quick):
     """Ctrl-C after the training, before its profile."""
     out = tmp_path / "run"
-    command = [sys.executable, RUNS, "--preset", "laptop", "--epochs", "1", "--profile", "--out", out]
-    done = subprocess.run(command, env={**os.environ, "FAULT": "INT@profile"}, capture_output=True, text=True)
+    words = [sys.executable, RUNS, "--preset", "laptop", "--epochs", "1", "--profile", "--out", out]
+    done = subprocess.run(words, env={**os.environ, "FAULT": "INT@profile"}, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "")
     said = re.search("its profile is not: python -m profiling collect (.*)", done.stdout.replace("\n", " "))[1]
     assert said.split() == [str(out), "--synthetic"]
