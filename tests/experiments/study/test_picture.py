@@ -72,7 +72,11 @@ def test_a_picture_can_be_read_aloud_searched_and_copied(tmp_path):
     assert {"Time & <loss>", "a", "b", "$5 & more", "x"} <= texts
 
 
-@pytest.mark.parametrize("path", sorted(DOCS.glob("*.svg")), ids=lambda path: path.name)
+# The README's waterfall is the report's own chart, a picture for each scheme.
+OF_EXPERIMENTS = sorted(path for path in DOCS.glob("*.svg") if not path.stem.startswith("waterfall"))
+
+
+@pytest.mark.parametrize("path", OF_EXPERIMENTS, ids=lambda path: path.name)
 def test_the_document_s_pictures_are_such_ones(path):
     drawn, name = path.read_text(), "{http://www.w3.org/2000/svg}"
     root = ElementTree.fromstring(drawn)
