@@ -147,7 +147,7 @@ def test_forced_convolutions_are_ours_whatever_the_table_says(device, monkeypatc
 
 
 def test_an_unknown_choice_of_convolutions_is_refused():
-    with pytest.raises(ValueError, match="conv is 'cudnn', expected one of table, triton"):
+    with pytest.raises(ValueError, match="conv is 'cudnn', expected one of table, ours"):
         fused.implementation("cudnn")
 
 

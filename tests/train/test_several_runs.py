@@ -56,8 +56,8 @@ def test_the_peak_of_memory_is_forgotten_after_each_warm_up(tmp_path, monkeypatc
     """It is the training's: what a search for algorithms or an earlier run took is not part of it."""
     order, warm_up, steps = [], Trainer.warm_up, TrainingStep.__call__
     monkeypatch.setattr(Trainer, "warm_up", lambda self, say: order.append("warm-up") or warm_up(self, say))
-    monkeypatch.setattr("model.memory.forget_peak", lambda device: order.append("forget"))
-    monkeypatch.setattr("model.memory.peak", lambda device, recorded: order.append("peak") or (7, 9))
+    monkeypatch.setattr("model.session.forget_peak", lambda device: order.append("forget"))
+    monkeypatch.setattr("train.peak", lambda device, recorded: order.append("peak") or (7, 9))
     monkeypatch.setattr(TrainingStep, "__call__", lambda self, *batch: order.append("step") or steps(self, *batch))
     train.repeat(tiny_session(), tiny_config(step="captured"), tmp_path, 2, target=None, resume=False)
     assert order == ["warm-up", "forget", *["step"] * STEPS, "peak"] * 2
