@@ -118,13 +118,11 @@ _ROWS = (
         ("RTX 6000 Ada Generation",),
     ),
     _Row("L4", 121, 60, 30.3, 300, 48, 2040, f"NVIDIA L4 data sheet, {_HALVED}; L2: {_ADA}"),
-    _Row("L40", 181.05, 90.5, 90.5, 864, 96, 2490, f"NVIDIA L40 data sheet; L2: {_ADA}"),
-    _Row("L40S", 362.05, 183, 91.6, 864, 96, 2520, f"NVIDIA L40S data sheet; {_L2}"),
+    _Row("L40S", 362.05, 183, 91.6, 864, 96, 2490, f"NVIDIA L40S data sheet; {_L2}", plain_mhz=2520),
     _Row("H100 SXM", 989.4, 494.7, 66.9, 3350, 50, 1830, _H100, ("H100 80GB HBM3",), 1980),
     _Row("H100 PCIe", 756, 378, 51.2, 2000, 50, 1620, _H100, ("H100 PCIe",), 1755),
     _Row("H100 NVL", 835.5, 417.5, 60, 3900, 60, None, f"NVIDIA H100 data sheet, {_HALVED}; {_L2}", (), 1785),
     _Row("H200 SXM", 989.5, 494.5, 67, 4800, 60, 1830, f"NVIDIA H200 data sheet, {_HALVED}; {_L2}", ("H200",), 1980),
-    _Row("GH200", 990, 494, 67, 4000, 60, 1830, f"NVIDIA GH200 data sheet; {_L2}", ("GH200 480GB",), 1980),
     _Row("B200", 2250, 1125, 75, 7700, 126, None, f"NVIDIA Blackwell data sheet, HGX B200, {_HALVED}; {_L2}"),
     _Row(
         "GB200",
@@ -140,8 +138,8 @@ _ROWS = (
     _Row(_RTX_PRO, 503.8, 251.9, 125, 1792, 128, 2617, "NVIDIA RTX PRO Blackwell architecture white paper, data sheet"),
 )
 """`mhz`: boost clocks of the architecture white papers or, where those lack the GPU, the highest that the driver names;
-of H200 and GH200 the H100's, by which their peaks are as many FLOP a clock. Left out are the RTX 3080, a name that the
-driver gives to two cards (10 and 12 GB), and the B300, of whose L2 no document was found."""
+of H200 the H100's, by which their peaks are as many FLOP a clock. Left out are the RTX 3080, a name that the
+driver gives to two cards (10 and 12 GB), and B300, GH200 and L40, of whose L2 no document was seen."""
 
 SPECIFICATIONS: tuple[Specification, ...] = tuple(row.specification() for row in _ROWS)
 """Every GPU of the table."""
