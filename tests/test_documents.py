@@ -184,6 +184,14 @@ def test_links_lead_somewhere(path):
         assert target.startswith("https://") or (path.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_are_there(path):
+    """Every file of the checkout that the text names, but for patterns."""
+    houses = "kernels|model|profiling|experiments|tests"
+    for name in re.findall(rf"`((?:{houses})/[\w/]+\.\w+)`", path.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), name
+
+
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
 
