@@ -63,7 +63,6 @@ def own(session: Session, out: Path) -> Iterator[None]:
 
 def find_checkpoint(session: Session, named: checkpoint.Checkpoint | None, out: Path) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from: the one `named`, else the newest in `out`; None where there is none."""
-
     newest = checkpoint.newest(out, session.terminal.warn if session.ranks.is_first else lambda text: None)
     if named is None:
         session.terminal.say(f"resuming from {newest.path}" if newest else f"no checkpoint in {out}: starting afresh")

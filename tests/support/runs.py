@@ -1,18 +1,14 @@
 """Small data and small runs for tests of the training program."""
 
-import hashlib
 import importlib
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
-import pytest
 import torch
-from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # for `python tests/support/runs.py`
 
@@ -23,8 +19,6 @@ from model.data.batches import Batches
 from model.data.cifar10 import Dataset
 from model.distributed import Ranks
 from model.interrupts import BURST_S, Interrupts
-from profiling import ROOT
-from profiling.output.files import read_jsonl
 from profiling.output.terminal import Terminal
 
 TINY = {
@@ -72,68 +66,6 @@ def tiny_session(dataset: Dataset | None = None) -> train.Session:
 def final_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """What the newest checkpoint in `folder` holds."""
     return checkpoint.load(folder).tensors
-
-
-def losses(out: Path) -> list[tuple]:
-    names = ("epoch", "step", "learning_rate", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
-    return [tuple(row[name] for name in names) for row in read_jsonl(out / "log.jsonl")]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Bit for bit: weights, statistics, momentum, sums, and every figure of the log that is not a time."""
-    left, right = final_tensors(a), final_tensors(b)
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert torch.equal(tensor, right[name]), name
-    assert losses(a) == losses(b)
-
-
-def digest(out: Path) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.glob("checkpoint-*"))}
-
-
-def in_a_hurry(session, monkeypatch):
-    """SIGTERM, after which nothing may wait: whoever sends it soon sends SIGKILL."""
-    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
-    session.interrupts.handle(signal.SIGTERM)
-
-
-def stop_at(session, step, stop=lambda session: session.interrupts.handle(signal.SIGTERM)):
-    def on_step(number):
-        if number == step:
-            stop(session)
-
-    return on_step
-
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(train.app, arguments)
-
-
-def nowhere(how: str):
-    """What takes nothing: a "pipe" whose reader has gone, or a "disk" that is full."""
-    if how == "disk":
-        if not os.path.exists("/dev/full"):
-            pytest.skip("needs /dev/full")
-        return open("/dev/full", "w")
-    read, write = os.pipe()
-    os.close(read)
-    return os.fdopen(write, "w")
-
-
-def tiny(*arguments: str, fault: str = "", **kwargs) -> subprocess.CompletedProcess:
-    """The program as users run it, but on the tiny data."""
-    env = {**os.environ, "FAULT": fault, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
-    command = [
-        sys.executable,
-        str(ROOT / "tests" / "support" / "runs.py"),
-        "--preset",
-        "laptop",
-        "--epochs",
-        "3",
-        *arguments,
-    ]
-    return subprocess.run(command, env=env, capture_output=True, timeout=120, **kwargs)
 
 
 FAULTS = {

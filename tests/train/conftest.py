@@ -1,7 +1,8 @@
 import pytest
 import torch
 from emulation import EmulatedGraphs
-from runs import invoke, tiny, tiny_config, tiny_dataset, tiny_session
+from runs import tiny_config, tiny_dataset, tiny_session
+from train_runs import invoke, tiny
 
 import train
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import invoke, nowhere
+from train_runs import invoke, nowhere
 
 from model.config import Config
 from model.presets import PRESETS

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from runs import final_tensors, invoke, stop_at, tiny, tiny_config, tiny_dataset, tiny_session
+from runs import final_tensors, tiny_config, tiny_dataset, tiny_session
+from train_runs import invoke, stop_at, tiny
 
 import train
 from model import checkpoint

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 import torch
-from runs import assert_same_run, digest, losses, tiny, tiny_config, tiny_dataset, tiny_session
+from runs import tiny_config, tiny_dataset, tiny_session
+from train_runs import assert_same_run, digest, losses, tiny
 
 import train
 from model import checkpoint

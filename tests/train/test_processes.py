@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import assert_same_run, invoke, nowhere, tiny, tiny_dataset
+from runs import tiny_dataset
+from train_runs import assert_same_run, invoke, nowhere, tiny
 from typer.testing import CliRunner
 
 import train

@@ -3,7 +3,8 @@ import re
 import signal
 
 import pytest
-from runs import assert_same_run, digest, in_a_hurry, losses, stop_at, tiny_config, tiny_dataset, tiny_session
+from runs import tiny_config, tiny_dataset, tiny_session
+from train_runs import assert_same_run, digest, in_a_hurry, losses, stop_at
 
 import train
 from model import checkpoint

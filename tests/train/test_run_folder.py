@@ -3,7 +3,8 @@ import os
 import re
 
 import pytest
-from runs import tiny, tiny_config, tiny_dataset, tiny_session
+from runs import tiny_config, tiny_dataset, tiny_session
+from train_runs import tiny
 
 import train
 from model import folder

@@ -3,7 +3,8 @@ import json
 import shutil
 
 import pytest
-from runs import assert_same_run, digest, stop_at, tiny_config, tiny_dataset, tiny_session
+from runs import tiny_config, tiny_dataset, tiny_session
+from train_runs import assert_same_run, digest, stop_at
 
 import train
 from model.errors import TargetMissedError
