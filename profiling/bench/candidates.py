@@ -16,7 +16,7 @@ RESIDENT = 96 * 1024
 
 
 def candidates(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> list[Tile]:
-    """The tile in use, and what is worth compiling around the default: at most some forty."""
+    """The tile in use, and what is worth compiling around the default: at most sixty."""
     return list(dict.fromkeys([tiles.tile(op, shape, dtype, gpu), *around_the_default(op, shape, dtype, gpu)]))
 
 
@@ -94,15 +94,17 @@ def _fits(tile: Tile, dtype: torch.dtype, gpu: Gpu) -> bool:
 def _forms(op: str, tile: Tile, shape: ConvShape, dtype: torch.dtype) -> Iterator[Tile]:
     """For fprop and dgrad the other forms of a tile of three stages: columns of the large blocks, lines whose taps fit.
 
-    fprop's columns read a stored activation, and its lines compute it in fp16 where they can. At 128 channels lines of
-    64 filters load least, and of 32 filters in one stage a multiprocessor holds two programs.
+    fprop's columns read a stored activation; its rows and lines compute it, in fp16 where they can. At 128 channels
+    lines of 64 filters load least, and of 32 filters in one stage a multiprocessor holds two programs.
     """
     if op == "conv_wgrad" or not tile.descriptors or tile.num_stages != 3:
         return
     fprop, k = op == "conv_fprop", shape.C if op == "conv_fprop" else shape.K
+    if fprop and dtype == torch.float16:
+        yield replace(tile, prologue="fp16x2")
     if tile.BLOCK_N >= 64 and 128 * 32 * tile.num_warps <= tile.BLOCK_M * tile.BLOCK_N:  # accumulators, a thread's 128
-        stages = 2 if tile.num_warps == 4 else 4
-        yield replace(tile, form="columns", num_stages=stages, prologue="stored" if fprop else "fp32")
+        for stages in (2, 3) if tile.num_warps == 4 else (3, 4):
+            yield replace(tile, form="columns", num_stages=stages, prologue="stored" if fprop else "fp32")
     for block_n, stages in ((64, 2), (32, 1)):
         lines = replace(tile, BLOCK_M=16 * tile.num_warps, BLOCK_N=block_n, BLOCK_K=k, form="lines", num_stages=stages)
         if fprop and dtype == torch.float16:
