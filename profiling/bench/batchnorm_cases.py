@@ -94,15 +94,15 @@ def bn_apply_case(c: int, size: int, variant: str) -> Case:
     def operands(d: OperandFactory) -> tuple:
         return d.activation(c, size), *affine(d, c), d.activation(c, size) if variant == "residual" else None
 
-    def library(x, scale, shift, zero, one, residual) -> Tensor:
-        y = affine_relu(x, scale, shift, zero, one)
+    def library(x, scale, shift, mean, var, residual) -> Tensor:
+        y = affine_relu(x, scale, shift, mean, var)
         y = F.max_pool2d(y, 2) if pool else y
         return y if residual is None else y + residual
 
-    def ours(x, scale, shift, zero, one, residual) -> Tensor:
+    def ours(x, scale, shift, mean, var, residual) -> Tensor:
         return bn_apply(x, scale, shift, residual, pool)
 
-    def cost(x, scale, shift, zero, one, residual) -> Cost:
+    def cost(x, scale, shift, mean, var, residual) -> Cost:
         return bn_apply_cost(x, scale, shift, residual, pool)
 
     return Case("bn_apply", variant, _map(c, size), operands, library, ours, cost)

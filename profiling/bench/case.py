@@ -203,15 +203,15 @@ def moments_of(partials: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (m2 + count * (means - mean).square()).sum(0) / n
 
 
-def affine_relu(x: Tensor, scale: Tensor, shift: Tensor, zero: Tensor, one: Tensor) -> Tensor:
+def affine_relu(x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """relu(x * scale + shift) by the library's batch norm, which casts on the fly; eager multiplication would not."""
-    return F.relu(F.batch_norm(x, zero, one, scale, shift, False, 0.0, 0.0), inplace=True)
+    return F.relu(F.batch_norm(x, mean, var, scale, shift, False, 0.0, EPS), inplace=True)
 
 
 def affine(d: OperandFactory, channels: int) -> tuple[Tensor, ...]:
-    """(scale, shift, zero, one)."""
-    zero = torch.zeros(channels, device=d.device)
-    return d.positive(channels), d.normal(channels), zero, zero + 1
+    """(scale, shift, mean, var) of a batch norm that is no more than its scale and shift."""
+    mean = torch.zeros(channels, device=d.device)
+    return d.positive(channels), d.normal(channels), mean, torch.full_like(mean, 1 - EPS)
 
 
 def with_moments(result: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

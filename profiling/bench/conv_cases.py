@@ -24,19 +24,19 @@ def conv_fprop_case(shape: ConvShape, variant: str) -> Case:
     def convolve(a: Tensor, w: Tensor) -> Tensor:
         return F.conv2d(a, w, stride=shape.stride, padding=shape.R // 2)
 
-    def library(x, w, scale, shift, zero, one) -> tuple[Tensor, ...]:
-        y = convolve(affine_relu(x, scale, shift, zero, one) if prologue else x, w)
+    def library(x, w, scale, shift, mean, var) -> tuple[Tensor, ...]:
+        y = convolve(affine_relu(x, scale, shift, mean, var) if prologue else x, w)
         return (y, *moments(y)) if statistics else (y,)
 
-    def hybrid(x, w, scale, shift, zero, one) -> tuple[Tensor, Tensor]:
+    def hybrid(x, w, scale, shift, mean, var) -> tuple[Tensor, Tensor]:
         y = convolve(bn_apply(x, scale, shift) if prologue else x, w)
         return y, bn_stats(y) if statistics else y.new_empty((3, 0, shape.K))
 
-    def ours(x, w, scale, shift, zero, one) -> tuple[Tensor, Tensor]:
+    def ours(x, w, scale, shift, mean, var) -> tuple[Tensor, Tensor]:
         given = (scale, shift) if prologue else (None, None)
         return conv_fprop(x, w, shape.stride, *given, statistics=statistics)
 
-    def cost(x, w, scale, shift, zero, one) -> Cost:
+    def cost(x, w, scale, shift, mean, var) -> Cost:
         given = (scale, shift) if prologue else (None, None)
         return conv_fprop_cost(x, w, shape.stride, *given, statistics=statistics)
 
@@ -92,14 +92,14 @@ def conv_wgrad_case(shape: ConvShape, variant: str) -> Case:
         x, dy = d.activation(shape.C, shape.H, shape.W), d.activation(shape.K, shape.P, shape.Q)
         return x, dy, d.weight(shape), *affine(d, shape.C)
 
-    def library(x, dy, w, scale, shift, zero, one) -> tuple[Tensor]:
-        a = affine_relu(x, scale, shift, zero, one) if prologue else x
+    def library(x, dy, w, scale, shift, mean, var) -> tuple[Tensor]:
+        a = affine_relu(x, scale, shift, mean, var) if prologue else x
         return (conv_backward(dy, a, w, shape, 1),)
 
-    def hybrid(x, dy, w, scale, shift, zero, one) -> tuple[Tensor]:
+    def hybrid(x, dy, w, scale, shift, mean, var) -> tuple[Tensor]:
         return (conv_backward(dy, bn_apply(x, scale, shift) if prologue else x, w, shape, 1),)
 
-    def arguments(x, dy, w, scale, shift, zero, one) -> tuple:
+    def arguments(x, dy, w, scale, shift, mean, var) -> tuple:
         return x, dy, shape.R, shape.stride, *((scale, shift) if prologue else (None, None))
 
     return Case(
