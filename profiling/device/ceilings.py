@@ -126,7 +126,8 @@ class Ceilings:
 
     def to_json(self) -> dict[str, Any]:
         """The document of records/ceilings.json."""
-        return {"version": VERSION, **asdict(self)}
+        lists = {name: list(value) for name, value in asdict(self).items() if isinstance(value, tuple)}
+        return {"version": VERSION, **asdict(self), **lists}
 
     @classmethod
     def from_json(cls, record: Any) -> "Ceilings":
