@@ -128,7 +128,7 @@ def reproduce(
         Path | None, typer.Option(help="The folder; goes on with what it holds. Default: results/<date>-<device>.")
     ] = None,
     stage: Annotated[
-        str | None, typer.Option(help="smoke (230 s), numbers (440 s) or peers (560 s). Default: all, in this order.")
+        str | None, typer.Option(help="smoke (230 s), numbers (480 s) or peers (560 s). Default: all, in this order.")
     ] = None,
     budget: Annotated[
         float | None, typer.Option(help="Seconds that it may take, if not the stage's own. More stretches every limit.")

@@ -15,9 +15,10 @@ from profiling.output.files import read_json, read_jsonl
 Row = dict[str, Any]
 REFERENCE, FUSED = "reference", "fused"
 """The runs to the end are named after these, with a number; the first also stands for the reference's two epochs."""
-LOSS_WITHIN, ACCURACY_WITHIN = 0.02, 0.02
+LOSS_WITHIN, ACCURACY_WITHIN = 0.10, 0.05
 """Of the reference's loss, and of its accuracy, after the same few epochs from the same seed: a mode that is further
-off computes something else. fp16 and the order of sums change far less."""
+off computes something else. On an H200 the reference itself, captured, eager and compiled, was 6 % and 2 points apart:
+cuDNN adds in another order each time, and training multiplies the difference."""
 WARM, WARM_UP = "warm-", "warm-up.json"
 """Runs that only fill the compilers' caches, many at once: whoever reads times is not to find a summary.json there."""
 TEST_IMAGES = 10_000

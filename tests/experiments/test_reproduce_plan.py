@@ -44,10 +44,10 @@ def test_the_plan_is_the_same_list_in_order_of_value(tmp_path, small, gpu):
         *("reference", "kernels-reference", "ours", "kernels-ours", "reference-eager", "reference-compiled"),
         *("batchnorm", "composed"),
     ]
-    assert names["numbers"][:8] == [
-        *("ceilings", "fused-0", "reference-0", "tests", "tiles-fprop", "tiles-dgrad", "tiles-wgrad", "fused-1"),
+    assert names["numbers"][:6] == [
+        *("ceilings", "tiles", "fused-0", "reference-0", "tests", "fused-1"),
     ]
-    assert names["numbers"][8:11] == ["reference-1", "fused-2", "reference-2"]
+    assert names["numbers"][6:9] == ["reference-1", "fused-2", "reference-2"]
     assert names["numbers"][-2:] == ["reference-9", "predictions"]
     assert names["peers"] == [
         *("reference-max-autotune", "bench", "steps", "memcheck", "racecheck", "ncu", "report"),
@@ -204,7 +204,7 @@ def test_tiles_are_kept_and_come_back_in_another_checkout(tmp_path, monkeypatch)
     monkeypatch.setattr(reproduce_plan, "TILES", table)
     table.write_text("tuned")
     assert not reproduce_plan.take_tiles(out)
-    steps(out)["tiles-fprop"].after(out)
+    steps(out)["tiles"].after(out)
     assert not reproduce_plan.take_tiles(out)
     table.write_text("as committed")
     assert reproduce_plan.take_tiles(out)
