@@ -20,6 +20,7 @@ import torch
 os.environ["CIFAR10_MIRRORS"] = "off"  # for the processes that tests start, which `no_network` does not reach
 HAS_GPU = torch.cuda.is_available()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 where results are compared
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton decorates a function, its own library's included
     torch.set_num_threads(1)  # the tests' tensors are too small to share

@@ -111,12 +111,16 @@ def test_nan_is_passed_on(device, monkeypatch, descriptors, form, prologue, chan
 @pytest.mark.parametrize(("descriptors", "form", "prologue"), mostly_slow(HOW, 0, 4))
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_what_is_not_finite_stays_where_it_belongs(device, monkeypatch, descriptors, form, prologue, value):
-    """Without a prologue: y is not finite where a filter sees the pixel, and there alone."""
+    """Without a prologue: y is not finite where a filter sees the pixel, and there alone.
+
+    The truth is a CPU's: in fp16 on an H200, cuDNN 9 makes 0 of what is -inf.
+    """
     use_tile(monkeypatch, "one_image_one_tile", descriptors, form=form, prologue=prologue)
     x, w, *_ = operands("one_image_one_tile", "plain", torch.float16, device)
     x[0, 3, 1, 1] = value
     y, _ = conv_fprop(x, w)
-    assert torch.equal(y.isfinite(), conv_fprop_reference(x, w)[0].isfinite())
+    truth, _ = conv_fprop_reference(x.cpu().float(), w.cpu().float())
+    assert torch.equal(y.isfinite().cpu(), truth.isfinite())
     assert not y[:, :, :3, :3].isfinite().any()
 
 

@@ -23,10 +23,16 @@ def activated(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, prologu
     """relu(x * scale + shift) as it enters the product: in fp32 and rounded, or by the roundings of "fp16x2"."""
     scale, shift = scale[:, None, None], shift[:, None, None]
     if prologue != "fp16x2" or x.dtype != torch.float16:
-        return torch.relu(x.float() * scale + shift).to(x.dtype)
+        return torch.relu(multiply_add(x, scale, shift).float()).to(x.dtype)
     pivot = (-shift / scale).clamp(-16384, 16384).half()
-    bias = (shift + pivot.float() * scale).half()
-    return torch.relu((x - pivot).float() * scale.half().float() + bias.float()).half()
+    bias = multiply_add(pivot, scale, shift).float().half()
+    return torch.relu(multiply_add(x - pivot, scale.half(), bias)).half()
+
+
+def multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """a * b + c as the kernel computes it, not yet rounded: a GPU rounds once, the interpreter the product too."""
+    wide = torch.float64 if a.is_cuda else torch.float32
+    return a.to(wide) * b.to(wide) + c.to(wide)
 
 
 def check(op, arguments: list, prologue: str = "fp32") -> None:

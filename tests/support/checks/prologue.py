@@ -6,11 +6,13 @@ from kernel_checks import Mutants, assert_as_accurate
 from prologue_kernel import relu_affine_kernel
 
 from kernels import prologue
+from kernels.jit import triton
 
 
 def compute(x, scale, shift, nan_is_zero=True):
     out = torch.empty_like(x)
-    relu_affine_kernel[(1,)](x, scale, shift, out, *x.shape, nan_is_zero)
+    kernel = triton.jit(relu_affine_kernel.fn)  # anew: what is compiled once does not see that a mutant is called
+    kernel[(1,)](x, scale, shift, out, *x.shape, nan_is_zero)
     return out
 
 
