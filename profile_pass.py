@@ -65,7 +65,8 @@ def profile_pass(session: Session, out: Path, counters: bool) -> None:
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
         return
-    write_json(folder / "work.json", _work(config, dtype, config.epochs * len(dataset.train_images)))
+    with work.as_on(device):
+        write_json(folder / "work.json", _work(config, dtype, config.epochs * len(dataset.train_images)))
     eagerly = trainer.step.eagerly if trainer.step_mode == "captured" else None
     record_trace(steps, device, folder, environment(device, ROOT), eagerly)
 

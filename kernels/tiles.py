@@ -11,9 +11,10 @@ elementwise passes that ours saves beside it. Where the library is faster, `pref
 BLOCK_M, BLOCK_N and BLOCK_K cut NPQ, K and C for fprop; NPQ, C and K for dgrad; C, K and NPQ for wgrad.
 """
 
+import contextlib
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -115,6 +116,17 @@ def gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda" or INTERPRETED:
         return Gpu("interpreter", None)
     return Gpu(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+
+
+@contextlib.contextmanager
+def as_on(gpu: Gpu) -> Iterator[None]:
+    """Let every tensor be on `gpu`, as far as tiles are concerned: for ops that are modelled on another device."""
+    global gpu_of
+    original, gpu_of = gpu_of, lambda device: gpu
+    try:
+        yield
+    finally:
+        gpu_of = original
 
 
 def tile(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> Tile:

@@ -91,8 +91,11 @@ class _Ops:
         for w in work:
             self.rows[w.key].append(w)
         self.ns: dict[tuple[Dims, str], float] = defaultdict(float)
+        self.longest: dict[tuple[Dims, str], float] = defaultdict(float)
         for t in timed:
             self.ns[_key(t.op, t.dims), t.category] += t.ns
+            for w in self.named(t):
+                self.longest[w.key, w.family] = max(self.longest[w.key, w.family], t.ns)
 
     def of(self, t: Timed) -> list[Work]:
         """Everything that the op which launched the kernel does in a step, over all its calls."""
@@ -102,16 +105,23 @@ class _Ops:
         """How often that op is called in a step. A convolution's backward is two rows and one call."""
         return max(Counter(w.family for w in self.of(t)).values(), default=0)
 
+    def named(self, t: Timed) -> list[Work]:
+        """The part of it that the kernel's name names; on a CPU, where an op is its own kernel, no name does."""
+        return [w for w in self.of(t) if w.family in t.name.lower() and t.name != t.op]
+
     def done_by(self, t: Timed) -> list[Work]:
         """The part of it that is this kernel's; nothing where the op's kernels cannot be told apart.
 
-        They can by their names, or where one takes nearly all of the time. On a CPU, where an op is its own kernel, the
-        one of it and its wrappers that takes most did the work.
+        They can by their names, of which the longest kernel did the work and not, say, a reduction after it; or where
+        one takes nearly all of the time. On a CPU the one of an op and its wrappers that takes most did the work.
         """
-        rows, on_cpu = self.of(t), t.name == t.op
-        named = [w for w in rows if w.family in t.name.lower() and not on_cpu]
-        enough = (MOST if on_cpu else NEARLY_ALL) * self.ns[_key(t.op, t.dims), t.category]
-        return named or (rows if t.ns > enough else [])
+        key, on_cpu = _key(t.op, t.dims), t.name == t.op
+        if named := self.named(t):
+            return [w for w in named if t.ns >= self.longest[key, w.family]]
+        if not on_cpu and t.category != max((c for k, c in self.ns if k == key), key=lambda c: self.ns[key, c]):
+            return []  # a cast or a copy to another layout before it
+        enough = (MOST if on_cpu else NEARLY_ALL) * self.ns[key, t.category]
+        return self.of(t) if t.ns > enough else []
 
 
 def kernel_rows(timed: Sequence[Timed], work: Sequence[Work], steps: float, roofs: Roofs) -> list[Row]:
@@ -136,7 +146,7 @@ def layer_rows(timed: Sequence[Timed], work: Sequence[Work], steps: float, roofs
     for t in timed:
         of_op = ops.of(t)
         if t.category == "convolution" and of_op and of_op[0].family in ("fprop", "dgrad", "wgrad"):
-            families = {w.family for w in ops.done_by(t) or of_op}
+            families = {w.family for w in ops.named(t) or ops.done_by(t) or of_op}
             groups[of_op[0].layer, families.pop() if len(families) == 1 else "backward"].append(t)
     rows = []
     for (layer, gradient), members in groups.items():

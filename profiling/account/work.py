@@ -8,6 +8,7 @@ PyTorch's fused optimiser is one pass: weights, gradients and momentum read, wei
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from kernels import bn_relu, fused  # noqa: F401  (so that BODIES is complete)
+from kernels import bn_relu, fused, tiles  # noqa: F401  (so that BODIES is complete)
 from kernels.cost import nbytes
 from kernels.metered_cost import BODIES, COSTS
 from profiling.account.categories import AUGMENTATION
@@ -59,6 +60,11 @@ FAMILIES = {
 
 _FREE = {"detach", "empty", "empty_like", "new_empty", "_unsafe_view"}
 """Ops that move nothing, besides views."""
+
+
+def as_on(device: torch.device) -> AbstractContextManager[None]:
+    """Model ops as this device runs them: some of its tiles have an activation stored, by a kernel more."""
+    return tiles.as_on(tiles.gpu_of(device))
 
 
 class Dims(NamedTuple):

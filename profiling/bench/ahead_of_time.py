@@ -29,7 +29,7 @@ from profiling.device.specifications import LIMITS, MATRIX_INSTRUCTION, REGISTER
 if TYPE_CHECKING:
     from triton.compiler.compiler import ASTSource
 
-    from kernels.tiles import Gpu, Tile
+    from kernels.tiles import Gpu
 
 
 _TYPES = {
@@ -148,11 +148,10 @@ class Facts:
 
 
 @contextlib.contextmanager
-def launches(gpu: "Gpu | None" = None, tile: "Callable[..., Tile] | None" = None) -> Iterator[list[Build]]:
+def launches(gpu: "Gpu | None" = None) -> Iterator[list[Build]]:
     """Record every kernel launch in the context as a Build instead of executing it; tensors may be on any device.
 
-    With `gpu`, convolutions take the tile that they would take there, or `tile(op, shape, dtype, gpu)`, and the builds
-    are for its architecture.
+    With `gpu`, convolutions take the tile that they would take there, and the builds are for its architecture.
     """
     from triton.runtime import interpreter, jit
 
@@ -169,9 +168,7 @@ def launches(gpu: "Gpu | None" = None, tile: "Callable[..., Tile] | None" = None
             stack.enter_context(_replaced(owner, "run", record))
         stack.enter_context(_replaced(contract, "unavailable", lambda device: None))
         if gpu is not None:
-            stack.enter_context(_replaced(tiles, "gpu_of", lambda device: gpu))
-        if tile is not None:
-            stack.enter_context(_replaced(tiles, "tile", tile))
+            stack.enter_context(tiles.as_on(gpu))
         yield builds
 
 
