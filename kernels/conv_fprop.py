@@ -263,12 +263,12 @@ def conv_fprop_cost(
 ) -> Cost:
     """x, w and residual read, y and the partials written, each once; and the pass that stores the activation first.
 
-    FLOPs: the convolution's, as PyTorch counts.
+    FLOPs: the convolution's, as PyTorch counts. A 1x1 filter reads the pixels that it sees.
     """
     shape = ConvShape.of(x, w, stride)
     tile = tiles.tile("conv_fprop", shape, x.dtype, tiles.gpu_of(x.device))
     y, partials = _empty(x.to("meta"), shape, tile, statistics)
     affine = (scale, shift, residual_scale, residual_shift)
-    cost = Cost(flops=shape.flops(x.shape[0]), bytes=nbytes(x, w, *affine, residual, y, partials))
+    cost = Cost(flops=shape.flops(x.shape[0]), bytes=nbytes(shape.seen(x), w, *affine, residual, y, partials))
     stored = scale is not None and tile.prologue == "stored"
     return cost + bn_apply_cost(x, scale, shift) if stored else cost

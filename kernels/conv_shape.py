@@ -61,6 +61,10 @@ class ConvShape:
         """
         return ConvShape(self.C, self.K, self.P, self.Q, 1) if self.R == 1 else self
 
+    def seen(self, x: Tensor) -> Tensor:
+        """The part of x [N,C,H,W] that the filter reads: all of it, or where it is 1x1 every stride-th pixel."""
+        return x if self.R > 1 else x[:, :, :: self.stride, :: self.stride]
+
     def flops(self, images: int) -> int:
         """Multiplications and additions of fprop, dgrad and wgrad alike; the padding's zeros count, as in PyTorch."""
         return 2 * images * self.P * self.Q * self.K * self.C * self.R**2

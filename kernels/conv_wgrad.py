@@ -270,11 +270,11 @@ def conv_wgrad_cost(
     shift: Tensor | None = None,
 ) -> Cost:
     """x and dy read and dw written, each once, and the parts written and read; and the pass that stores the activation
-    first. FLOPs are the convolution's alone, as PyTorch counts them."""
+    first. FLOPs are the convolution's alone, as PyTorch counts them; a 1x1 filter reads the pixels that it sees."""
     shape = ConvShape(x.shape[1], dy.shape[1], x.shape[2], x.shape[3], size, stride)
     tile, split, _ = _cut(x, shape)
     dw = _empty(x.to("meta"), dy, size)
     parts = 0 if tile.SPLIT == 1 else 2 * split * nbytes(dw)
-    cost = Cost(shape.flops(x.shape[0]), nbytes(x, dy, scale, shift, dw) + parts)
+    cost = Cost(shape.flops(x.shape[0]), nbytes(shape.seen(x), dy, scale, shift, dw) + parts)
     stored = scale is not None and tile.prologue == "stored"
     return cost + bn_apply_cost(x, scale, shift) if stored else cost

@@ -10,7 +10,7 @@ V100: 125 TFLOP/s and 0.9 TB/s; H200: 790 and 4.3. Thirty-five epochs of the art
     eager       19 passes a layer    74.4    13.6
     compiled    16                   64.6    11.6
     reductions  14                   60.4    10.7
-    fused       10                   47.4     8.1
+    fused       10                   46.8     8.0
     limit        9                   41.9     7.1
 """
 
