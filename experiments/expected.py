@@ -252,11 +252,8 @@ def eager_step(config: Config) -> list[Op]:
     return [Op(row.family, row.layer, row.flops, row.bytes) for row in passes]
 
 
-def fused_step(config: Config, machine: Machine, tile: Callable | None = None) -> list[Op]:
-    """The ops of a training step of `config`, of this project's kernels as they would be launched, in order.
-
-    With the tiles that `tile(op, shape, dtype, gpu)` says, or those that the GPU would take.
-    """
+def fused_step(config: Config, machine: Machine) -> list[Op]:
+    """The ops of a training step of `config`, of this project's kernels as they would be launched, in order."""
     import torch
 
     from model.trainer import modelled_step
@@ -265,7 +262,7 @@ def fused_step(config: Config, machine: Machine, tile: Callable | None = None) -
     from profiling.bench.kernel_facts import Gpu
 
     found, seen = [], 0
-    with launches(Gpu(machine.name, machine.capability), tile) as builds:
+    with launches(Gpu(machine.name, machine.capability)) as builds:
 
         def on_op(rows: list) -> None:
             nonlocal seen
@@ -288,20 +285,6 @@ def expect(op: Op, facts: dict[str, "Facts"], machine: Machine) -> Prediction:
     """The prediction of an op on `machine`."""
     launches = [launch(build, facts[build.key()], machine) for build in op.builds]
     return predict(op.op, op.layer, op.flops, op.bytes, launches, machine)
-
-
-def wide_tile(op: str, shape: Any, dtype: Any, gpu: Any) -> Any:
-    """Of the tiles of eight warps that tuning would try, the one that loads least; else the GPU's own."""
-    from profiling.bench.candidates import around_the_default
-
-    found = around_the_default(op, shape, dtype, gpu)
-    wide = [tile for tile in found if tile.num_warps == 8 and tile.descriptors and tile.prologue != "stored"]
-    wide = [tile for tile in wide if tile.form != "lines"]
-
-    def loads(tile: Any) -> tuple[float, bool]:
-        return 1 / tile.BLOCK_M + 1 / (tile.BLOCK_N * tile.TAPS), tile.form != "columns"
-
-    return min(wide, key=loads, default=found[0])
 
 
 def whole(predictions: Sequence[Prediction]) -> dict[str, Any]:

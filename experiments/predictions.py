@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 OUT = ROOT / "results"
 VERSION = 2
-WIDE = "fused, with eight warps where the model prefers them"
-"""What tuning may find; the default tiles have four warps."""
 FORMER = (
     "The first page, of 2026-11-22 and the H200 alone, expected 3,224 us of `fused`, without a roof of the L2. The "
     "second, of 2026-11-26, had it, and expected 5,752 us on an H200 and 6,046 on an H100 of the convolutions' first "
@@ -61,10 +59,8 @@ def pages(machines: Sequence[Machine], compile_: Compile | None = None, chosen: 
         steps = {
             "article-256": expected.eager_step(expected.config_of("article-256")),
             "fused": expected.fused_step(expected.config_of("fused"), machine),
-            WIDE: expected.fused_step(expected.config_of("fused"), machine, expected.wide_tile),
         }
         facts = expected.facts_of([*ops.values(), *(op for step in steps.values() for op in step)], compiled)
-        steps[WIDE] = [_better(two, facts, machine) for two in zip(steps["fused"], steps[WIDE], strict=True)]
         documents.append(
             {
                 "version": VERSION,
@@ -82,19 +78,6 @@ def pages(machines: Sequence[Machine], compile_: Compile | None = None, chosen: 
             }
         )
     return documents
-
-
-def _better(two: tuple[Op, Op], facts: dict[str, "Facts"], machine: Machine) -> Op:
-    """The op that is expected to be faster, of those that do not spill."""
-
-    def us(op: Op) -> float:
-        return (
-            math.inf
-            if any(facts[b.key()].spill_bytes for b in op.builds)
-            else expected.expect(op, facts, machine).expected_us
-        )
-
-    return min(two, key=us)
 
 
 def _step(ops: Sequence[Op], facts: dict[str, "Facts"], machine: Machine) -> dict[str, Any]:
