@@ -19,6 +19,12 @@ NEXT = {
 }
 """What to try against a term."""
 
+FUSED_NEXT = {
+    "batch norm": "the batch-norm kernels in the table of kernels; python -m profiling bench bn_backward_apply",
+    "memory-bound": "those operations in the table of kernels: they are outside of the fused blocks",
+}
+"""Where the kernels are fused already."""
+
 NEXT_IDLE = {
     "waiting for data": "more workers, or --set preprocess=on_device --set workers=0",
     "waiting in a synchronisation": "fewer .item() and synchronisations: keep results on the device for an epoch",
@@ -40,6 +46,8 @@ def _next(term: dict[str, Any], report: dict[str, Any]) -> str:
     if key == "idle" and largest and largest["name"] in NEXT_IDLE:
         return f"for the largest part, {largest['name']} ({_s(largest['ns'])}), {NEXT_IDLE[largest['name']]}"
     batch, cores, threads = run["batch_size"] or 0, place.get("cores"), place.get("threads")
+    if run["on_gpu"] and run["ops"] == "fused" and key in FUSED_NEXT:
+        return FUSED_NEXT[key]
     if run["on_gpu"] or key not in ("batch norm", "memory-bound", "conv_inefficiency", "idle"):
         return NEXT[key]
     if key == "idle":

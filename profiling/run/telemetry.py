@@ -142,11 +142,13 @@ class Telemetry:
         """The share of samples, 0 to 1, in which heat or power held the clocks down; its source names the reasons."""
         _, seen = self.series("reasons")
         if not seen:
-            return numbers.unavailable("1", self.unavailable.get("reasons", "no sample has the clock event reasons"))
+            return numbers.unavailable(
+                "share", self.unavailable.get("reasons", "no sample has the clock event reasons")
+            )
         share = sum(not nvml.THROTTLING.isdisjoint(reasons) for reasons in seen) / len(seen)
         held = [f"{name} in {s:.0%}" for name, s in self.reason_shares().items() if name in nvml.THROTTLING]
         words = ", ".join(held) or "no reason of heat or power"
-        return numbers.measured(share, "1", f"NVML's clock event reasons in {len(seen)} samples: {words}")
+        return numbers.measured(share, "share", f"NVML's clock event reasons in {len(seen)} samples: {words}")
 
 
 def read(path: Path) -> Telemetry:
