@@ -37,22 +37,22 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
     return (x - truth).norm().item() / (norm if norm else 1.0)
 
 
-def assert_as_accurate(ours: Tensor, baseline: Tensor, truth: Tensor, name: str = "result") -> None:
+def assert_as_accurate(ours: Tensor, baseline: Tensor, truth: Tensor, name: str = "result", units: int = 4) -> None:
     """Assert that `ours` is as close to `truth` (float64) as can be asked of its dtype.
 
-    The bound is twice the error of `baseline`, PyTorch's own result in the same dtype, or four units of rounding where
-    PyTorch happens to be exact. `ours` must have the shape and dtype of `baseline`.
+    The bound is twice the error of `baseline`, PyTorch's own result in the same dtype, or so many `units` of rounding
+    where PyTorch happens to be exact. `ours` must have the shape and dtype of `baseline`.
     """
     assert ours.shape == baseline.shape == truth.shape, (ours.shape, baseline.shape, truth.shape)
     assert ours.dtype == baseline.dtype, (ours.dtype, baseline.dtype)
     assert truth.dtype == torch.float64, truth.dtype
     error, theirs = relative_error(ours, truth), relative_error(baseline, truth)
-    rounding = 4 * torch.finfo(ours.dtype).eps
+    rounding = units * torch.finfo(ours.dtype).eps
     difference = (ours.double() - truth).abs().flatten().nan_to_num(torch.inf)
     worst = int(difference.argmax())
     place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), ours.shape))
     line = (
-        f"{name}: error {error:.3g}, PyTorch's {theirs:.3g}, 4 eps {rounding:.3g}; worst at {place} of "
+        f"{name}: error {error:.3g}, PyTorch's {theirs:.3g}, {units} eps {rounding:.3g}; worst at {place} of "
         f"{tuple(ours.shape)}: {ours.flatten()[worst].item():.9g}, truth {truth.flatten()[worst].item():.9g}"
     )
     print(line)
