@@ -43,6 +43,11 @@ class OperandFactory:
             x += 0.5 + torch.linspace(-0.5, 0.5, channels, device=self.device)[:, None, None]
         return x.to(self.dtype).contiguous(memory_format=torch.channels_last)
 
+    def gradient(self, channels: int, height: int, width: int) -> Tensor:
+        """Like an activation, 1/256 of its size: wgrad's sums over a batch's pixels are to stay below fp16's 65504."""
+        x = self.activation(channels, height, width)
+        return x if self.untouched else x / 256
+
     def weight(self, shape: ConvShape) -> Tensor:
         """[K, C, R, R], so scaled that a convolution keeps the deviation."""
         w = self._normal(shape.K, shape.C, shape.R, shape.R)

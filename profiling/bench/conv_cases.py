@@ -89,7 +89,7 @@ def conv_wgrad_case(shape: ConvShape, variant: str) -> Case:
     prologue = bool(variant)
 
     def operands(d: OperandFactory) -> tuple:
-        x, dy = d.activation(shape.C, shape.H, shape.W), d.activation(shape.K, shape.P, shape.Q)
+        x, dy = d.activation(shape.C, shape.H, shape.W), d.gradient(shape.K, shape.P, shape.Q)
         return x, dy, d.weight(shape), *affine(d, shape.C)
 
     def library(x, dy, w, scale, shift, mean, var) -> tuple[Tensor]:

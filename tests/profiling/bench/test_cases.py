@@ -7,7 +7,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import batchnorm, reference
-from kernels.conv_shape import ConvShape
+from kernels.conv_shape import ConvShape, parse
 from model.network import ResNet, ResNet9
 from profiling.bench import measure
 from profiling.bench.batchnorm_cases import (
@@ -164,3 +164,13 @@ def test_nan_and_another_shape_are_wrong():
     assert disagreement([torch.tensor([1.0, 1.0, 1.0, torch.nan])], None, truth, torch.float16)
     assert "shapes" in disagreement([torch.ones(2, 2)], None, truth, torch.float16)
     assert "shapes" in disagreement([torch.ones(4), torch.ones(4)], None, truth, torch.float16)
+
+
+def test_no_gradient_of_weights_is_beyond_fp16():
+    """Summed over the pixels of a GPU's batch some were, and the library's, which are fp16, could not be compared."""
+    for shape in ("64x32x32-64x3x3-s1", "128x16x16-128x3x3-s1", "256x8x8-512x3x3-s1"):
+        case = conv_wgrad_case(parse(shape), "prologue")
+        x, dy, _, scale, shift, *_ = case.operands(OperandFactory(8, CPU, torch.float32))
+        a = torch.relu(x * scale[:, None, None] + shift[:, None, None])
+        one_tap = torch.einsum("nchw,nkhw->kc", a, dy)
+        assert one_tap.abs().max() * measure.BATCH / 8 < torch.finfo(torch.float16).max / 2
