@@ -42,7 +42,7 @@ def test_a_row_says_what_the_loop_holds_and_what_is_behind_it(rows):
     assert (row["loop"], row["operands"]) == (100, "registers")
     assert (row["shuffles"], row["barriers"]) == (16, 3)
     assert row["expected_us"] > max(row["roofs_us"].values()) > 0
-    assert row["tile"].startswith("64x64x64 4w 2s lines fp16x2")
+    assert row["tile"].startswith("256x64x64 4w 3s fp16x2")
     assert 0 < row["floor_us"] < row["expected_us"]
 
 
