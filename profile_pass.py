@@ -14,7 +14,7 @@ from model.errors import UsageError
 from model.memory import preallocate
 from model.presets import preset
 from model.session import Session
-from model.trainer import Trainer, build_network, choose_dtype, modelled_step
+from model.trainer import Trainer, build_network, choose_dtype, dtype_name, modelled_step
 from profiling import ROOT
 from profiling.account import work
 from profiling.account.work import flops_per_image
@@ -40,7 +40,7 @@ def profile(
 
     if session.device.type == "cuda":
         torch.cuda.empty_cache()
-    dtype = str(choose_dtype(config.dtype, session.device, config.ops)).removeprefix("torch.")
+    dtype = dtype_name(choose_dtype(config.dtype, session.device, config.ops))
     command.profile(out, str(session.device), dtype, data, session.terminal, counters, ceilings)
 
 
@@ -89,7 +89,7 @@ def _work(config: Config, dtype: torch.dtype, images: int) -> dict[str, Any]:
     return {
         "version": work.VERSION,
         "batch": config.batch_size,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "images": images,
         "flops_per_image": flops(config),
         "article_batch": article.batch_size,

@@ -105,7 +105,7 @@ from model.session import (
     runnable,
     save,
 )
-from model.trainer import Trainer, build_network, choose_dtype, step_mode, triton_conv_share
+from model.trainer import Trainer, build_network, choose_dtype, dtype_name, step_mode, triton_conv_share
 from profile_pass import ceilings_for, profile, profile_pass
 from profiling.account.work import flops_per_image
 from profiling.device.environment import commit, device_name, environment
@@ -155,7 +155,7 @@ def run(
         "data_source": session.dataset.source,
         "device": device_name(device),
         "world_size": ranks.world,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "ops": config.ops,
         "ops_requested": ops_requested,
         "triton_conv_share": triton_conv_share(config, dtype, device),
@@ -352,7 +352,7 @@ def evaluate(session: Session, config: Config, checkpoint: Checkpoint, target: f
         "data_identity": dataset.identity,
         "data_source": dataset.source,
         "device": device_name(session.device),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "ops": config.ops,
         "steps": checkpoint.step,
         "seed": config.seed,

@@ -68,7 +68,7 @@ class TimedRung:
         device: "torch.device",
         say: Callable[[str], Any] = lambda text: None,
     ):
-        from model.trainer import build_network, choose_dtype, with_available_ops
+        from model.trainer import build_network, choose_dtype, dtype_name, with_available_ops
         from profiling.account.work import flops_per_image
 
         self.dataset, self.device = dataset, device
@@ -89,7 +89,7 @@ class TimedRung:
         self._leave_memory()
         self.facts = {
             "config": config.to_json(),
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             "step": self.trainer.step_mode,
             "workers": 0 if loader is None else loader.num_workers,
             "preprocessing_s": self.preprocessing_s,

@@ -11,6 +11,11 @@ from kernels.jit import unavailable
 ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_device(name: str, x: Tensor) -> None:
     """Raise ValueError unless the kernels can run where `x` is."""
     reason = unavailable(x.device)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.contract import dtype_name
 from kernels.conv_shape import ConvShape, boxes_fit, lines_fit, parse
 from kernels.jit import INTERPRETED
 
@@ -131,13 +132,13 @@ def as_on(gpu: Gpu) -> Iterator[None]:
 
 def tile(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> Tile:
     """The tile for `op` at `shape`: the table's where it has measured this GPU, the default otherwise."""
-    entry = _by_key().get((gpu.name, op, str(shape), _name(dtype)))
+    entry = _by_key().get((gpu.name, op, str(shape), dtype_name(dtype)))
     return default_tile(op, shape, dtype, gpu.capability) if entry is None else entry.tile
 
 
 def prefers_library(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> bool:
     """Whether the table has measured the library's convolution as the faster; False where nothing was measured."""
-    entry = _by_key().get((gpu.name, op, str(shape), _name(dtype)))
+    entry = _by_key().get((gpu.name, op, str(shape), dtype_name(dtype)))
     return entry is not None and entry.library_us < entry.us
 
 
@@ -273,7 +274,3 @@ def _entry(record: object, place: str) -> Entry:
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
     return entry
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -16,6 +16,7 @@ from kernels.augment import augment_reference
 from kernels.bn_apply import bn_apply_reference
 from kernels.bn_backward import bn_backward_reference
 from kernels.bn_stats import bn_finalize_reference, bn_stats_reference
+from kernels.contract import dtype_name
 from kernels.conv_dgrad import conv_dgrad_reference
 from kernels.conv_fprop import conv_fprop_reference
 from kernels.conv_shape import ConvShape
@@ -101,7 +102,7 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
 def describe(name: str, args: tuple) -> str:
     """Op, shape and dtype, and a convolution's tile: "conv_fprop 64x32x32-64x3x3-s1 fp16, tile 128x64x64..."."""
     x = args[0]
-    dtype = _SHORT.get(x.dtype, str(x.dtype).removeprefix("torch."))
+    dtype = _SHORT.get(x.dtype, dtype_name(x.dtype))
     if name not in _CONV_SHAPES:
         return f"{name} {'x'.join(map(str, x.shape))} {dtype}"
     shape = _CONV_SHAPES[name](*args)

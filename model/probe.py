@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.contract import dtype_name
 from model.compilation import compile_kernels
 from model.config import Config
 from model.data.batches import Batches
@@ -93,7 +94,7 @@ def _refusal(
         if not deviation <= max(allowed, tolerance):
             return (
                 f"of a step of {config.batch_size} images the {name} is wrong, though no op is: it deviates by "
-                f"{deviation:.2g} from the reference ops' in fp32, theirs in {str(dtype)[6:]} by {own[name]:.1g}"
+                f"{deviation:.2g} from the reference ops' in fp32, theirs in {dtype_name(dtype)} by {own[name]:.1g}"
             ), unchecked
     return None, unchecked
 

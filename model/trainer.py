@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from kernels.contract import dtype_name as dtype_name
 from model import capture, verdict
 from model.checkpoint import load_tensors_into, require_tensors
 from model.compilation import compile_kernels

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from kernels.contract import dtype_name
 from kernels.jit import INTERPRETED, PDL, triton, unavailable
 from model import ROOT
 from model.config import Config
@@ -49,7 +50,7 @@ def refusal(
 
     The first rank asks before the others, who need not where they have the same GPU; and what one is refused, all are.
     """
-    asked = Config(**{name: getattr(config, name) for name in ASKED}, device=str(device), dtype=str(dtype)[6:])
+    asked = Config(**{name: getattr(config, name) for name in ASKED}, device=str(device), dtype=dtype_name(dtype))
     asked = replace(asked, batch_size=-(-config.batch_size // ranks.world))
     reason = unavailable(device)
     key = None if reason else _key(asked, device)

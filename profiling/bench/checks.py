@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kernels import jit, tiles
+from kernels.contract import dtype_name
 from kernels.conv_shape import parse
 from profiling import ROOT
 from profiling.bench import cases
@@ -92,7 +93,7 @@ def run(chosen: Sequence[Case], dtype: torch.dtype, how: How, terminal: Terminal
             for one in one_after_another(groups, known, device, dtype):
                 report(one)
         else:
-            command = [sys.executable, "-m", "profiling.bench.checks", str(dtype).removeprefix("torch.")]
+            command = [sys.executable, "-m", "profiling.bench.checks", dtype_name(dtype)]
             limit_s = LIMIT_S[device.type] if how.limit_s is None else how.limit_s
             Pool(command, how.jobs or slots(device), limit_s, report, failure).run(groups)
     finally:
@@ -164,7 +165,7 @@ def row(
         "schema": SCHEMA,
         "kind": "check",
         **{"case": case.name, "op": case.op, "variant": case.variant, "shape": case.shape},
-        **{"dtype": str(dtype).removeprefix("torch."), "batch": one.images, "device": str(device), "tile": tile},
+        **{"dtype": dtype_name(dtype), "batch": one.images, "device": str(device), "tile": tile},
         **{"status": status, "error": error},
         "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kernels import tiles
+from kernels.contract import dtype_name
 from kernels.tiles import Gpu
 from profiling.bench import machine_code
 from profiling.bench.ahead_of_time import Build, Facts, compile_all, launches, unique
@@ -89,7 +90,7 @@ def _builds(case: Case, gpu: Gpu, dtype: torch.dtype) -> list[Build]:
 
 
 def _row(case: Case, gpu: Gpu, dtype: torch.dtype, kernel: str, facts: Facts) -> KernelFacts:
-    about = (case.name, case.op, case.variant, case.shape, str(dtype).removeprefix("torch."), kernel, gpu.name)
+    about = (case.name, case.op, case.variant, case.shape, dtype_name(dtype), kernel, gpu.name)
     if facts.error:
         return KernelFacts(*about, facts.arch, UNAVAILABLE, facts.error.splitlines()[0][:200])
     return KernelFacts(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from kernels import jit
+from kernels.contract import dtype_name
 from kernels.cost import Cost
 from profiling.bench.case import Case, Correctness, OperandFactory, tensors
 from profiling.bench.timing import QUICK, CpuTimer, CudaTimer, Plan, Samples, first_line, interleave, summarise, verdict
@@ -260,7 +261,7 @@ def _result(
     refused: dict[str, tuple[str, bool]],
     first_call_s: dict[str, float],
 ) -> Result:
-    dtype = str(setup.dtype).removeprefix("torch.")
+    dtype = dtype_name(setup.dtype)
     reason, wrong = refused.get(provider, (samples and samples.refusal(), False))
     first = first_call_s.get(provider)
     about = {

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kernels.contract import dtype_name
 from profiling.bench.kernel_facts import KernelFacts
 from profiling.bench.measure import OURS, Result, Setup
 from profiling.bench.timing import FEWEST, Verdict, verdict
@@ -72,7 +73,7 @@ def finished(path: Path, environment: dict[str, Any], setup: Setup) -> set[str]:
 
     Raises ValueError for a damaged file, OSError where it cannot be read.
     """
-    here = (fingerprint(machine(environment)), environment["git_sha"], str(setup.dtype).removeprefix("torch."))
+    here = (fingerprint(machine(environment)), environment["git_sha"], dtype_name(setup.dtype))
     try:
         return {
             r["case"]

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from kernels import tiles
+from kernels.contract import dtype_name
 from kernels.conv_shape import ConvShape
 from kernels.jit import nothing_launched
 from kernels.tiles import Entry, Gpu, Tile
@@ -113,7 +114,7 @@ def select(
     if incumbent in timings.us and timings.us[incumbent] <= timings.us[best] * (1 + KEEP_WITHIN):
         best = incumbent
     us, library_us = round(timings.us[best], 3), round(timings.library_us, 3)
-    return Entry(gpu.name, op, str(shape), str(dtype).removeprefix("torch."), triton, us, library_us, best)
+    return Entry(gpu.name, op, str(shape), dtype_name(dtype), triton, us, library_us, best)
 
 
 def refreshed(entries: Sequence[Entry], measured: Sequence[Entry]) -> tuple[Entry, ...]:

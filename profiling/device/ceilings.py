@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kernels.contract import dtype_name
 from kernels.conv_shape import RESNET_LAYERS, ConvShape
 from profiling import ROOT
 from profiling.device.environment import device_name, environment, fingerprint, machine
@@ -153,8 +154,8 @@ def reread(path: Path, device: torch.device, dtype: torch.dtype) -> Ceilings:
     """
     found = Ceilings.from_json(read_json(path))
     here = device_name(device)
-    if (found.device, found.dtype) != (here, _name(dtype)):
-        raise ValueError(f"it is of {found.device} in {found.dtype}, and this run on {here} in {_name(dtype)}")
+    if (found.device, found.dtype) != (here, dtype_name(dtype)):
+        raise ValueError(f"it is of {found.device} in {found.dtype}, and this run on {here} in {dtype_name(dtype)}")
     if found.fingerprint != fingerprint(machine(environment(device, ROOT))):
         raise ValueError("it was measured on another machine, or with another driver, torch, triton or thread count")
     return found
@@ -189,7 +190,7 @@ def measure(
         launch = bench.launch()
     return Ceilings(
         device_name(device),
-        _name(dtype),
+        dtype_name(dtype),
         gemm,
         convolutions,
         copy,
@@ -208,7 +209,9 @@ def _check(device: torch.device, dtype: torch.dtype, seconds: float, batch: int)
         raise ValueError(f"batch is {batch}, expected at least 1")
     known = (torch.float16, torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.bfloat16, torch.float32)
     if dtype not in known:
-        raise ValueError(f"dtype is {_name(dtype)}, expected {' or '.join(map(_name, known))} on {device.type}")
+        raise ValueError(
+            f"dtype is {dtype_name(dtype)}, expected {' or '.join(map(dtype_name, known))} on {device.type}"
+        )
 
 
 @contextlib.contextmanager
@@ -305,7 +308,7 @@ class _Bench:
 
     def _arithmetic(self, allow_tf32: bool) -> str:
         tf32 = self.dtype == torch.float32 and self.device.type == "cuda" and allow_tf32
-        return "tf32" if tf32 and torch.cuda.get_device_capability(self.device) >= (8, 0) else _name(self.dtype)
+        return "tf32" if tf32 and torch.cuda.get_device_capability(self.device) >= (8, 0) else dtype_name(self.dtype)
 
 
 def _tried(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -323,10 +326,6 @@ def _fitting(build: Callable[[int], Callable[[], Any]], size: int, least: int) -
             raise torch.OutOfMemoryError(f"not even {size} fits into the device's memory")
         torch.cuda.empty_cache()
         size //= 2
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def conv_backward(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, shape: ConvShape, which: int) -> torch.Tensor:
