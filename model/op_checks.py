@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from kernels import tiles
+from kernels.accuracy import relative_error
 from kernels.augment import augment_reference
 from kernels.bn_apply import bn_apply_reference
 from kernels.bn_backward import bn_backward_reference
@@ -90,13 +91,6 @@ class OpChecks(TorchDispatchMode):
                 self.wrong[place] = (
                     f"{place}, is wrong: relative error {error:.2g} against float64, PyTorch's own is {own:.1g}"
                 )
-
-
-def relative_error(x: Tensor, truth: Tensor) -> float:
-    """||x - truth|| / ||truth||, L2, in float64; of a truth of zeros, ||x||; infinity for an x that is not finite."""
-    truth = truth.double()
-    error, norm = (x.double() - truth).norm().item(), truth.norm().item()
-    return error / (norm or 1.0) if math.isfinite(error) else math.inf
 
 
 def describe(name: str, args: tuple) -> str:

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.accuracy import relative_error
 from kernels.contract import dtype_name
 from model.compilation import compile_kernels
 from model.config import Config
 from model.data.batches import Batches
 from model.data.cifar10 import Dataset
 from model.distributed import Ranks
-from model.op_checks import OpChecks, relative_error
+from model.op_checks import OpChecks
 from model.trainer import Trainer, choose_device, choose_dtype
 
 INTERPRETED_IMAGES = 2

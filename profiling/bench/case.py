@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from kernels.accuracy import allowed_error, relative_error
 from kernels.bn_stats import bn_finalize_reference, bn_stats_reference
 from kernels.conv_shape import ConvShape
 from kernels.cost import Cost
@@ -173,17 +174,6 @@ def disagreement(
         if not error <= allowed:  # False for NaN
             return f"output {i} is off by {error:.2g} against float64, {allowed:.2g} allowed"
     return None
-
-
-def allowed_error(baseline_error: float, dtype: torch.dtype) -> float:
-    """Twice the error of PyTorch's own result; four units of rounding of `dtype` where PyTorch happens to be exact."""
-    return max(2 * baseline_error, 4 * torch.finfo(dtype).eps)
-
-
-def relative_error(x: Tensor, truth: Tensor) -> float:
-    """||x - truth|| / ||truth|| in the L2 norm, in float64; of a truth of zeros, ||x||."""
-    x, truth = x.double(), truth.double()
-    return (x - truth).norm().item() / (truth.norm().item() or 1.0)
 
 
 def wide(x: Tensor) -> torch.dtype:

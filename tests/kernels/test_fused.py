@@ -19,13 +19,14 @@ from block_cases import (
     prefer_stored,
     same_networks,
 )
-from kernel_checks import assert_as_accurate, channels_last, mostly_slow, relative_error
+from kernel_checks import assert_as_accurate, channels_last, mostly_slow
 from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 
 from kernels import composed, conv_dispatch, fused, reference, tiles
+from kernels.accuracy import relative_error
 from kernels.tiles import OPS
 from model.network import ResNet, ResNet9
 

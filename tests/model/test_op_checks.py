@@ -18,8 +18,9 @@ from kernels import (
     conv_wgrad,
     sgd,
 )
+from kernels.accuracy import relative_error
 from model import op_checks
-from model.op_checks import OpChecks, relative_error
+from model.op_checks import OpChecks
 
 GENERATOR = torch.Generator()
 

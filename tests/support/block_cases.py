@@ -6,10 +6,11 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import assert_as_accurate, channels_last, relative_error
+from kernel_checks import assert_as_accurate, channels_last
 from torch import Tensor, nn
 
 from kernels import reference, tiles
+from kernels.accuracy import relative_error
 from model.network import BatchNorm, PreactBlock, ResNet9, conv_weight
 
 

@@ -14,6 +14,8 @@ from _pytest.mark import ParameterSet
 from torch import Tensor
 from torch.utils._device import _device_constructors
 
+from kernels.accuracy import allowed_error, relative_error
+
 _numbers = itertools.count()
 
 
@@ -30,33 +32,25 @@ def mostly_slow(cases: Iterable, *plain: str | int) -> list:
     return marked
 
 
-def relative_error(x: Tensor, truth: Tensor) -> float:
-    """||x - truth|| / ||truth|| in the L2 norm, in float64; of a truth of zeros, ||x||."""
-    x, truth = x.double(), truth.double()
-    norm = truth.norm().item()
-    return (x - truth).norm().item() / (norm if norm else 1.0)
-
-
 def assert_as_accurate(ours: Tensor, baseline: Tensor, truth: Tensor, name: str = "result", units: int = 4) -> None:
     """Assert that `ours` is as close to `truth` (float64) as can be asked of its dtype.
 
-    The bound is twice the error of `baseline`, PyTorch's own result in the same dtype, or so many `units` of rounding
-    where PyTorch happens to be exact. `ours` must have the shape and dtype of `baseline`.
+    The bound is `allowed_error` of `baseline`, PyTorch's own result in the same dtype, whose shape `ours` must have.
     """
     assert ours.shape == baseline.shape == truth.shape, (ours.shape, baseline.shape, truth.shape)
     assert ours.dtype == baseline.dtype, (ours.dtype, baseline.dtype)
     assert truth.dtype == torch.float64, truth.dtype
     error, theirs = relative_error(ours, truth), relative_error(baseline, truth)
-    rounding = units * torch.finfo(ours.dtype).eps
+    allowed = allowed_error(theirs, ours.dtype, units)
     difference = (ours.double() - truth).abs().flatten().nan_to_num(torch.inf)
     worst = int(difference.argmax())
     place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), ours.shape))
     line = (
-        f"{name}: error {error:.3g}, PyTorch's {theirs:.3g}, {units} eps {rounding:.3g}; worst at {place} of "
+        f"{name}: error {error:.3g}, PyTorch's {theirs:.3g}, {allowed:.3g} allowed; worst at {place} of "
         f"{tuple(ours.shape)}: {ours.flatten()[worst].item():.9g}, truth {truth.flatten()[worst].item():.9g}"
     )
     print(line)
-    assert error <= max(2 * theirs, rounding), line  # False for NaN
+    assert error <= allowed, line
 
 
 POISONED_BYTES = 1 << 24

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 from conv_cases import CASES, activation, affine, double, nhwc
-from kernel_checks import Mutants, assert_as_accurate, relative_error
+from kernel_checks import Mutants, assert_as_accurate
 
 from kernels import conv_wgrad as module
 from kernels import tiles
+from kernels.accuracy import relative_error
 from kernels.conv_shape import ConvShape
 from kernels.conv_wgrad import conv_wgrad_reference
 from kernels.tiles import Tile
