@@ -326,10 +326,10 @@ def test_the_table_is_printed_last_and_is_not_too_long(tmp_path, run, capsys):
     [
         ("smoke", None, {"smoke": (230, 1)}),
         ("numbers", 100.0, {"numbers": (100, 1)}),
-        ("numbers", 880.0, {"numbers": (880, 2)}),
+        ("numbers", 960.0, {"numbers": (960, 2)}),
         (None, 600.0, {"smoke": (230, 1), "numbers": (600, 1), "peers": (600, 1)}),
-        (None, None, {"smoke": (230, 1), "numbers": (670, 1), "peers": (1230, 1)}),
-        (None, 3690.0, {"smoke": (690, 3), "numbers": (2010, 3), "peers": (3690, 3)}),
+        (None, None, {"smoke": (230, 1), "numbers": (710, 1), "peers": (1270, 1)}),
+        (None, 3810.0, {"smoke": (690, 3), "numbers": (2130, 3), "peers": (3810, 3)}),
     ],
     ids=["its_own", "less", "more", "ten_minutes", "all", "an_hour"],
 )
