@@ -53,7 +53,7 @@ TUNED = (
     "256x8x8-256x3x3-s2",
     "256x4x4-256x3x3-s1",
 )
-"""The 3x3 layers of the article's network: nine tenths of a step's time."""
+"""The 3x3 layers of the article's network: three quarters of a step's time on an H200."""
 CHECKED = (
     "3x32x32",
     "64x32x32-128x1x1-s2",
