@@ -127,8 +127,8 @@ class Ceilings:
 
     def to_json(self) -> dict[str, Any]:
         """The document of records/ceilings.json."""
-        lists = {name: list(value) for name, value in asdict(self).items() if isinstance(value, tuple)}
-        return {"version": VERSION, **asdict(self), **lists}
+        record = asdict(self).items()
+        return {"version": VERSION} | {name: list(v) if isinstance(v, tuple) else v for name, v in record}
 
     @classmethod
     def from_json(cls, record: Any) -> "Ceilings":

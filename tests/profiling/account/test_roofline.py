@@ -53,6 +53,22 @@ def test_kernels_of_a_backward_are_told_apart_by_name(work):
     }
 
 
+def test_what_runs_beside_the_main_kernel_did_none_of_the_work(work):
+    """On an H200 a reduction and a padding had the FLOPs of their convolution, 12 and 4 times what their roof allows."""
+    op, dims = "aten::convolution_backward", (X, X, W)
+    main = [timed(f"sm90_{g}_implicit", op, dims) for g in ("dgrad", "wgrad")]
+    others = [timed("wgrad_reduce", op, dims, ns=1e5), timed("nhwcAddPadding", op, dims, "layout and cast", ns=1e5)]
+    rows = {row.name: row.flops for row in kernel_rows([*main, *others], work, 1, ROOFS)}
+    assert rows == {
+        "sm90_dgrad_implicit": FLOPS,
+        "sm90_wgrad_implicit": FLOPS,
+        "wgrad_reduce": None,
+        "nhwcAddPadding": None,
+    }
+    layers = {row.name.split()[-1]: row.ns_per_step for row in layer_rows([*main, *others], work, 1, ROOFS)}
+    assert layers == {"dgrad": 2e6, "wgrad": 2.1e6}
+
+
 def test_a_backward_that_is_one_kernel_did_both(work):
     backward = [timed("mkldnn", "aten::mkldnn_convolution_backward", (X, X, W))]
     assert kernel_rows(backward, work, 1, ROOFS)[0].flops == 2 * FLOPS

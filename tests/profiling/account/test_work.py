@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from modelled_steps import step
 
+from kernels import tiles
 from model.network import ResNet, ResNet9
-from profiling.account.work import family, flops_per_image, from_json, work_of
+from model.presets import preset
+from model.trainer import modelled_step
+from profiling.account.work import as_on, family, flops_per_image, from_json, work_of
 from profiling.device.specifications import V100_FLOPS_PER_S
 
 FLOPS_PER_IMAGE = 2_756_474_880  # the article's network: three passes, no dgrad for the first convolution
@@ -125,3 +128,29 @@ def test_the_closed_formula_agrees():
     assert counted.forward == convolutions + linear
     assert counted.training == 3 * (convolutions + linear) - first
     assert counted.training * 50_000 * 35 / V100_FLOPS_PER_S == pytest.approx(38.6, abs=0.05)  # the article's 40 s
+
+
+def test_ops_are_modelled_as_the_device_runs_them(monkeypatch):
+    """A tile may have an activation stored, by a kernel that the trace then shows."""
+    gpu_of, gpu = tiles.gpu_of, torch.device("cuda")
+    hopper = tiles.Gpu("a GPU", (9, 0))
+    monkeypatch.setattr(tiles, "gpu_of", lambda device: hopper if device == gpu else gpu_of(device))
+    default = tiles.tile
+    monkeypatch.setattr(
+        tiles,
+        "tile",
+        lambda op, shape, dtype, gpu: (
+            dataclasses.replace(default(op, shape, dtype, gpu), prologue="stored")
+            if gpu == hopper and op == "conv_fprop"
+            else default(op, shape, dtype, gpu)
+        ),
+    )
+
+    def stored() -> int:
+        rows = work_of(*modelled_step(dataclasses.replace(preset("fused"), batch_size=8), torch.float16))
+        return sum(row.family == "bn_apply" for row in rows)
+
+    assert stored() == 0
+    with as_on(gpu):
+        assert stored() > 0
+    assert stored() == 0
