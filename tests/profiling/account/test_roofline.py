@@ -54,7 +54,7 @@ def test_kernels_of_a_backward_are_told_apart_by_name(work):
 
 
 def test_what_runs_beside_the_main_kernel_did_none_of_the_work(work):
-    """On an H200 a reduction and a padding had the FLOPs of their convolution, 12 and 4 times what their roof allows."""
+    """On an H200 a reduction and a padding had the FLOPs of their convolution, 12 and 4 times their roof."""
     op, dims = "aten::convolution_backward", (X, X, W)
     main = [timed(f"sm90_{g}_implicit", op, dims) for g in ("dgrad", "wgrad")]
     others = [timed("wgrad_reduce", op, dims, ns=1e5), timed("nhwcAddPadding", op, dims, "layout and cast", ns=1e5)]
