@@ -158,12 +158,6 @@ def _logs(out: Path, document: Row) -> list[str]:
     return [f"== {name}: {last_line(out / f'{name}.log')}" for name in said if (out / f"{name}.log").exists()]
 
 
-def _predictions(out: Path, document: Row) -> list[str]:
-    path = out / "predictions-held.json"
-    sentences = read_json(path)["sentences"] if path.exists() else []
-    return [f"== predicted: {sentence[:330]}" for sentence in sentences[:4]]
-
-
 def _bench(out: Path, document: Row) -> list[str]:
     """How our kernels compare with the best alternative, caches cold."""
     path = out / "bench.jsonl"
@@ -204,7 +198,6 @@ SECTIONS: tuple[Callable[[Path, Row], list[str]], ...] = (
     _logs,
     _bench,
     _step_speeds,
-    _predictions,
     _kernels,
 )
 """The most valuable first: what is printed may end before the last."""

@@ -16,7 +16,7 @@ from typing import Any
 from experiments.reproduce_runs import FUSED, REFERENCE, WARM, WARM_UP, data_identity
 from experiments.study.folder import Request
 from profiling import ROOT
-from profiling.device import ncu, specifications
+from profiling.device import ncu
 from profiling.report.command import PROFILE_PASS
 
 STAGES = {"smoke": 230.0, "numbers": 480.0, "peers": 560.0}
@@ -109,7 +109,7 @@ class _Plan:
         self.no_gpu = None if gpu else "it needs a CUDA GPU"
 
     def steps(self) -> list[Step]:
-        return [*self.smoke(), *self.numbers(), *self.peers(), self.predictions()]
+        return [*self.smoke(), *self.numbers(), *self.peers()]
 
     def smoke(self) -> list[Step]:
         """Facts, every kernel against float64 and compilers' caches at once; then what is timed, one by one."""
@@ -293,13 +293,6 @@ class _Plan:
             Step("ncu", "peers", tuple(command), 90, given=self.data, **more),
             Step("report", "peers", _module("profiling", "report", str(self.out / run)), 20, **more),
         ]
-
-    def predictions(self) -> Step:
-        """What was predicted for this GPU, beside what was measured."""
-        command = _module("experiments", "predictions", "--against", str(self.out))
-        known = self.gpu and specifications.machine(self.gpu)
-        none = None if known else f"nothing was predicted for {self.gpu}"
-        return Step("predictions", "numbers", command, 15, repeats=True, reason=self.no_gpu or none)
 
 
 def _module(*words: str) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from profiling.output.files import append_jsonl, read_jsonl, write_text
 
 if TYPE_CHECKING:
     from model.interrupts import Interrupts
+    from profiling.account.work import Work
     from profiling.bench.ahead_of_time import Build, Facts
     from profiling.output.terminal import Terminal
 
@@ -144,20 +145,35 @@ def _stands_alone(node: ast.AST) -> bool:
 
 def recorded(arch: int) -> list[Named]:
     """Every different kernel that a training step and an evaluation of each network launch on `arch`."""
-    from experiments.expected import fused_step
     from profiling.bench.ahead_of_time import launches
     from profiling.bench.kernel_facts import Gpu
-    from profiling.device.specifications import H100
 
     gpu, kernels = Gpu(f"sm_{arch}", (arch // 10, arch % 10)), []
     for name in ("fused", "resnet9"):
         config = preset(name).with_settings(["ops=fused", "conv=ours", "cutout=8", f"batch_size={IMAGES}"])
-        step = fused_step(config, H100._replace(name=gpu.name, capability=gpu.capability))
-        kernels += [Named(op.op, op.layer, one) for op in step for one in op.builds]
+        with launches(gpu) as builds:
+            kernels += _of_a_step(config, builds)
         with launches(gpu) as builds:
             _evaluate(config)
         kernels += [Named(f"evaluation of {name}", "", one) for one in builds]
     return list({one.build.key(): one for one in reversed(kernels)}.values())[::-1]
+
+
+def _of_a_step(config: Config, builds: "list[Build]") -> list[Named]:
+    """The kernels of a training step, each with its op; `builds` is the list in which launches are recorded."""
+    import torch
+
+    from model.trainer import modelled_step
+    from profiling.account.work import work_of
+
+    kernels: list[Named] = []
+
+    def on_op(rows: "list[Work]") -> None:
+        kernels.extend(Named(rows[0].family, rows[0].layer, one) for one in builds[len(kernels) :])
+
+    *_, update = work_of(*modelled_step(config, torch.float16, "cpu"), on_op)
+    on_op([update])
+    return kernels
 
 
 def _evaluate(config: Config) -> None:

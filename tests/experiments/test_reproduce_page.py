@@ -131,12 +131,6 @@ def test_the_benchmarks_verdicts_are_counted(tmp_path):
     assert "  f: unavailable: not finite" in told
 
 
-def test_what_was_predicted_is_told_beside_what_was_measured(tmp_path):
-    write_json(tmp_path / "predictions-held.json", {"sentences": ["A step took twice as long.", "So did a kernel."]})
-    told = text(tmp_path, document())
-    assert "== predicted: A step took twice as long.\n== predicted: So did a kernel.\n" in told
-
-
 def test_modes_of_a_step_are_a_line(tmp_path):
     rows = [{"batch": 512, "step": "eager", "reason": None, "images_per_s": 1e5}]
     write_json(tmp_path / "steps.json", {"rows": [*rows, {"batch": 512, "step": "compiled", "reason": "no"}]})

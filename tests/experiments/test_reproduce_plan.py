@@ -11,10 +11,9 @@ from experiments.reproduce_plan import CHECKED, MODES, STAGES, VARIED, Step, pla
 from experiments.study.folder import Request
 from model.presets import preset
 from profiling.bench import cases
-from profiling.device.specifications import MACHINES
 from profiling.output.files import write_json
 
-GPU = MACHINES[0].name
+GPU = "NVIDIA H100 80GB HBM3"
 
 
 def steps(out: Path, small: bool = False, gpu: str | None = GPU, **request) -> dict[str, Step]:
@@ -48,12 +47,10 @@ def test_the_plan_is_the_same_list_in_order_of_value(tmp_path, small, gpu):
         *("ceilings", "tiles", "fused-0", "reference-0", "tests", "fused-1"),
     ]
     assert names["numbers"][6:9] == ["reference-1", "fused-2", "reference-2"]
-    assert names["numbers"][-2:] == ["reference-9", "predictions"]
+    assert names["numbers"][-1] == "reference-9"
     assert names["peers"] == [
         *("reference-max-autotune", "bench", "steps", "memcheck", "racecheck", "ncu", "report"),
     ]
-    assert [step.name for step in planned.values() if step.repeats] == ["predictions"]
-    assert list(planned)[-1] == "predictions"
 
 
 def test_a_cpu_does_what_it_can(tmp_path):
@@ -179,14 +176,6 @@ def test_every_op_is_among_the_cases_of_the_checkers():
 def test_the_tuned_layers_are_convolutions_of_the_network():
     shapes = {case.shape for case in cases.cases() if case.op == "conv_fprop"}
     assert set(reproduce_plan.TUNED) <= shapes
-
-
-def test_predictions_are_held_on_the_gpus_that_have_some(tmp_path):
-    for machine in MACHINES:
-        assert steps(tmp_path, gpu=machine.name)["predictions"].reason is None
-    other = "NVIDIA A100-SXM4-40GB"
-    assert steps(tmp_path, gpu=other)["predictions"].reason == f"nothing was predicted for {other}"
-    assert steps(tmp_path, gpu=None)["predictions"].reason == "it needs a CUDA GPU"
 
 
 def test_runs_keep_no_weights(tmp_path):
