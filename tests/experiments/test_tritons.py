@@ -144,7 +144,7 @@ def test_folder_without_a_triton_of_its_own_is_refused(tmp_path, changes, said):
 def test_installed_triton_compiles_in_an_environment_of_its_own(tmp_path, kernels):
     place = Path(importlib.util.find_spec("triton").origin).resolve().parent.parent
     own = tritons.environment(place, tmp_path)
-    (row,) = tritons._compiled(kernels[:1], own)
+    (row,) = tritons.compiled(kernels[:1], own)
     assert own.version == __import__("triton").__version__
     assert (row["faults"], row["registers"] > 0, "4 warps" in row["tile"]) == ([], True, True)
     assert (row["op"], row["layer"], row["arch"], row["kernel"]) == ("bn_apply", "2x16x4x4", 80, "bn_apply_kernel")
