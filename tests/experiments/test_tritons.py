@@ -69,7 +69,8 @@ class Command:
     def compile_all(self, builds, environment):
         assert environment["TRITON_CACHE_DIR"]
         self.compiled.extend(builds)
-        return [Facts(build.label, build.arch, registers=32, warps=4) for build in builds]
+        loops = [{"IADD": 9}, {"HMMA.16816": 2, "IADD": 5}]
+        return [Facts(build.label, build.arch, registers=32, warps=4, loops=loops) for build in builds]
 
     def run(self) -> dict:
         return tritons.run(Request(), Terminal(speaks=False), None, [str(self.folder)], out=self.out)["9.9.9"]
@@ -230,6 +231,8 @@ def test_rows_are_kept_and_only_what_is_missing_is_compiled(command, monkeypatch
     assert result["interpreter"] == "right"
     assert not result["passed"], "the other architectures were not compiled"
     assert command.kinds() == ["triton", "kernel", "kernel", "interpreter"]
+    row = read_jsonl(command.out / "9.9.9.jsonl")[1]
+    assert (row["loop"], row["matrix"], row["registers"]) == (7, 2, 32)
     assert (command.run(), len(command.compiled)) == (result, 2)
     monkeypatch.setattr(tritons, "fingerprint", lambda: "another")
     assert (command.run(), len(command.compiled)) == (result, 4)
