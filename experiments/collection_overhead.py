@@ -44,7 +44,7 @@ sampler.record(lambda: GpuSample(t_ns=time.monotonic_ns()), header, Path(sys.arg
 """
 """The sampler's loop on a source that knows nothing, until standard input closes."""
 READY_S = 10.0
-"""How long the sampler may take to its first sample."""
+"""Time of the sampler to its first sample."""
 WITH, WITHOUT, AGAIN = "with", "without", "without again"
 
 
@@ -56,7 +56,7 @@ class Overhead(NamedTuple):
 
     @property
     def inside(self) -> bool:
-        """Whether the cost cannot be told from no difference."""
+        """True if the cost cannot be told from no difference."""
         return self.same.low <= self.cost.median <= self.same.high
 
 
@@ -91,7 +91,7 @@ def sampling(device: torch.device, path: Path) -> tuple[telemetry.Recorder, str]
 
 
 def _has_samples(recorder: telemetry.Recorder, path: Path) -> bool:
-    """Whether a sample arrives in time; of a process that ended none will."""
+    """True if a sample arrives in time; from a process that ended none will."""
     deadline_s = time.monotonic() + READY_S
     while not telemetry.read(path).samples:
         if recorder.process is None or recorder.process.poll() is not None or time.monotonic() > deadline_s:

@@ -58,7 +58,7 @@ def rows(compile_: "Callable[[list[Build]], list[Facts]] | None" = None) -> dict
 
 
 def _is_fused(op: str, variant: str, of_the_article: bool) -> bool:
-    """Whether a network calls an op with just this fused into it: the article's everything, ResNet9 the statistics."""
+    """True if a network calls an op with just this fused into it: the article's everything, ResNet9 the statistics."""
     if not op.startswith("conv"):
         return variant != "pool"
     with_prologue = {"conv_fprop": "prologue,statistics", "conv_dgrad": "mask,sums", "conv_wgrad": "prologue"}

@@ -48,7 +48,7 @@ LEAST_SHARE = 0.25
 """A step is not begun with less than this share of its seconds."""
 LEAST_S = 5.0
 CLOSE_S = 3.0
-"""Of the budget, for the last page and archive."""
+"""Share of the budget for the last page and archive."""
 PATIENCE_S = 60.0
 """For a device to say what it is."""
 POLL_S = 0.05
@@ -95,7 +95,7 @@ def run(
 
 
 def facts() -> dict[str, Any]:
-    """What `experiments.study.machine` prints. Raises DeviceError where the device does not answer."""
+    """Run `experiments.study.machine`; what it prints. Raises DeviceError where the device does not answer."""
     command = [sys.executable, "-m", "experiments.study.machine"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)

@@ -37,11 +37,11 @@ WARMED = ("reference-compiled", "batchnorm", "composed", OURS)
 """Modes that compile for long: all at once, before any is timed."""
 AUTOTUNED = "reference-max-autotune"
 MAX_AUTOTUNE = [f"TORCHINDUCTOR_{name}=1" for name in ("MAX_AUTOTUNE", "COORDINATE_DESCENT_TUNING", "CUDAGRAPHS")]
-"""What mode="max-autotune" sets, by the variables that torch._inductor.config reads (torch/_inductor/__init__.py)."""
+"""The settings of mode="max-autotune", as variables that torch._inductor.config reads (torch/_inductor/__init__.py)."""
 VARIED = ("ops", "conv", "step", "preprocess", "epochs")
 """Settings in which the runs differ."""
 SMALL = {"widths": "8,8,8,8"}
-"""Of a look on a CPU; one on a GPU takes the preset `laptop` as it is."""
+"""Settings for a look on a CPU; on a GPU it takes the preset `laptop` as it is."""
 SEEDS = 10
 """Runs to the end of each kind, if there is time."""
 TUNED = (
@@ -107,8 +107,8 @@ def tidy(out: Path, name: str) -> None:
 def take_tiles(out: Path) -> bool:
     """Make the table of `out` this checkout's again; whether it was another.
 
-    What an earlier call tuned may have been in another copy of the checkout, and all of a folder's results are to be
-    measured with the same tiles.
+    An earlier call may have tuned another copy of the checkout, and all of a folder's results are measured with the
+    same tiles.
     """
     kept = out / "tiles.json"
     other = kept.exists() and kept.read_bytes() != TILES.read_bytes()
@@ -166,7 +166,7 @@ class _Maker:
         return [[step] for step in [*first, Step("tests", tests, 130), *runs[2:]]]
 
     def peers(self) -> list[Step]:
-        """What the library can do at its best, op by op and step by step; then the checkers and the counters.
+        """The library at its best, op by op and step by step; then the checkers and the counters.
 
         Under the checkers nothing caches memory: an access outside of a tensor is one outside of any allocation.
         """
@@ -240,6 +240,6 @@ def _with(variables: list[str], *argv: str) -> tuple[str, ...]:
 
 
 def _spread() -> list[str]:
-    """What makes pytest use several processes, where its plugin is installed: most of the time the compiler works."""
+    """pytest's words for several processes, where its plugin is installed: most of the time the compiler works."""
     processes = min(12, (os.cpu_count() or 1) // 2)
     return ["-n", str(processes), "--dist", "worksteal"] if processes > 1 and importlib.util.find_spec("xdist") else []

@@ -16,7 +16,7 @@ Row = dict[str, Any]
 REFERENCE, FUSED = "reference", "fused"
 """The runs to the end are named after these, with a number; the first also stands for the reference's two epochs."""
 LOSS_WITHIN, ACCURACY_WITHIN = 0.10, 0.05
-"""Of the reference's loss, and of its accuracy, after the same few epochs from the same seed: a mode that is further
+"""Distance from the reference's loss and accuracy after the same few epochs from the same seed: a mode that is further
 off computes something else. On an H200 the reference itself, captured, eager and compiled, was 6 % and 2 points apart:
 cuDNN adds in another order each time, and training multiplies the difference."""
 WARM = "warm-"
@@ -69,7 +69,7 @@ def against(run: Sequence[Row], reference: Sequence[Row]) -> str:
 
 
 def not_as_asked(summary: Row) -> str:
-    """How the run differs from what was asked for; "" where it does not."""
+    """The differences of a run from what was asked for; "" for none."""
     asked = [(name, summary.get(name), summary.get(f"{name}_requested")) for name in ("ops", "step")]
     return "; ".join(f"RAN {name}={ran}, asked {want}" for name, ran, want in asked if ran != want)
 

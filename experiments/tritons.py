@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 OUT = ROOT / "results" / "tritons"
 IMAGES = 4
-"""Of the steps that are recorded: the code does not depend on how many there are."""
+"""Images of a recorded step: the code does not depend on their number."""
 TOGETHER = 48
 """Kernels that are compiled between two looks at the disk: some two minutes of a core."""
 PROBE_LIMIT_S = 900

@@ -153,11 +153,17 @@ def test_installed_triton_compiles_in_an_environment_of_its_own(tmp_path, kernel
 
 
 def test_every_layer_of_both_networks_is_compiled():
-    found = {(one.op, one.layer) for one in tritons.recorded(90)}
+    """Each kernel is its op's own."""
+    kernels = tritons.recorded(90)
+    found = {(one.op, one.layer) for one in kernels}
     for shape in RESNET_LAYERS + RESNET9_LAYERS:
         assert {("fprop", str(shape)), ("wgrad", str(shape))} <= found
         assert ("dgrad", str(shape.of_dgrad if shape.R == 1 else shape)) in found
     assert {"augment", "optimiser", "bn_stats", "bn_finalize", "bn_coefficients"} <= {op for op, _ in found}
+    prefixes = {"fprop": "conv_fprop", "dgrad": "conv_dgrad", "wgrad": "conv_wgrad", "optimiser": "sgd"}
+    for one in kernels:
+        if not one.op.startswith("evaluation"):
+            assert one.build.kernel.startswith(prefixes.get(one.op, one.op).removesuffix("_add")), one
 
 
 SOURCE = '''"""Words."""
