@@ -166,9 +166,8 @@ def _kernels(out: Path, document: Row) -> list[str]:
     return lines
 
 
-SECTIONS: tuple[Callable[[Path, Row], list[str]], ...] = (
-    *(_head, runs, _check, _report, _ceilings, _logs, _bench, _step_speeds, _kernels),
-)
+Section = Callable[[Path, Row], list[str]]
+SECTIONS: list[Section] = [_head, runs, _check, _report, _ceilings, _logs, _bench, _step_speeds, _kernels]
 """The most valuable first: what is printed may end before the last."""
 
 
