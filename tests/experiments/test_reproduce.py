@@ -67,6 +67,7 @@ def whys(document: dict) -> dict:
 SLEEP = "import time\ntry:\n    time.sleep(600)\nexcept KeyboardInterrupt:\n    "
 MEET = "import os, time; open('{0}', 'w')\nwhile not os.path.exists('{1}'): time.sleep(0.01)"
 DEAF = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
+PATIENT = "import os, time\nwhile not (os.path.exists('{0}') and 'Keyb' in open('{0}').read()): time.sleep(0.05)"
 OUTCOMES = {  # name: (code, status, why)
     "good": ("print('a b c')", "done", ""),
     "tests": ("raise SystemExit(1)", "done", ""),
@@ -84,11 +85,13 @@ OUTCOMES = {  # name: (code, status, why)
 
 def test_outcomes_of_steps_that_run_at_once(tmp_path, run):
     """Each has its own limit; one that hangs, fails or is killed costs no other one, and the next begins after all."""
-    group = [script(name, code.replace("{tmp}", str(tmp_path)), 4) for name, (code, *_) in OUTCOMES.items()]
+    group = [script("patient", PATIENT.format(tmp_path / "out" / "hangs.log"))]
+    group += [script(name, code.replace("{tmp}", str(tmp_path)), 4) for name, (code, *_) in OUTCOMES.items()]
     group += [script("nothing", reason="no GPU"), Step("absent", ("no-such-command",), 4)]
     document = run(tmp_path / "out", [group, script("next", f"import os; print(os.listdir({str(tmp_path)!r}))")])
     expected = {name: status for name, (_, status, _) in OUTCOMES.items()}
-    assert statuses(document) == expected | {"nothing": "unavailable", "absent": "failed", "next": "done"}
+    expected |= {"patient": "done", "nothing": "unavailable", "absent": "failed", "next": "done"}
+    assert statuses(document) == expected
     said = whys(document)
     for name, (_, _, why) in {**OUTCOMES, "nothing": ("", "", "no GPU"), "absent": ("", "", "no-such-command")}.items():
         assert why in said.get(name, "")
@@ -125,6 +128,10 @@ def test_another_call_goes_on_with_what_is_left(tmp_path, run):
     ok.touch()
     assert statuses(run(out, steps)) == dict.fromkeys(statuses(first), "done") | {"bad": "failed"}
     assert [(tmp_path / name).read_text() for name in ("good.txt", "bad.txt")] == ["ran\n", "ran\nran\n"]
+    unable = [script("unable", reason="no GPU")]
+    assert [statuses(run(tmp_path / "gpu", steps))["unable"] for steps in (unable, [script("unable")])] == [
+        *("unavailable", "done")
+    ]
 
 
 def test_no_step_goes_beyond_the_budget_or_begins_with_a_quarter_less(tmp_path, run):

@@ -69,6 +69,7 @@ def test_cpu_does_what_it_can(tmp_path):
     expected = {"doctor", "check", "reference", "kernels-reference", "reference-eager", "ceilings", "tests", "bench"}
     assert able == expected | {f"reference-{number}" for number in range(10)}
     assert steps(tmp_path, True, None)["check"].argv[:2] == ("env", "TRITON_INTERPRET=1")
+    assert {"bn_finalize", "--quick"} <= set(steps(tmp_path, True, None)["bench"].argv)
 
 
 def test_trainings_are_of_presets_with_settings_that_they_take(tmp_path):
