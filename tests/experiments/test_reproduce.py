@@ -86,7 +86,7 @@ OUTCOMES = {  # name: (code, status, why)
 def test_outcomes_of_steps_that_run_at_once(tmp_path, run):
     """Each has its own limit; one that hangs, fails or is killed costs no other one, and the next begins after all."""
     group = [script("patient", PATIENT.format(tmp_path / "out" / "hangs.log"))]
-    group += [script(name, code.replace("{tmp}", str(tmp_path)), 4) for name, (code, *_) in OUTCOMES.items()]
+    group += [script(name, code.replace("{tmp}", str(tmp_path)), 6) for name, (code, *_) in OUTCOMES.items()]
     group += [script("nothing", reason="no GPU"), Step("absent", ("no-such-command",), 4)]
     document = run(tmp_path / "out", [group, script("next", f"import os; print(os.listdir({str(tmp_path)!r}))")])
     expected = {name: status for name, (_, status, _) in OUTCOMES.items()}
