@@ -204,24 +204,6 @@ def longest_kernels(
     _experiment("longest_kernels", Request, folder=folder, data=tuple(data or ()))
 
 
-@app.command()
-def predictions(
-    gpu: Annotated[str | None, typer.Option(help="H100 or H200. Default: a page for each.")] = None,
-    against: Annotated[
-        Path | None, typer.Option(help="Folder of a reproduce: what it measured, beside what was predicted.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The folder of the pages' folders predictions-<gpu>. Default: results.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Predict each kernel's time on an H100 and an H200.
-
-    And a step's: by a model, and by the machine code that the compiler makes.
-    """
-    _experiment("predictions", lambda: Request(json=as_json), gpu=gpu, against=against, out=out)
-
-
 @app.command("machine-code")
 def machine_code(
     out: Annotated[

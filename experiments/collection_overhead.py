@@ -1,4 +1,4 @@
-"""What collecting a timed run's records costs the run: steps timed with and without, in turns.
+"""The cost of collecting a timed run's records: steps timed with and without, in turns.
 
     python -m experiments collection-overhead [--pairs N] [--steps N] [--json]
 
@@ -16,25 +16,35 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from experiments.study.folder import Request
+from model.config import Config
+from model.data.batches import Batches
+from model.data.cifar10 import Dataset
+from model.distributed import Ranks
+from model.trainer import Trainer
 from profiling.bench.timing import Plan, Summary, interleave, summarise
-from profiling.device.nvml import GpuSample
-from profiling.run import sampler, telemetry
+from profiling.run import telemetry
 from profiling.run.clock import StepClock
 
 if TYPE_CHECKING:
-    import torch
-
     from model.interrupts import Interrupts
-    from model.trainer import Trainer
     from profiling.output.terminal import Terminal
 
 BATCH = 64
 WIDTHS = (8, 16, 16, 32)
-SAMPLER = "import sys; from experiments.collection_overhead import sample_nothing; sample_nothing(sys.argv[1])"
+SAMPLER = """
+import sys, time
+from pathlib import Path
+from profiling.device.nvml import GpuSample
+from profiling.run import sampler
+header = sampler.header(None, None, sampler.PERIOD_MS, {})
+sampler.record(lambda: GpuSample(t_ns=time.monotonic_ns()), header, Path(sys.argv[1]), sampler.stdin_closes())
+"""
+"""The sampler's loop on a source that knows nothing, until standard input closes."""
 READY_S = 10.0
-"""How long the sampler may take to its first sample."""
-
+"""Time of the sampler to its first sample."""
 WITH, WITHOUT, AGAIN = "with", "without", "without again"
 
 
@@ -46,50 +56,34 @@ class Overhead(NamedTuple):
 
     @property
     def inside(self) -> bool:
-        """Whether the cost cannot be told from no difference."""
+        """True if the cost cannot be told from no difference."""
         return self.same.low <= self.cost.median <= self.same.high
 
 
-def small_trainer(steps: int, device: "torch.device") -> "Trainer":
+def small_trainer(steps: int, device: torch.device) -> Trainer:
     """A small network, and epochs of `steps` steps on noise."""
-    import torch
-
-    from model.config import Config
-    from model.data.batches import Batches
-    from model.data.cifar10 import Dataset
-    from model.distributed import Ranks
-    from model.trainer import Trainer
-
     generator, count = torch.Generator().manual_seed(0), steps * BATCH
     images = torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=generator)
     labels = torch.arange(count) % 10
     dataset = Dataset(images, labels, images[:BATCH], labels[:BATCH], identity="synthetic", source="noise")
-    config = Config(
-        network="resnet9",
-        widths=WIDTHS,
-        batch_size=BATCH,
-        dtype="float32",
-        lr_epochs=(0, 35),
-        lr_values=(1e-3, 1e-3),  # noise cannot be learned, only survived
-    )
+    # Noise cannot be learned, only survived.
+    rate = {"lr_epochs": (0, 35), "lr_values": (1e-3, 1e-3)}
+    config = Config(network="resnet9", widths=WIDTHS, batch_size=BATCH, dtype="float32", **rate)
     return Trainer(Batches(images, labels, config, device, torch.float32), dataset, Ranks())
 
 
-def sampling(device: "torch.device", path: Path) -> tuple[telemetry.Recorder, str]:
+def sampling(device: torch.device, path: Path) -> tuple[telemetry.Recorder, str]:
     """(the sampler at work, what it samples). Without NVML its process has nothing to ask, at the same period.
 
     Raises RuntimeError where no sample arrives.
     """
     if device.type == "cuda":
-        import torch
-
         recorder = telemetry.start(f"GPU-{torch.cuda.get_device_properties(device).uuid}", path)
         if _has_samples(recorder, path):
             return recorder, "NVML"
         recorder.stop()
     path.unlink(missing_ok=True)
-    command = [sys.executable, "-c", SAMPLER, str(path)]
-    recorder = telemetry.Recorder(telemetry.launch(command))
+    recorder = telemetry.Recorder(telemetry.launch([sys.executable, "-c", SAMPLER, str(path)]))
     if not _has_samples(recorder, path):
         recorder.stop()
         raise RuntimeError(f"the sampler left no sample within {READY_S:.0f} s")
@@ -97,7 +91,7 @@ def sampling(device: "torch.device", path: Path) -> tuple[telemetry.Recorder, st
 
 
 def _has_samples(recorder: telemetry.Recorder, path: Path) -> bool:
-    """Whether a sample arrives in time; of a process that ended none will."""
+    """True if a sample arrives in time; from a process that ended none will."""
     deadline_s = time.monotonic() + READY_S
     while not telemetry.read(path).samples:
         if recorder.process is None or recorder.process.poll() is not None or time.monotonic() > deadline_s:
@@ -106,7 +100,7 @@ def _has_samples(recorder: telemetry.Recorder, path: Path) -> bool:
     return True
 
 
-def measure(pairs: int, steps: int, device: "torch.device") -> tuple[Overhead, str]:
+def measure(pairs: int, steps: int, device: torch.device) -> tuple[Overhead, str]:
     """(the overhead, what was sampled) in `pairs` turns of `steps` steps each.
 
     Raises RuntimeError where the sampler did not last: then nothing was measured.
@@ -149,27 +143,17 @@ def overhead(with_us: list[float], without_us: list[float], again_us: list[float
     return Overhead(summarise(cost), summarise(same))
 
 
-def sample_nothing(path: str) -> None:
-    """The sampler's loop on a source that knows nothing, until standard input closes."""
-    first = sampler.header(None, None, sampler.PERIOD_MS, {})
-    sampler.record(lambda: GpuSample(t_ns=time.monotonic_ns()), first, Path(path), sampler.stdin_closes())
-
-
 def run(
     request: Request, terminal: "Terminal", interrupts: "Interrupts", pairs: int = 30, steps: int = 50
 ) -> dict[str, Any]:
     """Measure and print the two ratios; returns them with their intervals."""
-    import torch
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found, sampled = measure(pairs, steps, device)
+    ratios = {"with / without": found.cost, "without / without": found.same}
     terminal.table(
         f"{pairs} turns of {steps} steps of a small network on {device.type}; sampled: {sampled}",
         ["ratio of times", "median", "95 % interval"],
-        [
-            [name, f"{s.median:.4f}", f"{s.low:.4f} to {s.high:.4f}"]
-            for name, s in (("with / without", found.cost), ("without / without", found.same))
-        ],
+        [[name, f"{s.median:.4f}", f"{s.low:.4f} to {s.high:.4f}"] for name, s in ratios.items()],
     )
     place = "inside" if found.inside else "outside"
     terminal.say(f"collection costs {found.cost.median - 1:+.2%}, {place} the interval of no difference")

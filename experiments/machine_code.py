@@ -1,23 +1,21 @@
-"""What the compiler made of the convolutions and of batch norm's reductions, two generations of them side by side.
+"""Machine code of the convolutions and of batch norm's reductions: two generations side by side.
 
     python -m experiments machine-code                     # results/machine-code/ and the table of docs/kernels.md
-    python -m experiments machine-code --out before.json   # only what the compiler says now, to be compared with later
+    python -m experiments machine-code --out before.json   # only the present machine code, to be compared with later
 
-Every layer of both networks, with what the network fuses into it, compiled for compute capability 9.0; times are by the
-model of `experiments.expected`, on an H200.
+Every layer of both networks, with what the network fuses into it, is compiled for compute capability 9.0, with the
+tiles that an H200 takes.
 """
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import expected
-from experiments.expected import Op
 from experiments.study.folder import Request
 from model.errors import DataError, RunError
 from profiling import ROOT
-from profiling.device.specifications import H200
+from profiling.device.specifications import CAPABILITY
 from profiling.output.files import read_json, write_json, write_text
 
 if TYPE_CHECKING:
@@ -28,23 +26,39 @@ if TYPE_CHECKING:
 OUT = ROOT / "results" / "machine-code"
 DOCUMENT = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- The table is made by `python -m experiments machine-code`. -->", "<!-- End of the table. -->"
+GPU, BATCH = "NVIDIA H200", 512
 OPS = ("conv_fprop", "conv_dgrad", "conv_wgrad", "bn_finalize", "bn_coefficients")
+COLUMNS = (
+    *("case", "tile", "registers", "shared, KB", "CTAs/SM", "loop / matrix instructions", "operands"),
+    *("SHFL, BAR outside", "FLOP per byte of L2"),
+)
 
 
-def rows(compile_: Any = None) -> dict[str, dict[str, Any]]:
-    """By the name of a benchmark's case, what its launches are compiled to and what the model says of them."""
+def rows(compile_: "Callable[[list[Build]], list[Facts]] | None" = None) -> dict[str, dict[str, Any]]:
+    """The machine code of the kernel that does the work, by the benchmark's case, in fp16 at batch 512."""
+    import torch
+
     from profiling.bench import cases
-    from profiling.bench.ahead_of_time import compile_all
+    from profiling.bench.ahead_of_time import compile_all, launches, unique
+    from profiling.bench.case import OperandFactory
+    from profiling.bench.kernel_facts import Gpu
 
     article = {str(shape) for layer in cases.RESNET_LAYERS for shape in (layer, layer.of_dgrad)}
-    chosen = [one for one in cases.cases() if one.op in OPS and _is_fused(one.op, one.variant, one.shape in article)]
-    ops = expected.cases(chosen, H200)
-    facts = expected.facts_of(ops.values(), compile_ or compile_all)
-    return {name: _row(op, facts) for name, op in ops.items()}
+    draw, main = OperandFactory(BATCH, torch.device("cpu"), torch.float16, untouched=True), {}
+    for case in cases.cases():
+        if case.op in OPS and _is_fused(case.op, case.variant, case.shape in article):
+            operands = case.operands(draw)
+            with torch.no_grad(), launches(Gpu(GPU, CAPABILITY[GPU])) as builds:
+                case.ours(*operands)
+            # Behind a product comes at most the sum of its parts.
+            main[case.name] = next((build for build in builds if "BLOCK_K" in build.constexprs), builds[-1])
+    builds = unique(list(main.values()))
+    facts = dict(zip((build.key() for build in builds), (compile_ or compile_all)(builds), strict=True))
+    return {name: row(build, facts[build.key()]) for name, build in main.items()}
 
 
 def _is_fused(op: str, variant: str, of_the_article: bool) -> bool:
-    """Whether a network calls an op with just this fused into it: the article's everything, ResNet9 the statistics."""
+    """True if a network calls an op with just this fused into it: the article's everything, ResNet9 the statistics."""
     if not op.startswith("conv"):
         return variant != "pool"
     with_prologue = {"conv_fprop": "prologue,statistics", "conv_dgrad": "mask,sums", "conv_wgrad": "prologue"}
@@ -52,10 +66,8 @@ def _is_fused(op: str, variant: str, of_the_article: bool) -> bool:
     return variant == (with_prologue[op] if of_the_article else without) or (op == "conv_dgrad" and variant == "")
 
 
-def _row(op: Op, facts: dict[str, "Facts"]) -> dict[str, Any]:
-    found = expected.expect(op, facts, H200)
-    build = op.builds[found.main]
-    code = facts[build.key()]
+def row(build: "Build", code: "Facts") -> dict[str, Any]:
+    """The record of one kernel; shuffles and barriers are those outside of its loop."""
     loop, matrices = code.main_loop()
     outside = {
         name: code.count(name) - sum(n for k, n in loop.items() if k.startswith(name)) for name in ("SHFL", "BAR")
@@ -71,12 +83,25 @@ def _row(op: Op, facts: dict[str, "Facts"]) -> dict[str, Any]:
         "shuffles": outside["SHFL"],
         "barriers": outside["BAR"],
         "programs": build.programs,
-        "flops_per_l2_byte": found.flops / found.l2_bytes if found.l2_bytes else None,
-        "roofs_us": dict(zip(expected.ROOFS, found.roofs_us, strict=True)),
-        "after_us": found.after_us,
-        "expected_us": found.expected_us,
-        "floor_us": found.floor_us,
+        "flops_per_l2_byte": flops_per_l2_byte(build),
     }
+
+
+def flops_per_l2_byte(build: "Build") -> float | None:
+    """FLOP of a product for each byte of its operands' fp16 tiles, which programs read through the L2 cache.
+
+    A pass multiplies BLOCK_M x BLOCK_K by BLOCK_N x BLOCK_K elements: 2 BLOCK_M BLOCK_N BLOCK_K FLOP for
+    2 (BLOCK_M + BLOCK_N) BLOCK_K bytes, in which BLOCK_K cancels. None for a kernel that is no product.
+    """
+    values = build.constexprs
+    if "BLOCK_K" not in values:
+        return None
+    # Several taps of one load of the first operand: as if their columns lay side by side.
+    rows, columns = values["BLOCK_M"], values["BLOCK_N"] * values.get("TAPS", 1)
+    if "lines" in build.kernel:  # the filter serves every line, a line's load three products; one line is extra
+        lines = values["H"]
+        rows, columns = rows * lines, 3 * values["BLOCK_N"] * lines / (lines + 1)
+    return 1 / (1 / rows + 1 / columns)
 
 
 def _tile(build: "Build") -> str:
@@ -94,18 +119,9 @@ def _tile(build: "Build") -> str:
 
 def markdown(before: dict[str, Any], after: dict[str, Any]) -> str:
     """The table: a line for each case, "before → after" where they differ."""
-    heads = ["case", "tile", "registers", "shared, KB", "CTAs/SM", "loop / matrix instructions", "operands"]
-    heads += [
-        "SHFL, BAR outside",
-        "FLOP per byte of L2",
-        "compute, memory, L2, latency, us",
-        "expected, us",
-        "of the roofline",
-    ]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for name, new in after.items():
-        old = before.get(name, new)
-        pairs = zip(_cells(old), _cells(new), strict=True)
+        pairs = zip(_cells(before.get(name, new)), _cells(new), strict=True)
         lines.append("| " + " | ".join([name, *(a if a == b else f"{a} → {b}" for a, b in pairs)]) + " |")
     return "\n".join(lines) + "\n"
 
@@ -121,9 +137,6 @@ def _cells(row: dict[str, Any]) -> Iterable[str]:
         row["operands"],
         f"{row['shuffles']}, {row['barriers']}",
         "" if per_byte is None else f"{per_byte:.0f}",
-        ", ".join(f"{us:.0f}" for us in row["roofs_us"].values()),
-        f"{row['expected_us']:.1f}",
-        f"{row['floor_us'] / row['expected_us']:.0%}",
     )
 
 
@@ -136,7 +149,7 @@ def check(request: Request, out: Path | None = None) -> None:
 
 
 def run(request: Request, terminal: "Terminal", interrupts: "Interrupts", out: Path | None = None) -> dict[str, Any]:
-    """Write what the compiler says; without `out` also the document's table, beside the first generation's."""
+    """Write the present machine code; without `out` also the document's table, beside the first generation's."""
     terminal.say("compiling every layer's kernels ...")
     after = rows()
     try:

@@ -1,13 +1,13 @@
-"""What is worth doing on a device, in three stages of bounded steps: one command for its owner.
+"""Everything worth measuring on a device, in three stages of bounded steps: one command for its owner.
 
     python -m experiments reproduce --stage smoke --pack smoke.tar.gz     # does anything work, how fast is a step?
     python -m experiments reproduce --stage numbers --out FOLDER          # goes on in FOLDER with what can be quoted
     python -m experiments reproduce --budget 600                          # smoke, numbers, peers, as far as it goes
 
 A step is a process group of its own, ended at its limit: first as by Ctrl-C, so that it keeps what it has, then for
-good. After each the record, the page and the archive are written anew, so that whatever ends this command costs no more
-than the step that was running. The same command goes on with what is left. Without a GPU, or with --small, the same
-steps are done in small.
+good. After each the record and the page are written anew, and after those that run at once the archive, so that
+whatever ends this command costs no more than the step that was running. The same command goes on with what is left.
+Without a GPU, or with --small, the same steps are done in small.
 """
 
 import ctypes
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments import reproduce_page
 from experiments.reproduce_page import DONE, FAILED, LATE, LEFT, UNAVAILABLE
-from experiments.reproduce_plan import STAGES, VARIED, Step, plan, take_tiles
+from experiments.reproduce_plan import FINDINGS, STAGES, VARIED, Plan, Step, plan, take_tiles, tidy, words
 from experiments.study.folder import Request, Study
 from model.errors import DeviceError, RunError, UsageError
 from model.interrupts import Interrupted, Interrupts
@@ -43,10 +43,12 @@ if TYPE_CHECKING:
 
 VERSION = 2
 GRACE_S = 8.0
-"""How long an interrupted step may take to save what it has; less of a short one's limit."""
+"""Time of an interrupted step to save what it has, but at most a quarter of its limit."""
+LEAST_SHARE = 0.25
+"""A step is not begun with less than this share of its seconds."""
 LEAST_S = 5.0
 CLOSE_S = 3.0
-"""Of the budget, for the last page and archive."""
+"""Share of the budget for the last page and archive."""
 PATIENCE_S = 60.0
 """For a device to say what it is."""
 POLL_S = 0.05
@@ -88,12 +90,12 @@ def run(
     if on_gpu and take_tiles(out):
         terminal.warn(f"kernels/tiles.json is the one of {out} now, with which its results were measured")
     steps = plan(out.absolute(), request, small, name if on_gpu else None)
-    reproduction = Reproduction(study, steps, machine["environment"], pack, interrupts)
+    reproduction = Reproduction(study, request, steps, machine["environment"], pack, interrupts)
     return reproduction.run(limits(stage, budget), start_s)
 
 
 def facts() -> dict[str, Any]:
-    """What `experiments.study.machine` prints. Raises DeviceError where the device does not answer."""
+    """Run `experiments.study.machine`; what it prints. Raises DeviceError where the device does not answer."""
     command = [sys.executable, "-m", "experiments.study.machine"]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
@@ -120,25 +122,34 @@ def limits(stage: str | None, budget: float | None) -> dict[str, tuple[float, fl
 
 
 class Reproduction:
-    """The steps in one folder, what has come of them, and the page and the archive of that."""
+    """The steps in one folder and their results; the page and the archive of both."""
 
     def __init__(
         self,
         study: Study,
-        steps: Sequence[Step],
+        request: Request,
+        steps: Plan,
         environment: dict[str, Any],
         pack: Path | None,
         interrupts: Interrupts,
     ):
-        self.study, self.steps, self.environment = study, steps, environment
+        self.study, self.request, self.plan, self.environment = study, request, steps, environment
         self.out, self.terminal, self.interrupts = study.out, study.terminal, interrupts
         self.pack, self.record = pack, study.out / "reproduce.json"
         self.unwritten: OSError | None = None
-        before = self._before()
-        self.rows = {step.name: self._row(step, before.get(step.name)) for step in steps}
+        before, self.rows = self._before(), {}
+        for stage, groups in steps.items():
+            for step in itertools.chain(*groups):
+                row = {"name": step.name, "stage": stage, "status": LEFT, "seconds": None}
+                row |= {"limit_s": None, "exit_code": None, "why": ""}
+                if step.reason:
+                    row |= {"status": UNAVAILABLE, "why": step.reason}
+                elif before.get(step.name, {}).get("status", UNAVAILABLE) != UNAVAILABLE:
+                    row |= before[step.name]
+                self.rows[step.name] = row
 
     def _before(self) -> dict[str, dict[str, Any]]:
-        """What earlier calls came to, by the step."""
+        """The rows of earlier calls, by the step."""
         if not self.record.exists():
             return {}
         try:
@@ -146,26 +157,16 @@ class Reproduction:
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise UsageError(f"{self.record} is damaged ({error}); name a new folder with --out") from None
 
-    def _row(self, step: Step, before: dict[str, Any] | None) -> dict[str, Any]:
-        row = {"name": step.name, "stage": step.stage, "status": LEFT, "seconds": None}
-        row |= {"limit_s": None, "exit_code": None, "why": ""}
-        if step.reason:
-            return row | {"status": UNAVAILABLE, "why": step.reason}
-        return row if before is None or step.repeats or before["status"] == UNAVAILABLE else row | before
-
     def run(self, ends: dict[str, tuple[float, float]], start_s: float) -> dict[str, Any]:
         """Do the steps of these stages, as `limits` has them, while there is time; returns the record."""
-        waiting = [step for step in self.steps if self.rows[step.name]["status"] not in (DONE, UNAVAILABLE)]
-        last = [step for step in waiting if step.repeats]
-        reserved_s = CLOSE_S + sum(step.limit_s for step in last)
         self._write()
         try:
             for stage, (end_s, stretch) in ends.items():
-                until_s = start_s + end_s - reserved_s
+                until_s = start_s + end_s - CLOSE_S
                 self.terminal.say(f"{stage}: at most {max(until_s - time.monotonic(), 0):.0f} s", "bold")
-                for group in _together([step for step in waiting if step.stage == stage and not step.repeats]):
-                    self._do(group, until_s, stretch)
-            self._do(last, max(start_s + end_s for end_s, _ in ends.values()) - CLOSE_S, 1.0)
+                for group in self.plan[stage]:
+                    waiting = [step for step in group if self.rows[step.name]["status"] not in (DONE, UNAVAILABLE)]
+                    self._do(waiting, until_s, stretch)
         finally:
             self.interrupts.deferred = True
             document, text = self._write()
@@ -175,7 +176,7 @@ class Reproduction:
         return document
 
     def _do(self, group: Sequence[Step], until_s: float, stretch: float) -> None:
-        """Run these steps at once, none beyond `until_s` on the monotonic clock; then write what has come of them."""
+        """Run these steps at once, none beyond `until_s` on the monotonic clock; then write their results."""
         running: list[_Running] = []
         try:
             for step in group:
@@ -204,16 +205,19 @@ class Reproduction:
 
     def _begin(self, step: Step, left_s: float, stretch: float, running: list["_Running"]) -> None:
         """Start it, with its output in OUT/<name>.log, unless there is not the time, or not what it needs."""
-        row, limit_s = self.rows[step.name], min(step.limit_s * stretch, left_s)
-        if limit_s < step.least_s:
+        row, limit_s = self.rows[step.name], min(step.seconds * stretch, left_s)
+        if limit_s < LEAST_SHARE * step.seconds:
             return
         if step.needs and not (self.out / step.needs).exists():
             row |= {"status": LEFT, "why": f"it needs {step.needs}"}
             return
         try:
-            if step.fresh:
-                _remove(self.out / step.fresh)
-            running.append(_Running(step, self.out / f"{step.name}.log", limit_s))
+            if step.fresh and (self.out / step.fresh).is_dir():
+                shutil.rmtree(self.out / step.fresh)
+            elif step.fresh:
+                (self.out / step.fresh).unlink(missing_ok=True)
+            argv = words(step, self.out, self.request)
+            running.append(_Running(step, argv, self.out / f"{step.name}.log", limit_s))
             row |= {"limit_s": limit_s}
         except OSError as error:
             row |= {"status": FAILED, "why": str(error)}
@@ -222,27 +226,26 @@ class Reproduction:
     def _ended(self, one: "_Running") -> None:
         """Note how it ended, and end what it has left behind."""
         one.signal(signal.SIGKILL)
-        step, code, seconds = one.step, one.process.returncode, one.seconds()
-        row = self.rows[step.name]
+        code, seconds = one.process.returncode, one.seconds()
+        done = code == 0 or (code == 1 and one.step.name in FINDINGS)
+        row = self.rows[one.step.name]
         row |= {"exit_code": code, "seconds": seconds, "why": ""}
-        row["status"] = DONE if code in step.accepts else LATE if one.interrupted else FAILED
-        if row["status"] != DONE:
+        row["status"] = DONE if done else LATE if one.interrupted else FAILED
+        if not done:
             name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
             how = f"exit code {code}" if code >= 0 else f"killed by {name}"
             row["why"] = f"{how}: {reproduce_page.last_line(one.log)}"
-        if step.after:
-            try:
-                step.after(self.out)
-            except OSError as error:
-                self.unwritten = error
-        self.terminal.say(f"{step.name}: {row['status']} after {seconds:.0f} s. {row['why']}".strip())
+        try:
+            tidy(self.out, one.step.name)
+        except OSError as error:
+            self.unwritten = error
+        self.terminal.say(f"{one.step.name}: {row['status']} after {seconds:.0f} s. {row['why']}".strip())
         self._write(pack=False)
 
     def _write(self, pack: bool = True) -> tuple[dict[str, Any], str]:
-        """The record and the page of what there is, and where no step is at work the archive: (record, page's text)."""
-        rows = list(self.rows.values())
+        """Write the record and the page, and where no step is at work the archive: (record, page's text)."""
         document = {"version": VERSION, "settings": self.study.settings}
-        document |= {"environment": self.environment, "steps": rows}
+        document |= {"environment": self.environment, "steps": list(self.rows.values())}
         text = reproduce_page.text(self.out, document)
         try:
             write_json(self.record, document)
@@ -259,19 +262,19 @@ class Reproduction:
 class _Running:
     """A step that has begun: its process, and when it is to end."""
 
-    def __init__(self, step: Step, log: Path, limit_s: float):
+    def __init__(self, step: Step, argv: Sequence[str], log: Path, limit_s: float):
         self.step, self.log, self.interrupted = step, log, False
-        grace_s = min(GRACE_S, limit_s / 4)
         self.begun_s = time.monotonic()
-        self.late_s, self.over_s = self.begun_s + limit_s - grace_s, self.begun_s + limit_s
+        self.over_s = self.begun_s + limit_s
+        self.late_s = self.over_s - min(GRACE_S, limit_s / 4)
         with open(log, "wb") as file:
             self.process = subprocess.Popen(
-                step.words(),
+                argv,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "160", **dict(step.environment)},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "160"},
                 start_new_session=True,  # so that all its processes can be ended, and Ctrl-C comes to us first
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
@@ -301,24 +304,6 @@ def _end_with_parent() -> None:
 
 
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-
-
-def _together(steps: Sequence[Step]) -> list[list[Step]]:
-    """The steps in order, those that run at once in one list."""
-    groups: list[list[Step]] = []
-    for step in steps:
-        if groups and step.together and groups[-1][-1].together:
-            groups[-1].append(step)
-        else:
-            groups.append([step])
-    return groups
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def archive(out: Path, file: Path) -> None:

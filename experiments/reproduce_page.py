@@ -1,4 +1,4 @@
-"""What a reproduction has come to, as one text: the table of its runs, and what else was found.
+"""The results of a reproduction as one text: the table of its runs, and what else was found.
 
 Everything is read from the steps' own files, so that what a step finished before it was ended counts too. A section
 that cannot be read says so, and the others stand.
@@ -6,11 +6,10 @@ that cannot be read says so, and the others stand.
 
 import collections
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from experiments.reproduce_runs import FUSED, Row, runs, summaries
-from profiling.output.files import read_json, read_jsonl
+from experiments.reproduce_runs import FUSED, Row, records, runs, summaries
+from profiling.output.files import read_json
 
 DONE, FAILED, LATE, LEFT, UNAVAILABLE = "done", "failed", "out of time", "left", "unavailable"
 LONGEST = 10_900
@@ -18,29 +17,22 @@ LONGEST = 10_900
 
 
 def text(out: Path, document: Row) -> str:
-    """The table of all that is in `out`; `document` is the record."""
-    steps, lines = document["steps"], []
+    """The results in `out`; `document` is the record."""
+    lines = []
     for section in SECTIONS:
         try:
             lines += section(out, document)
         except Exception as error:  # whatever a damaged file leads to costs its section, not the rest
             lines.append(f"== {section.__name__.strip('_')}: cannot be read ({type(error).__name__}: {error})"[:300])
-    return "\n".join([*lines, *_steps(steps, out)])
+    return "\n".join([*lines, *_steps(document["steps"], out)])
 
 
 def clipped(whole: str) -> str:
     """As much of it as is printed: whole lines, and the last one, which says what is left."""
     if len(whole) <= LONGEST:
         return whole
-    *lines, last = whole.split("\n")
-    note, kept = "... the rest is in reproduce.md", []
-    room = LONGEST - len(note) - len(last) - 2
-    for line in lines:
-        room -= len(line) + 1
-        if room < 0:
-            break
-        kept.append(line)
-    return "\n".join([*kept, note, last])
+    last = "\n... the rest is in reproduce.md\n" + whole.rpartition("\n")[2]
+    return whole[: LONGEST - len(last) + 1].rpartition("\n")[0] + last
 
 
 def markdown(whole: str) -> str:
@@ -50,11 +42,15 @@ def markdown(whole: str) -> str:
 
 
 def last_line(log: Path) -> str:
-    """What it says last, shortened."""
-    with suppress(OSError):
-        lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
-        return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "no word")
-    return "no word"
+    """The last words in it, shortened."""
+    return next((line.strip()[:200] for line in reversed(_lines(log)) if line.strip()), "no word")
+
+
+def _lines(log: Path) -> list[str]:
+    try:
+        return log.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return []
 
 
 def _head(out: Path, document: Row) -> list[str]:
@@ -74,30 +70,33 @@ def _head(out: Path, document: Row) -> list[str]:
         lines.append("SMALL: every training is a short one of the preset laptop: a look at whether it all works")
     if len(commits) > 1:
         lines.append("MIND: the runs are from different commits")
-    return [*lines, *_doctor(out)]
-
-
-def _doctor(out: Path) -> list[str]:
-    path = out / "doctor.log"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    found = [line for line in lines if line.startswith(("missing ", "warning "))]
-    return [f"doctor: {'; '.join(' '.join(line.split())[:110] for line in found[:6])}"] if found else []
+    found = [line for line in _lines(out / "doctor.log") if line.startswith(("missing ", "warning "))]
+    return [*lines, *([f"doctor: {'; '.join(' '.join(line.split())[:110] for line in found[:6])}"] if found else [])]
 
 
 def _check(out: Path, document: Row) -> list[str]:
     """The kernels that were held against float64."""
-    path = out / "check.jsonl"
-    rows = read_jsonl(path) if path.exists() else []
+    rows = records(out / "check.jsonl")
     if not rows:
         return []
-    count = collections.Counter(row["status"] for row in rows)
     bad = [row for row in rows if row["status"] != "right"]
-    said = ", ".join(f"{n} {word}" for word, n in count.most_common())
-    lines = [f"== kernels against float64: {len(rows)} checks of {len({row['op'] for row in rows})} ops, {said}"]
-    lines += [
-        f"  {row['status']}: {row['case']}, {row['batch']} images: {str(row.get('error'))[:140]}" for row in bad[:12]
+    said = ", ".join(f"{n} {word}" for word, n in collections.Counter(row["status"] for row in rows).most_common())
+    return [
+        f"== kernels against float64: {len(rows)} checks of {len({row['op'] for row in rows})} ops, {said}",
+        *(f"  {r['status']}: {r['case']}, {r['batch']} images: {str(r.get('error'))[:140]}" for r in bad[:12]),
+        *([f"  and {len(bad) - 12} more in check.jsonl"] if bad[12:] else []),
     ]
-    return lines + ([f"  and {len(bad) - 12} more in check.jsonl"] if bad[12:] else [])
+
+
+def _report(out: Path, document: Row) -> list[str]:
+    """The account of the profiled run."""
+    path = out / f"{FUSED}-0" / "report.json"
+    if not path.exists():
+        return []
+    report = read_json(path)
+    lacks = [f"  lacks: {reason[:200]}" for reason in [*report.get("doubts", []), *report.get("lacks", [])][:4]]
+    said = [f"  {sentence[:230]}" for sentence in report["sentences"][:5]]
+    return [f"== account of {FUSED}-0: {report['headline']}", *said, *lacks]
 
 
 def _ceilings(out: Path, document: Row) -> list[str]:
@@ -113,62 +112,18 @@ def _ceilings(out: Path, document: Row) -> list[str]:
     ]
 
 
-def _report(out: Path, document: Row) -> list[str]:
-    """The account of the profiled run."""
-    path = out / f"{FUSED}-0" / "report.json"
-    if not path.exists():
-        return []
-    report = read_json(path)
-    lacks = [f"  lacks: {reason[:200]}" for reason in [*report.get("doubts", []), *report.get("lacks", [])][:4]]
-    return [
-        f"== account of {FUSED}-0: {report['headline']}",
-        *(f"  {s[:230]}" for s in report["sentences"][:5]),
-        *lacks,
-    ]
-
-
-def _kernels(out: Path, document: Row) -> list[str]:
-    lines = []
-    for path in sorted(out.glob("*/kernels.json"), reverse=True):
-        found = read_json(path)
-        lacks = f"; NOT TO BE TRUSTED: {'; '.join(found['lacks'])[:200]}" if found["lacks"] else ""
-        timed = found["timed_ms"]
-        filled = "unknown" if timed is None else f"{timed:.3f} ms, filled to {found['sum_ms'] / timed:.0%}"
-        lines.append(
-            f"== longest kernels of {path.parent.name}: {found['sum_ms']:.3f} ms a step in "
-            f"{found['kernels_a_step']:.0f} kernels; timed step {filled}; {found['source']}{lacks}"
-        )
-        for kernel in found["kernels"]:
-            share = kernel["us"] / max(1e3 * found["sum_ms"], 1e-9)
-            lines.append(f"  {kernel['us']:9.1f} us {share:6.1%} x{kernel['calls']:5.1f}  {kernel['name'][:76]}")
-    return lines
-
-
-def _tests(out: Path, document: Row) -> list[str]:
-    path = out / "tests.log"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    failed = [line[:150] for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return [f"== tests: {last_line(path)}", *(f"  {line}" for line in failed[:10])] if lines else []
-
-
 def _logs(out: Path, document: Row) -> list[str]:
-    """The last word of the steps that say it there."""
-    names = [step["name"] for step in document["steps"]]
-    said = [name for name in names if name in ("tiles", "memcheck", "racecheck")]
-    return [f"== {name}: {last_line(out / f'{name}.log')}" for name in said if (out / f"{name}.log").exists()]
-
-
-def _predictions(out: Path, document: Row) -> list[str]:
-    path = out / "predictions-held.json"
-    sentences = read_json(path)["sentences"] if path.exists() else []
-    return [f"== predicted: {sentence[:330]}" for sentence in sentences[:4]]
+    """The last word of the steps that say it there, and the tests that failed."""
+    said = []
+    for log in (out / f"{name}.log" for name in ("tests", "tiles", "memcheck", "racecheck")):
+        failed = [f"  {line[:150]}" for line in _lines(log) if line.startswith(("FAILED", "ERROR"))]
+        said += [f"== {log.stem}: {last_line(log)}", *failed[:10]] if log.exists() else []
+    return said
 
 
 def _bench(out: Path, document: Row) -> list[str]:
-    """How our kernels compare with the best alternative, caches cold."""
-    path = out / "bench.jsonl"
-    rows = read_jsonl(path) if path.exists() else []
-    rows = [row for row in rows if row.get("provider") == "ours" and row.get("mode") == "cold"]
+    """Our kernels beside the best alternative, caches cold."""
+    rows = [r for r in records(out / "bench.jsonl") if (r.get("provider"), r.get("mode")) == ("ours", "cold")]
     if not rows:
         return []
     words = collections.Counter(row["verdict"] for row in rows if row["verdict"])
@@ -194,38 +149,43 @@ def _step_speeds(out: Path, document: Row) -> list[str]:
     return [f"== step modes by batch: {'; '.join(cells)}"] if cells else []
 
 
-SECTIONS: tuple[Callable[[Path, Row], list[str]], ...] = (
-    _head,
-    runs,
-    _check,
-    _report,
-    _ceilings,
-    _tests,
-    _logs,
-    _bench,
-    _step_speeds,
-    _predictions,
-    _kernels,
-)
+def _kernels(out: Path, document: Row) -> list[str]:
+    lines = []
+    for path in sorted(out.glob("*/kernels.json"), reverse=True):
+        found = read_json(path)
+        lacks = f"; NOT TO BE TRUSTED: {'; '.join(found['lacks'])[:200]}" if found["lacks"] else ""
+        timed = found["timed_ms"]
+        filled = "unknown" if timed is None else f"{timed:.3f} ms, filled to {found['sum_ms'] / timed:.0%}"
+        lines.append(
+            f"== longest kernels of {path.parent.name}: {found['sum_ms']:.3f} ms a step in "
+            f"{found['kernels_a_step']:.0f} kernels; timed step {filled}; {found['source']}{lacks}"
+        )
+        for kernel in found["kernels"]:
+            share = kernel["us"] / max(1e3 * found["sum_ms"], 1e-9)
+            lines.append(f"  {kernel['us']:9.1f} us {share:6.1%} x{kernel['calls']:5.1f}  {kernel['name'][:76]}")
+    return lines
+
+
+Section = Callable[[Path, Row], list[str]]
+SECTIONS: list[Section] = [_head, runs, _check, _report, _ceilings, _logs, _bench, _step_speeds, _kernels]
 """The most valuable first: what is printed may end before the last."""
 
 
 def _steps(steps: Sequence[Row], out: Path) -> Iterator[str]:
-    """What was done, what was not and why; and what is left, which is the last line."""
-    of = collections.defaultdict(list)
+    """Done, not done and why, and unavailable; the last line says what is left."""
+    by_status = collections.defaultdict(list)
     for step in steps:
-        of[step["status"]].append(step)
-    took = ", ".join(f"{step['name']} {step['seconds']:.0f}" for step in of[DONE])
+        by_status[step["status"]].append(step)
+    took = ", ".join(f"{step['name']} {step['seconds']:.0f}" for step in by_status[DONE])
     if took:
         yield f"== done, s: {took}"
-    for status in (FAILED, LATE, LEFT):
-        for step in of[status]:
-            if step["why"]:
-                seconds = "" if step["seconds"] is None else f" after {step['seconds']:.0f} s"
-                yield f"== {status}{seconds}: {step['name']}: {step['why'][:220]}"
-    for reason in dict.fromkeys(step["why"] for step in of[UNAVAILABLE]):
-        yield f"== unavailable, {reason}: {_named([s for s in of[UNAVAILABLE] if s['why'] == reason])}"
-    left = [step for status in (FAILED, LATE, LEFT) for step in of[status]]
+    left = [step for status in (FAILED, LATE, LEFT) for step in by_status[status]]
+    for step in left:
+        if step["why"]:
+            seconds = "" if step["seconds"] is None else f" after {step['seconds']:.0f} s"
+            yield f"== {step['status']}{seconds}: {step['name']}: {step['why'][:220]}"
+    for reason in dict.fromkeys(step["why"] for step in by_status[UNAVAILABLE]):
+        yield f"== unavailable, {reason}: {_named([s for s in by_status[UNAVAILABLE] if s['why'] == reason])}"
     yield f"left: {_named(left)}; the same command with --out {out} goes on" if left else "everything is done"
 
 

@@ -16,24 +16,23 @@ Row = dict[str, Any]
 REFERENCE, FUSED = "reference", "fused"
 """The runs to the end are named after these, with a number; the first also stands for the reference's two epochs."""
 LOSS_WITHIN, ACCURACY_WITHIN = 0.10, 0.05
-"""Of the reference's loss, and of its accuracy, after the same few epochs from the same seed: a mode that is further
+"""Distance from the reference's loss and accuracy after the same few epochs from the same seed: a mode that is further
 off computes something else. On an H200 the reference itself, captured, eager and compiled, was 6 % and 2 points apart:
 cuDNN adds in another order each time, and training multiplies the difference."""
-WARM, WARM_UP = "warm-", "warm-up.json"
-"""Runs that only fill the compilers' caches, many at once: whoever reads times is not to find a summary.json there."""
+WARM = "warm-"
+"""Begins the names of runs that only fill the compilers' caches, many at once: their times mean nothing."""
 TEST_IMAGES = 10_000
 
 
 def data_identity(out: Path) -> str | None:
-    """Of the images that the runs in `out` were trained on; None where none has come so far."""
-    found = [*summaries(out).values(), *summaries(out, WARM_UP).values()]
-    return next((identity for s in found if (identity := s.get("data_identity"))), None)
+    """The identity of the images that the runs in `out` were trained on, None where there is no run."""
+    return next((identity for s in summaries(out).values() if (identity := s.get("data_identity"))), None)
 
 
-def summaries(out: Path, name: str = "summary.json") -> dict[str, Row]:
-    """Of each run what its file of that name holds, by the name of its folder, the oldest first."""
+def summaries(out: Path) -> dict[str, Row]:
+    """The summary of each run, by the name of its folder, the oldest first."""
     found = {}
-    for path in sorted(out.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime):
+    for path in sorted(out.glob("*/summary.json"), key=lambda path: path.stat().st_mtime):
         with suppress(OSError, ValueError):
             summary = read_json(path)
             if isinstance(summary, dict):
@@ -42,8 +41,13 @@ def summaries(out: Path, name: str = "summary.json") -> dict[str, Row]:
 
 
 def epochs(run: Path) -> list[Row]:
-    """The rows of its log, none where there is no log."""
-    return read_jsonl(run / "log.jsonl") if (run / "log.jsonl").exists() else []
+    """The rows of its log."""
+    return records(run / "log.jsonl")
+
+
+def records(path: Path) -> list[Row]:
+    """The rows of a file, none where it is missing."""
+    return read_jsonl(path) if path.exists() else []
 
 
 def against(run: Sequence[Row], reference: Sequence[Row]) -> str:
@@ -65,13 +69,13 @@ def against(run: Sequence[Row], reference: Sequence[Row]) -> str:
 
 
 def not_as_asked(summary: Row) -> str:
-    """How the run differs from what was asked for; "" where it does not."""
+    """The differences of a run from what was asked for; "" for none."""
     asked = [(name, summary.get(name), summary.get(f"{name}_requested")) for name in ("ops", "step")]
     return "; ".join(f"RAN {name}={ran}, asked {want}" for name, ran, want in asked if ran != want)
 
 
 def target(identity: str | None, small: bool, reference: Sequence[float], runs: int) -> tuple[float | None, str]:
-    """(The mean accuracy that `runs` runs must reach, why it is that); None where there is nothing to hold it against.
+    """(The mean accuracy that `runs` runs must reach, the reason); None where there is nothing to hold it against.
 
     On the official files it is the article's. Accuracies on other images are their own, and there it is the reference's
     mean in the same folder, less twice the standard error that the test images leave in the difference of the two
@@ -91,27 +95,18 @@ def target(identity: str | None, small: bool, reference: Sequence[float], runs: 
     )
 
 
-COLUMNS = (
-    "run",
-    "ms/step",
-    "images/s",
-    "peak MB",
-    "loss 1",
-    "2",
-    "last",
-    "accuracy",
-    "step/ops",
-    "process s",
-    "verdict",
-)
-WIDTHS = (22, 8, 9, 13, 8, 8, 8, 9, 20, 9)
+COLUMNS = {
+    **{"run": 22, "ms/step": 8, "images/s": 9, "peak MB": 13, "loss 1": 8, "2": 8, "last": 8, "accuracy": 9},
+    **{"step/ops": 20, "process s": 9, "verdict": 0},
+}
+"""Heads and widths of the table."""
 
 
 def runs(out: Path, document: Row) -> list[str]:
     """The table: a line for each run that was begun, whatever became of it."""
     ended, by_name = summaries(out), {step["name"]: step for step in document["steps"]}
     reference = epochs(out / REFERENCE)
-    lines = [_line(COLUMNS)]
+    lines = [_line(list(COLUMNS))]
     for name, step in by_name.items():
         if name.startswith(WARM) or not (out / name / "config.json").exists():
             continue
@@ -124,25 +119,23 @@ def runs(out: Path, document: Row) -> list[str]:
             said.append(against(rows, reference))
         elif summary.get("status") == "complete":
             said.append(f"{len(rows)} epoch{'s' if rows[1:] else ''} in {summary['train_s']:.1f} s")
-        lines.append(_line([*_figures(name, out / name, summary, rows), "; ".join(filter(None, said))]))
+        lines.append(_line([name, *_figures(out / name, summary, rows), "; ".join(filter(None, said))]))
     return [*lines, *_accuracy(out, document, ended)] if lines[1:] else ["no run has begun"]
 
 
-def _figures(name: str, folder: Path, summary: Row, rows: Sequence[Row]) -> list[str]:
+def _figures(folder: Path, summary: Row, rows: Sequence[Row]) -> list[str]:
     def shown(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
     speed = statistics.median([row["images_per_s"] for row in rows[1:] or rows]) if rows else None
     losses = [rows[i]["train_loss"] if len(rows) > i else None for i in (0, 1)]
-    last = rows[-1]["train_loss"] if len(rows) > 2 else None
+    losses.append(rows[-1]["train_loss"] if len(rows) > 2 else None)
     peaks = [summary.get(f"peak_{what}_bytes") for what in ("memory", "reserved")]
-    memory = "/".join(f"{peak / 1e6:,.0f}" for peak in peaks if peak is not None)
     return [
-        name,
         shown(step_ms(folder) if rows else None, ".3f"),
         shown(speed, ",.0f"),
-        memory or "-",
-        *(shown(loss, ".4f") for loss in (*losses, last)),
+        "/".join(f"{peak / 1e6:,.0f}" for peak in peaks if peak is not None) or "-",
+        *(shown(loss, ".4f") for loss in losses),
         shown(rows[-1]["test_accuracy"] if rows else None, ".2%"),
         f"{summary.get('step') or '-'}/{summary.get('ops') or '-'}",
         shown(summary.get("wall_s"), ".1f"),
@@ -150,33 +143,24 @@ def _figures(name: str, folder: Path, summary: Row, rows: Sequence[Row]) -> list
 
 
 def _line(cells: Sequence[str]) -> str:
-    *first, verdict = cells
-    name, *others = first
-    padded = [name.ljust(WIDTHS[0]), *(cell.rjust(width) for cell, width in zip(others, WIDTHS[1:], strict=True))]
-    return " ".join([*padded, verdict]).rstrip()
+    name, *others = (f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True))
+    return " ".join([name.strip().ljust(COLUMNS["run"]), *others]).rstrip()
 
 
 def _accuracy(out: Path, document: Row, ended: dict[str, Row]) -> list[str]:
-    """What the runs to the end reached, beside what counts."""
-    reached = {
-        kind: [
-            s["test_accuracy"]
-            for name, s in ended.items()
-            if re.fullmatch(rf"{kind}-\d+", name) and s.get("status") == "complete"
-        ]
+    """The accuracies of the runs to the end, and the verdict on ours."""
+    complete, lines = {name: s["test_accuracy"] for name, s in ended.items() if s.get("status") == "complete"}, []
+    ours, reference = (
+        [accuracy for name, accuracy in complete.items() if re.fullmatch(rf"{kind}-\d+", name)]
         for kind in (FUSED, REFERENCE)
-    }
-    lines = [f"{kind}: {_spread(values)}" for kind, values in reached.items() if values]
-    ours = reached[FUSED]
+    )
+    for kind, values in ((FUSED, ours), (REFERENCE, reference)):
+        if values:
+            sd = f", standard deviation {100 * statistics.stdev(values):.2f} points" if values[1:] else ""
+            at = f"{sum(value >= TARGET for value in values)} at or above {TARGET:.0%}"
+            lines.append(f"{kind}: n = {len(values)}, mean accuracy {statistics.fmean(values):.2%}{sd}, {at}")
     if ours:
-        identity = data_identity(out)
-        least, why = target(identity, document["settings"]["small"], reached[REFERENCE], len(ours))
+        least, why = target(data_identity(out), document["settings"]["small"], reference, len(ours))
         word = "not judged" if least is None else "REACHED" if statistics.fmean(ours) >= least else "BELOW"
         lines.append(f"accuracy of {FUSED}: {word}; what counts is {why}")
     return lines
-
-
-def _spread(values: Sequence[float]) -> str:
-    sd = f", standard deviation {100 * statistics.stdev(values):.2f} points" if len(values) > 1 else ""
-    at = sum(value >= TARGET for value in values)
-    return f"n = {len(values)}, mean accuracy {statistics.fmean(values):.2%}{sd}, {at} at or above {TARGET:.0%}"

@@ -1,8 +1,8 @@
-"""A rung of the ladder in a process of its own that waits for its turn: what breaks one leaves the others alone.
+"""A rung of the ladder in a process of its own that waits for its turn: a rung that breaks leaves the others alone.
 
-A process starts once, sets its rung up once, and then sleeps on a pipe between its turns, so that a turn costs no start
-and the others' turns are not disturbed. It ends when the ladder's process closes the pipe or is no more. Each answer is
-awaited for a limited time.
+A process starts once, sets its rung up once, and sleeps on a pipe between its turns, so that a turn costs no start and
+disturbs no other rung. It ends when the ladder's process closes the pipe or ends. Each answer is awaited for a limited
+time.
 """
 
 import multiprocessing
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 START_S = 300.0
 """For a process to start and import; many do at once."""
 SET_UP_S = {"cuda": 300.0, "cpu": 4 * 3600.0}
-"""For kernels to be compiled and an epoch of training; on a CPU the article's network takes most of an hour for it."""
+"""For compilation and an epoch of training; on a CPU the article's network takes most of an hour for it."""
 TURN_S, TURN_EPOCHS = 60.0, 10
 """A turn may take TURN_EPOCHS times the epoch that is not counted, and TURN_S on top."""
 END_S = 5.0
@@ -46,7 +46,7 @@ class RungFailedError(Exception):
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a rung's process is to do: train `config` on `device` with the images in the file `data`."""
+    """The work of a rung's process: train `config` on `device` with the images in the file `data`."""
 
     name: str
     config: Config
@@ -56,7 +56,7 @@ class Assignment:
 
 
 class TimedRung:
-    """A rung ready to be timed, warmed up by an epoch. `facts` are what its row says of its set-up.
+    """A rung ready to be timed, warmed up by an epoch. `facts` of its set-up are for its row.
 
     Raises DeviceError where the rung cannot run on the device as it would train there.
     """
@@ -86,7 +86,10 @@ class TimedRung:
         loader = getattr(self.trainer.batches, "loader", None)
         self.epoch = 0
         uncounted = self.turn()
-        self._leave_memory()
+        if device.type == "cuda" and self.trainer.step_mode == "captured":
+            import torch
+
+            torch.cuda.empty_cache()  # the rehearsals' memory: the processes of all rungs share the device
         self.facts = {
             "config": config.to_json(),
             "dtype": dtype_name(dtype),
@@ -118,13 +121,6 @@ class TimedRung:
 
             torch.cuda.synchronize(self.device)
 
-    def _leave_memory(self) -> None:
-        """Give back what the rehearsals of a captured step needed: the processes of all rungs share the device."""
-        if self.device.type == "cuda" and self.trainer.step_mode == "captured":
-            import torch
-
-            torch.cuda.empty_cache()
-
     def turn(self) -> dict[str, float]:
         """Seconds of an epoch's training, and of its validation."""
         train_s = self._seconds(lambda: list(self.trainer.train(self.epoch)))
@@ -134,7 +130,7 @@ class TimedRung:
         return {"train_s": train_s, "eval_s": eval_s}
 
     def _only_batches(self) -> None:
-        """An epoch's batches made and left, without training."""
+        """Make an epoch's batches, without training."""
         for batch in self.trainer.batches.epoch(self.epoch):
             self.trainer.batches.load(*batch)
 
@@ -147,7 +143,7 @@ class TimedRung:
 
 
 def serve(connection: "Connection", assignment: Assignment) -> None:
-    """The rung's process: answers "set-up" and "turn" until nobody asks any more, or something fails.
+    """Answer "set-up" and "turn", in the rung's process, until the ladder hangs up or something fails.
 
     Answers are ("done", JSON values), ("refused", why), ("failed", why); ("say", text) may come before one.
     """
@@ -172,7 +168,9 @@ def serve(connection: "Connection", assignment: Assignment) -> None:
             asked = connection.recv()
             try:
                 if asked == "set-up":
-                    stand = TimedRung(assignment.config, _read(assignment.data), device, lambda t: _tell(connection, t))
+                    stand = TimedRung(
+                        assignment.config, _read(assignment.data), device, lambda text: connection.send(("say", text))
+                    )
                     answer = "done", stand.facts
                 else:
                     answer = "done", stand.turn()
@@ -184,12 +182,8 @@ def serve(connection: "Connection", assignment: Assignment) -> None:
                 answer = "failed", f"{type(error).__name__}: {reason}"
 
 
-def _tell(connection: "Connection", text: str) -> None:
-    connection.send(("say", text))
-
-
 class Worker:
-    """A rung's process, as the ladder sees it."""
+    """A rung's process, seen from the ladder's."""
 
     def __init__(self, assignment: Assignment, say: Callable[[str], Any], target: Callable[..., None] = serve):
         context = multiprocessing.get_context("spawn")  # a fork would share the ladder's CUDA context and its threads
@@ -224,15 +218,10 @@ class Worker:
                 return value
             self.end()
             if kind == "ended":
-                raise RungFailedError(f"its process ended by {self._how()}")
+                code = self._process.exitcode
+                name = next((known.name for known in signal.Signals if known == -code), f"exit code {code}")
+                raise RungFailedError(f"its process ended by {name}")
             raise (RungRefusedError if kind == "refused" else RungFailedError)(value)
-
-    def _how(self) -> str:
-        code = self._process.exitcode
-        if code is not None and code < 0:
-            with suppress(ValueError):
-                return signal.Signals(-code).name
-        return f"exit code {code}"
 
     def hang_up(self) -> None:
         """Let the process end by itself, when its present turn is over."""
@@ -248,7 +237,7 @@ class Worker:
 
 
 class Company:
-    """The processes of several rungs, started together; in its context they wait, and behind it they have ended."""
+    """The processes of several rungs; in its context they wait for their turns, and behind it they have ended."""
 
     def __init__(self, dataset: "Dataset", say: Callable[[str], Any], target: Callable[..., None] = serve):
         self.dataset, self.say, self.target = dataset, say, target
@@ -261,7 +250,7 @@ class Company:
         return self
 
     def start(self, assignment: Assignment) -> None:
-        """Start a rung's process; whether it has started is seen from its first answer."""
+        """Start a rung's process; its first answer shows whether it has started."""
         self.workers[assignment.name] = Worker(assignment, self.say, self.target)
 
     def __exit__(self, *_: object) -> None:
@@ -277,7 +266,7 @@ _TENSORS = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def _write(dataset: "Dataset", path: Path) -> None:
-    """The images that every rung reads: they are loaded, and cut, once."""
+    """Write the images that every rung reads: they are loaded, and cut, once."""
     from safetensors.torch import save_file
 
     tensors = {name: getattr(dataset, name).contiguous() for name in _TENSORS}

@@ -1,8 +1,9 @@
 """The training steps that `experiments.steps` times: those of `train.py`, and of the loop that a user would write."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -68,30 +69,23 @@ def plain(config: Config, device: torch.device) -> Iterator[int]:
         yield batch
 
 
-def prepare(config: Config, dataset: Dataset, device: torch.device) -> tuple[Trainer, str | None]:
-    """A trainer that is warmed up, and why it does not run its steps as `config.step` asks, if so."""
-    dtype = choose_dtype(config.dtype, device, config.ops)
-    batches = Batches(dataset.train_images, dataset.train_labels, config, device, dtype)
-    trainer = Trainer(batches, dataset, Ranks())
-    return trainer, trainer.warm_up()
-
-
-def endless(trainer: Trainer) -> Iterator[int]:
-    """Training that goes on after the last epoch, at its last learning rate."""
-    trainer.network.train()
-    return itertools.chain.from_iterable(trainer.train(epoch) for epoch in itertools.count())
-
-
 def start(mode: str, config: Config, dataset: Dataset, device: torch.device) -> tuple[Iterator[int] | None, str | None]:
-    """(the steps of `mode`, warmed up, or None; the reason why it cannot run here, if so)."""
-    if mode != PLAIN:
-        trainer, reason = prepare(dataclasses.replace(config, step=mode), dataset, device)
-        return endless(trainer), reason
-    if config.network != "resnet":
-        return None, f"the plain loop has the article's network only, not network={config.network}"
-    stream = plain(config, device)
-    next(stream)
-    return stream, None
+    """(the steps of `mode`, warmed up, or None; the reason why it cannot run here, if so).
+
+    Training goes on after its last epoch, at its last learning rate.
+    """
+    if mode == PLAIN:
+        if config.network != "resnet":
+            return None, f"the plain loop has the article's network only, not network={config.network}"
+        stream = plain(config, device)
+        next(stream)
+        return stream, None
+    config = dataclasses.replace(config, step=mode)
+    dtype = choose_dtype(config.dtype, device, config.ops)
+    trainer = Trainer(Batches(dataset.train_images, dataset.train_labels, config, device, dtype), dataset, Ranks())
+    reason = trainer.warm_up()
+    trainer.network.train()
+    return itertools.chain.from_iterable(trainer.train(epoch) for epoch in itertools.count()), reason
 
 
 def measure(
@@ -102,10 +96,9 @@ def measure(
     usable = len(dataset.train_images) // batch * batch  # every step is a whole batch
     if not usable:
         raise RunError(f"batch {batch} is more than the {len(dataset.train_images)} images")
-    dataset = dataclasses.replace(
-        dataset, train_images=dataset.train_images[:usable], train_labels=dataset.train_labels[:usable]
-    )
-    rows, streams, runs = [], {}, {}
+    images, labels = dataset.train_images[:usable], dataset.train_labels[:usable]
+    dataset = dataclasses.replace(dataset, train_images=images, train_labels=labels)
+    rows, streams = [], {}
     for mode in modes:
         try:
             stream, reason = start(mode, config, dataset, device)
@@ -115,12 +108,12 @@ def measure(
         rows.append({"batch": batch, "step": mode, "ops": config.ops, "reason": reason})
         if reason is None:
             streams[mode] = stream
-            runs[mode] = run_of(streams[mode], steps, device)
+    runs = {mode: functools.partial(_run, stream, steps, device) for mode, stream in streams.items()}
     taken = interleave(runs, CpuTimer().for_mode("hot"), plan)
-    baseline = next(iter(runs), None)
+    baseline = next(iter(streams), None)
     for row in rows:
         mode = row["step"]
-        if row["reason"] is None:
+        if mode in streams:
             wall = summarise(taken[mode].us)
             images = 1e6 * batch * steps
             row |= {"images_per_s": images / wall.median, "low": images / wall.high, "high": images / wall.low}
@@ -129,24 +122,19 @@ def measure(
     return rows
 
 
+def _run(stream: Iterator[int], steps: int, device: torch.device) -> None:
+    """Run `steps` steps and synchronise."""
+    for _ in range(steps):
+        next(stream)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def as_many_as_cifar10(dataset: Dataset) -> Dataset:
     """The training images again and again, so that an epoch begins as seldom as it does with 50,000."""
     again = torch.arange(50_000) % len(dataset.train_images)
-    return dataclasses.replace(
-        dataset, train_images=dataset.train_images[again], train_labels=dataset.train_labels[again]
-    )
-
-
-def run_of(stream: Iterator[int], steps: int, device: torch.device) -> Callable[[], None]:
-    """So many steps, and the wait for the device to have done them."""
-
-    def run() -> None:
-        for _ in range(steps):
-            next(stream)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return run
+    images, labels = dataset.train_images[again], dataset.train_labels[again]
+    return dataclasses.replace(dataset, train_images=images, train_labels=labels)
 
 
 def idle_share(stream: Iterator[int], wall_us: float, device: torch.device) -> float | None:

@@ -39,7 +39,7 @@ Row = dict[str, Any]
 BATCHES = (128, 512, 2048)
 PLAIN = "plain"
 MODES = ("eager", "compiled", "captured", PLAIN)
-"""How train.py launches a step, and the loop that a user would write."""
+"""The launches of train.py, and the loop that a user would write."""
 VARIED = {"batch_size": "--batch", "step": "--mode"}
 """Settings, and the options that list their values."""
 PLAN = Plan(min_samples=10, max_samples=200, relative_error=0.005, seconds=10.0)
@@ -76,7 +76,8 @@ def run(
     peak_memory_bytes  of this process; all modes' together
     """
     if apart:
-        return _apart(request, terminal, trained, batches, modes, steps, quick)
+        words = [*(["--preset", trained] if trained else []), "--steps", str(steps), *(["--quick"] if quick else [])]
+        return _apart(request, terminal, words, batches, modes)
     from experiments import step_speeds
     from model.data.cifar10 import load
     from model.memory import keep_freed_memory
@@ -101,35 +102,28 @@ def run(
         changed = dataclasses.replace(config, batch_size=batch)
         rows += step_speeds.measure(changed, dataset, device, tuple(modes), steps, QUICK if quick else PLAN)
         document = _write(request.out, {"environment": machine, "rows": rows, "peak_memory_bytes": _peak_memory()})
-    title = f"{config.preset}, ops={config.ops}, on {device}; images/s, median with its 95 % interval"
-    columns = ["batch", "step", "images/s", "against the first", "idle share of the device"]
-    terminal.table(title, columns, [cells(row) for row in rows])
+    terminal.table(
+        f"{config.preset}, ops={config.ops}, on {device}; images/s, median with its 95 % interval",
+        ["batch", "step", "images/s", "against the first", "idle share of the device"],
+        [cells(row) for row in rows],
+    )
     return document
 
 
 def _apart(
-    request: Request,
-    terminal: "Terminal",
-    trained: str | None,
-    batches: Sequence[int],
-    modes: Sequence[str],
-    steps: int,
-    quick: bool,
+    request: Request, terminal: "Terminal", words: list[str], batches: Sequence[int], modes: Sequence[str]
 ) -> dict[str, Any]:
-    """Each mode twice, A B B A, each time in a process of its own."""
+    """Each mode twice, A B B A, each time in a process of its own with these words of the command."""
     rows: list[Row] = []
-    document = {"rows": rows}
-    words = ["--preset", trained] if trained else []
     words += [word for setting in request.settings for word in ("--set", setting)]
     words += ["--data-dir", str(request.data_dir)] if request.data_dir else []
-    words += ["--steps", str(steps), *(["--quick"] if quick else [])]
     for batch in batches:
         for mode in [*modes, *reversed(modes)]:
             found = measure_apart([*words, "--batch", str(batch), "--mode", mode])
             rows.append({**found["rows"][0], "peak_memory_bytes": found["peak_memory_bytes"]})
             document = _write(request.out, {"environment": found["environment"], "rows": rows})
     terminal.table(
-        f"{trained or 'the preset'}: each turn in a process of its own",
+        f"{' '.join(words)}: each turn in a process of its own",
         ["batch", "step", "images/s, each turn", "peak memory", f"speed against {modes[0]}, each turn"],
         [_turns(rows, batch, mode, modes[0]) for batch in batches for mode in modes],
     )
@@ -148,8 +142,7 @@ def measure_apart(words: Sequence[str]) -> dict[str, Any]:
 
 def _turns(rows: Sequence[Row], batch: int, mode: str, first: str) -> list[str]:
     """A row of the table of --apart."""
-    of = {one: [row for row in rows if (row["batch"], row["step"]) == (batch, one)] for one in (mode, first)}
-    mine, base = of[mode], of[first]
+    mine, base = ([row for row in rows if (row["batch"], row["step"]) == (batch, one)] for one in (mode, first))
     peak = f"{max(row['peak_memory_bytes'] for row in mine) / 1e6:,.0f} MB"
     reason = next((row["reason"] for row in mine if row["reason"]), None)
     if reason:

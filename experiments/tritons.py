@@ -1,4 +1,4 @@
-"""Which Triton makes sound code of the kernels: each torch pins one on a GPU machine, and compilers differ.
+"""Machine code of the kernels by other versions of Triton: each torch pins one on a GPU machine, and compilers differ.
 
     python -m experiments tritons 3.6.0 3.7.1 3.8.0 3.9.0    # from the package index, into results/tritons/
     python -m experiments tritons FOLDER                     # one that pip install --no-deps --target FOLDER has made
@@ -30,16 +30,19 @@ from model.config import Config
 from model.errors import RunError, UsageError
 from model.presets import preset
 from profiling import ROOT
+from profiling.bench import ahead_of_time
+from profiling.device.specifications import LIMITS, MATRIX_INSTRUCTION
 from profiling.output.files import append_jsonl, read_jsonl, write_text
 
 if TYPE_CHECKING:
     from model.interrupts import Interrupts
+    from profiling.account.work import Work
     from profiling.bench.ahead_of_time import Build, Facts
     from profiling.output.terminal import Terminal
 
 OUT = ROOT / "results" / "tritons"
 IMAGES = 4
-"""Of the steps that are recorded: the code does not depend on how many there are."""
+"""Images of a recorded step: the code does not depend on their number."""
 TOGETHER = 48
 """Kernels that are compiled between two looks at the disk: some two minutes of a core."""
 PROBE_LIMIT_S = 900
@@ -116,7 +119,7 @@ def run(
 
 
 def fingerprint() -> str:
-    """Of all that decides what a kernel compiles to and what is said of it. What is launched is in the rows' keys."""
+    """A hash of all that decides a kernel's machine code and its row. What is launched is in the rows' keys."""
     files = [*(ROOT / "kernels").glob("*.py"), Path(__file__), ROOT / "profiling" / "device" / "specifications.py"]
     files += [ROOT / "profiling" / "bench" / f"{name}.py" for name in ("ahead_of_time", "machine_code")]
     digest = hashlib.sha256()
@@ -126,38 +129,48 @@ def fingerprint() -> str:
 
 
 def code(source: str) -> str:
-    """What Python reads in a module's source: the tree without comments, layout, and strings that stand alone, as
-    docstrings do. Words may change, then; empty fields are left out, since Python's versions differ in them."""
-
-    def tree(node: Any) -> Any:
-        if isinstance(node, ast.AST):
-            fields = [(name, tree(value)) for name, value in ast.iter_fields(node) if value is not None and value != []]
-            return type(node).__name__, fields
-        return [tree(one) for one in node if not _stands_alone(one)] if isinstance(node, list) else node
-
-    return repr(tree(ast.parse(source)))
+    """A module's source without comments, layout, and strings that stand alone, as docstrings do: words may change."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [one for one in node.body if not isinstance(one, ast.Expr) or not _is_text(one.value)]
+    return ast.unparse(tree)
 
 
-def _stands_alone(node: ast.AST) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 def recorded(arch: int) -> list[Named]:
     """Every different kernel that a training step and an evaluation of each network launch on `arch`."""
-    from experiments.expected import fused_step
-    from profiling.bench.ahead_of_time import launches
     from profiling.bench.kernel_facts import Gpu
-    from profiling.device.specifications import H100
 
     gpu, kernels = Gpu(f"sm_{arch}", (arch // 10, arch % 10)), []
     for name in ("fused", "resnet9"):
         config = preset(name).with_settings(["ops=fused", "conv=ours", "cutout=8", f"batch_size={IMAGES}"])
-        step = fused_step(config, H100._replace(name=gpu.name, capability=gpu.capability))
-        kernels += [Named(op.op, op.layer, one) for op in step for one in op.builds]
-        with launches(gpu) as builds:
+        with ahead_of_time.launches(gpu) as builds:
+            kernels += _of_a_step(config, builds)
+        with ahead_of_time.launches(gpu) as builds:
             _evaluate(config)
         kernels += [Named(f"evaluation of {name}", "", one) for one in builds]
     return list({one.build.key(): one for one in reversed(kernels)}.values())[::-1]
+
+
+def _of_a_step(config: Config, builds: "list[Build]") -> list[Named]:
+    """The kernels of a training step, each with its op; `builds` is the list in which launches are recorded."""
+    import torch
+
+    from model.trainer import modelled_step
+    from profiling.account.work import work_of
+
+    kernels: list[Named] = []
+
+    def on_op(rows: "list[Work]") -> None:
+        kernels.extend(Named(rows[0].family, rows[0].layer, one) for one in builds[len(kernels) :])
+
+    *_, update = work_of(*modelled_step(config, torch.float16, "cpu"), on_op)
+    on_op([update])
+    return kernels
 
 
 def _evaluate(config: Config) -> None:
@@ -173,7 +186,7 @@ def _evaluate(config: Config) -> None:
 def _one(
     word: str, folder: Path, wanted: dict[int, list[Named]], sources: str, out: Path, terminal: "Terminal"
 ) -> None:
-    """All rows of one Triton that are not there yet."""
+    """Make the rows of one Triton that are not there yet, and drop those of kernels that are launched no more."""
     place = Path(word)
     if VERSION.fullmatch(word):
         terminal.say(f"triton {word}: installing")
@@ -184,14 +197,13 @@ def _one(
     path = out / f"{own.version}.jsonl"
     keys = {arch: {_key(one.build) for one in kernels} for arch, kernels in wanted.items()}
     rows = known(path, header) or [header | {"date": datetime.datetime.now(datetime.UTC).date().isoformat()}]
-    # Of what is launched no more nothing is kept.
     rows = [row for row in rows if row["kind"] != "kernel" or row["key"] in keys.get(row["arch"], (row["key"],))]
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     done = {row["key"] for row in rows if row["kind"] == "kernel"}
     for arch, kernels in wanted.items():
         left, start_s = [one for one in kernels if _key(one.build) not in done], time.monotonic()
         for i in range(0, len(left), TOGETHER):
-            for row in _compiled(left[i : i + TOGETHER], own):
+            for row in compiled(left[i : i + TOGETHER], own):
                 append_jsonl(path, row)
         faulty = sum(bool(row["faults"]) for row in read_jsonl(path) if row.get("arch") == arch)
         seconds = f" in {time.monotonic() - start_s:.0f} s" if left else ", as they were"
@@ -235,45 +247,39 @@ def environment(place: Path, scratch: Path) -> Environment:
     return Environment(about["version"], ptxas, variables)
 
 
-def _compiled(kernels: list[Named], own: Environment) -> list[dict[str, Any]]:
-    from profiling.bench.ahead_of_time import compile_all
+def compiled(kernels: list[Named], own: Environment) -> list[dict[str, Any]]:
+    """The rows of these kernels. Raises RunError where a compiling process fails.
 
+    `loop` are the instructions of the main loop, `matrix` those of them that multiply; `faults` are of FAULTS.
+    """
     try:
-        facts = compile_all([one.build for one in kernels], own.variables)
+        results = ahead_of_time.compile_all([one.build for one in kernels], own.variables)
     except (RuntimeError, ValueError, TypeError) as error:
         raise RunError(f"triton {own.version}: {str(error).strip().splitlines()[-1]}") from None
-    return [row(one, fact) for one, fact in zip(kernels, facts, strict=True)]
+    rows = []
+    for (op, layer, build), facts in zip(kernels, results, strict=True):
+        about = {"op": op, "layer": layer, "kernel": build.kernel, "arch": facts.arch, "tile": tile(build)}
+        counted = ("registers", "spill_bytes", "local_bytes", "shared_bytes", "overwritten", "notes")
+        # The first loop that multiplies, however little.
+        bodies = ((body, _matrices(body, facts.arch)) for body in facts.loops)
+        loop, matrix = next(((sum(body.values()), n) for body, n in bodies if n), (0, 0))
+        error = (facts.error.strip().splitlines() or [""])[-1][:200]
+        row = {"kind": "kernel", "key": _key(build), **about, **{name: getattr(facts, name) for name in counted}}
+        row |= {"blocks_per_sm": facts.blocks_per_sm(), "loop": loop, "matrix": matrix}
+        rows.append({**row, "error": error, "faults": faults(build, facts)})
+    return rows
+
+
+def _matrices(body: dict[str, int], arch: int) -> int:
+    return sum(n for name, n in body.items() if name.startswith(MATRIX_INSTRUCTION[arch]))
 
 
 def _key(build: "Build") -> str:
     return hashlib.sha256(build.key().encode()).hexdigest()[:12]
 
 
-def row(one: Named, facts: "Facts") -> dict[str, Any]:
-    """The record of a kernel. `loop` are the instructions of its main loop, `matrix` those that multiply among them;
-    `faults` names what `tritons_table.FAULTS` asks and it lacks."""
-    from profiling.bench.ahead_of_time import MATRIX_INSTRUCTION
-
-    def matrices(body: dict[str, int]) -> int:
-        return sum(n for name, n in body.items() if name.startswith(MATRIX_INSTRUCTION[facts.arch]))
-
-    loop = next(filter(matrices, facts.loops), {})
-    error = (facts.error.strip().splitlines() or [""])[-1][:200]
-    return {
-        "kind": "kernel",
-        "key": _key(one.build),
-        **{"op": one.op, "layer": one.layer, "kernel": one.build.kernel, "arch": facts.arch, "tile": tile(one.build)},
-        **{"registers": facts.registers, "spill_bytes": facts.spill_bytes, "local_bytes": facts.local_bytes},
-        **{"shared_bytes": facts.shared_bytes, "blocks_per_sm": facts.blocks_per_sm()},
-        **{"loop": sum(loop.values()), "matrix": matrices(loop), "overwritten": facts.overwritten},
-        **{"notes": facts.notes, "error": error, "faults": faults(one.build, facts)},
-    }
-
-
 def faults(build: "Build", facts: "Facts") -> list[str]:
-    """Which of `tritons_table.FAULTS` the machine code of a kernel has."""
-    from profiling.bench.ahead_of_time import LIMITS, MATRIX_INSTRUCTION
-
+    """The faults of a kernel's machine code, by their names in `tritons_table.FAULTS`."""
     if facts.error:
         return ["error"]
     multiplies = "BLOCK_K" in build.constexprs
@@ -290,7 +296,7 @@ def faults(build: "Build", facts: "Facts") -> list[str]:
 
 
 def tile(build: "Build") -> str:
-    """As in "128x64x64 4 warps 3 stages H=32 ...": of what decides its code all that is no operand."""
+    """As in "128x64x64 4 warps 3 stages H=32 ...": all that decides its code but the operands."""
     blocks = [name for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in build.constexprs]
     words = ["x".join(str(build.constexprs[name]) for name in blocks)] if blocks else []
     words += [f"{build.options[name]} {name[4:]}" for name in ("num_warps", "num_stages") if name in build.options]
@@ -299,7 +305,7 @@ def tile(build: "Build") -> str:
 
 
 def interpreted(own: Environment) -> str | None:
-    """What is wrong with a step of a tiny network in this Triton's interpreter, None if nothing."""
+    """The fault of a step of a tiny network in this Triton's interpreter, None for none."""
     settings = ["widths=16,16,16,16", "conv=ours", "device=cpu", "dtype=float32", "batch_size=2", "cutout=8"]
     asked = json.dumps(preset("fused").with_settings(settings).to_json())
     command = [sys.executable, "-m", "model.probe"]

@@ -25,7 +25,7 @@ FAULTS = {
     "TMA": "no TMA",
     "overwritten": "operands overwritten",
 }
-"""What is asked of a kernel's machine code, and in words."""
+"""Faults of machine code, and their words in the table."""
 
 
 def known(path: Path, header: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,17 +1,19 @@
+"""The cost of the collection: the turns, the two ratios, and a sampler that does not do its part."""
+
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from experiments import collection_overhead
-from experiments.collection_overhead import measure, overhead
+from experiments.__main__ import app
+from experiments.collection_overhead import measure, overhead, sampling
 from experiments.study.folder import Request
-from profiling import ROOT
+from model.interrupts import Interrupts
 from profiling.output.terminal import Terminal
 from profiling.run import telemetry
 from profiling.run.clock import StepClock
@@ -19,57 +21,69 @@ from profiling.run.clock import StepClock
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.setattr(collection_overhead, "BATCH", 4)
-    monkeypatch.setattr(collection_overhead, "WIDTHS", (8, 8, 8, 8))
+class Trainer:
+    """Epochs of three steps that do nothing, each behind a look around."""
+
+    def __init__(self, look=lambda: None):
+        self.look = look
+
+    def train(self, epoch):
+        self.look()
+        yield from range(3)
+
+    def check_finite(self):
+        pass
 
 
-def test_the_ratios_are_of_each_turn():
+def test_ratios_are_of_each_turn():
     found = overhead([11.0, 22.0, 44.0], [10.0, 20.0, 40.0], [10.0, 20.0, 44.0])
-    assert found.cost.median == pytest.approx(1.1)
-    assert found.same.median == pytest.approx(1.0)
+    assert (found.cost.median, found.same.median) == (pytest.approx(1.1), pytest.approx(1.0))
 
 
 @pytest.mark.parametrize(
-    ("with_us", "inside"),
-    [([101.0] * 9, True), ([97.0] * 9, False), ([105.0] * 9, False)],
-    ids=["within", "faster", "slower"],
+    ("with_us", "inside", "sentence"),
+    [
+        (101.0, True, "costs +1.00%, inside the interval"),
+        (97.0, False, "costs -3.00%, outside the interval"),
+        (110.0, False, "costs +10.00%, outside the interval"),
+    ],
 )
-def test_a_cost_is_inside_where_no_difference_looks_like_it(with_us, inside):
-    found = overhead(with_us, [100.0] * 9, [98.0, 100.0, 102.0] * 3)
-    assert (found.same.low, found.same.high) == (0.98, 1.02)
-    assert found.inside is inside
+def test_cost_is_inside_where_no_difference_looks_like_it(monkeypatch, capsys, with_us, inside, sentence):
+    found = overhead([with_us] * 9, [100.0] * 9, [98.0, 100.0, 102.0] * 3)
+    assert (found.same.low, found.same.high, found.inside) == (0.98, 1.02, inside)
+    monkeypatch.setattr(collection_overhead, "measure", lambda pairs, steps, device: (found, "nothing"))
+    collection_overhead.run(Request(), Terminal(), None)
+    out = capsys.readouterr().out
+    assert sentence in out
+    assert "0.9800 to 1.0200" in out
 
 
-def test_the_turns_train_alike_but_for_the_collection(monkeypatch):
+def test_turns_train_alike_but_for_the_collection(monkeypatch):
     """Which trainings had a clock, and whether the sampler sampled meanwhile, in the order of the turns."""
-    recorders, seen, clocks, start = [], [], [], collection_overhead.sampling
+    recorders, seen, clocks = [], [], []
 
-    def sampling(*arguments):
-        recorder, sampled = start(*arguments)
-        recorders.append(recorder)
-        return recorder, sampled
+    def start(device, path):
+        recorders.append(sampling(device, path)[0])
+        found = telemetry.read(path)
+        assert (found.period_ms, found.samples[0].power_w) == (25.0, None)
+        return recorders[0], "nothing"
 
     def state() -> str:
         return Path(f"/proc/{recorders[0].process.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
-    class Trainer:
-        def train(self, epoch):
-            time.sleep(0.05)  # for the signal to arrive
-            seen.append("held" if state() == "T" else "sampling")
-            yield from range(3)
-
-        def check_finite(self):
-            pass
+    def look() -> None:
+        time.sleep(0.05)  # for the signal to arrive
+        seen.append("held" if state() == "T" else "sampling")
 
     class Clock(StepClock):
         def __init__(self, device, steps):
             super().__init__(device, steps)
             clocks.append(self)
 
-    monkeypatch.setattr(collection_overhead, "sampling", sampling)
-    monkeypatch.setattr(collection_overhead, "small_trainer", lambda steps, device: Trainer())
+    monkeypatch.setattr(telemetry, "STOP_S", 60.0)
+    monkeypatch.setattr(collection_overhead, "READY_S", 60.0)
+    monkeypatch.setattr(collection_overhead, "sampling", start)
+    monkeypatch.setattr(collection_overhead, "small_trainer", lambda steps, device: Trainer(look))
     monkeypatch.setattr(collection_overhead, "StepClock", Clock)
     measure(3, 3, CPU)
     turn = ["sampling", "held", "held"]
@@ -78,53 +92,25 @@ def test_the_turns_train_alike_but_for_the_collection(monkeypatch):
     assert recorders[0].process.returncode == 0
 
 
-def test_a_sampler_that_does_not_last_is_no_measurement(monkeypatch):
-    def sampling(device, path):
-        return telemetry.Recorder(telemetry.launch([sys.executable, "-c", ""])), "nothing"
-
-    monkeypatch.setattr(collection_overhead, "sampling", sampling)
-    with pytest.raises(RuntimeError, match="ended by itself"):
-        measure(3, 8, CPU)
-
-
-def test_a_sampler_that_never_samples_is_an_error(monkeypatch, tmp_path):
-    launch = telemetry.launch
-    monkeypatch.setattr(telemetry, "launch", lambda command: launch([sys.executable, "-c", ""]))
+def test_sampler_that_ends_by_itself_is_an_error(monkeypatch, tmp_path):
+    """Whether it leaves no sample at all, or does not last."""
+    ended = telemetry.launch([sys.executable, "-S", "-c", ""])
+    ended.wait()
+    monkeypatch.setattr(telemetry, "launch", lambda command: ended)
     with pytest.raises(RuntimeError, match="left no sample"):
-        collection_overhead.sampling(CPU, tmp_path / "telemetry.jsonl")
+        sampling(CPU, tmp_path / "telemetry.jsonl")
+    monkeypatch.setattr(collection_overhead, "sampling", lambda *_: (telemetry.Recorder(ended), "nothing"))
+    monkeypatch.setattr(collection_overhead, "small_trainer", lambda steps, device: Trainer())
+    with pytest.raises(RuntimeError, match="ended by itself"):
+        measure(3, 3, CPU)
 
 
-def test_without_nvml_the_process_samples_nothing_at_the_same_period(tmp_path):
-    recorder, sampled = collection_overhead.sampling(CPU, tmp_path / "telemetry.jsonl")
-    recorder.stop()
-    found = telemetry.read(tmp_path / "telemetry.jsonl")
-    assert "no NVML" in sampled
-    assert found.period_ms == 25.0
-    assert found.samples[0].power_w is None
-    assert recorder.process.returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("with_us", "sentence"),
-    [(101.0, "costs +1.00%, inside the interval"), (110.0, "costs +10.00%, outside the interval")],
-)
-def test_the_sentence(monkeypatch, capsys, with_us, sentence):
-    found = overhead([with_us] * 9, [100.0] * 9, [98.0, 100.0, 102.0] * 3)
-    monkeypatch.setattr(collection_overhead, "measure", lambda pairs, steps, device: (found, "nothing"))
-    collection_overhead.run(Request(), Terminal(), None)
-    out = capsys.readouterr().out
-    assert sentence in out
-    assert "0.9800 to 1.0200" in out
-
-
-def test_the_command():
-    code = (
-        "import sys; from experiments import collection_overhead as c; c.BATCH, c.WIDTHS = 4, (8, 8, 8, 8);"
-        "from experiments.__main__ import app; app(['collection-overhead', '--pairs', '3', '--steps', '2', '--json'])"
-    )
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    pipes = {"capture_output": True, "text": True, "check": True}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, **pipes)
+def test_command(monkeypatch):
+    monkeypatch.setattr(collection_overhead, "BATCH", 4)
+    monkeypatch.setattr(collection_overhead, "WIDTHS", (8, 8, 8, 8))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Interrupts, "install", lambda self: None)
+    done = CliRunner().invoke(app, ["collection-overhead", "--pairs", "3", "--steps", "2", "--json"])
     found = json.loads(done.stdout)
     assert (found["pairs"], found["steps"], found["device"]) == (3, 2, "cpu")
     assert found["cost"]["low"] <= found["cost"]["median"] <= found["cost"]["high"]

@@ -13,7 +13,7 @@ from profiling import ROOT
 
 NAMES = {
     *("ladder", "lr-finder", "forgetting", "batch-size", "reproduce", "steps", "collection-overhead"),
-    *("longest-kernels", "predictions", "machine-code", "tritons"),
+    *("longest-kernels", "machine-code", "tritons"),
 }
 
 

@@ -1,16 +1,19 @@
+"""The longest kernels of a run's step: from a trace, and by the command."""
+
 import json
-import subprocess
+import shutil
 import sys
 
 import pytest
 from traces import EAGER, PASS_KERNELS, PASS_STEP_NS, profiled_pass
+from typer.testing import CliRunner
 
-from experiments.longest_kernels import check, longest, step_ms
-from experiments.study.folder import Request
-from model.errors import UsageError
-from profiling import ROOT
+from experiments import longest_kernels
+from experiments.__main__ import app
+from experiments.longest_kernels import longest, step_ms
+from model.interrupts import Interrupts
 from profiling.account.trace import read
-from profiling.output.files import append_jsonl, read_json
+from profiling.output.files import append_jsonl, read_json, write_json
 
 STEP_MS = PASS_STEP_NS / 1e6
 
@@ -20,62 +23,60 @@ def found(tmp_path, timed_ms=STEP_MS, **how) -> dict:
     return longest(read(path), profile, timed_ms)
 
 
-def test_of_each_kernel_the_time_in_a_step(tmp_path):
+def test_kernels_by_their_time_in_a_step(tmp_path):
     kernels = found(tmp_path)
-    busy_ms = sum(ns for *_, ns in PASS_KERNELS) / 1e6
     assert kernels["lacks"] == []
-    assert kernels["sum_ms"] == pytest.approx(busy_ms)
+    assert kernels["sum_ms"] == pytest.approx(sum(ns for *_, ns in PASS_KERNELS) / 1e6)
     assert kernels["kernels_a_step"] == len(PASS_KERNELS)
-    us = {kernel["name"]: kernel["us"] for kernel in kernels["kernels"]}
-    assert list(us.values()) == sorted((ns / 1e3 for *_, ns in PASS_KERNELS), reverse=True)
+    us = [kernel["us"] for kernel in kernels["kernels"]]
+    assert us == sorted((ns / 1e3 for *_, ns in PASS_KERNELS), reverse=True)
     assert json.loads(json.dumps(kernels)) == kernels
+    kernels = found(tmp_path, timed_ms=None)
+    assert (kernels["timed_ms"], kernels["lacks"]) == (None, [])
 
 
-def test_steps_in_which_the_profiler_lied_are_left_out(tmp_path):
+def test_steps_that_cannot_be_believed_are_left_out(tmp_path):
+    """Where none can, the times are those of the one eager step, and it says so."""
     kernels = found(tmp_path, lie=lambda number, kernels: kernels[1:] if number in (7, 8) else kernels)
     assert kernels["kernels_a_step"] == len(PASS_KERNELS)
     assert kernels["source"] == "torch.profiler, a pass of its own, 18 of its 20 steps"
-
-
-def test_a_pass_that_cannot_be_believed_says_why(tmp_path):
-    """Then the times are those of the one eager step."""
     kernels = found(tmp_path, lie=lambda number, kernels: kernels if number == EAGER else kernels[1:])
     assert kernels["kernels_a_step"] == len(PASS_KERNELS)
     assert "kernels are missing" in kernels["lacks"][0]
 
 
-def test_without_a_timed_step_there_is_nothing_to_hold_the_kernels_against(tmp_path):
-    kernels = found(tmp_path, timed_ms=None)
-    assert (kernels["timed_ms"], kernels["lacks"]) == (None, [])
+def log(run, *seconds: float) -> None:
+    """An epoch's log rows, of 100 steps each."""
+    run.mkdir()
+    for epoch, spent in enumerate(seconds, 1):
+        append_jsonl(run / "log.jsonl", {"step": 100 * epoch, "epoch_train_s": spent})
 
 
-def test_a_step_is_the_median_of_the_epochs_after_the_first(tmp_path):
-    for epoch, seconds in enumerate((9.0, 1.0, 4.0, 2.0), 1):
-        append_jsonl(tmp_path / "log.jsonl", {"step": 100 * epoch, "epoch_train_s": seconds})
-    assert step_ms(tmp_path) == 20.0
-    (tmp_path / "one").mkdir()
-    append_jsonl(tmp_path / "one" / "log.jsonl", {"step": 10, "epoch_train_s": 1.0})
-    assert step_ms(tmp_path / "one") == 100.0
+def test_step_is_the_median_of_the_epochs_after_the_first(tmp_path):
+    log(tmp_path / "four", 9.0, 1.0, 4.0, 2.0)
+    log(tmp_path / "one", 1.0)
+    assert (step_ms(tmp_path / "four"), step_ms(tmp_path / "one")) == (20.0, 10.0)
 
 
-def test_a_run_s_kernels_are_profiled_and_kept(tmp_path):
-    """The words after the run name its data; the pass is train.py's own, here on a tiny data set."""
-    run = tmp_path / "run"
-    subprocess.run([sys.executable, "tests/support/runs.py", "--epochs", "1", "--out", run], cwd=ROOT, check=True)
-    driver = (
-        "import sys; from experiments import longest_kernels\n"
-        "longest_kernels.PROFILE_PASS = [sys.executable, 'tests/support/runs.py', '--profile-pass']\n"
-        f"from experiments.__main__ import app; app(['longest-kernels', {str(run)!r}, '--synthetic'])"
+def test_command_profiles_a_run_and_keeps_its_kernels(tmp_path, monkeypatch):
+    """The words after the run name its data. The pass here leaves a trace that is made."""
+    run, made = tmp_path / "run", tmp_path / "made"
+    log(run, 1.0)
+    (run / "summary.json").touch()
+    made.mkdir()
+    trace, profile = profiled_pass(made / "trace.json.gz")
+    write_json(made / "profile.json", profile)
+    code = (
+        "import shutil, sys; from pathlib import Path; run, *words = sys.argv[1:]\n"
+        f"if words != ['--synthetic']: sys.exit('no such data')\n"
+        f"for path in Path({str(made)!r}).iterdir(): shutil.copy(path, Path(run) / 'records')"
     )
-    done = subprocess.run([sys.executable, "-c", driver], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    kernels = read_json(run / "kernels.json")
-    assert any("convolution" in kernel["name"] for kernel in kernels["kernels"])
-    assert (run / "records" / "trace.json.gz").exists()
-    failing = driver.replace("'tests/support/runs.py'", "'no-such-file.py'")
-    assert subprocess.run([sys.executable, "-c", failing], cwd=ROOT, capture_output=True).returncode == 1
-
-
-def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UsageError, match="is not the folder of a run"):
-        check(Request(), tmp_path / "nowhere", ("--synthetic",))
+    monkeypatch.setattr(longest_kernels, "PROFILE_PASS", [sys.executable, "-S", "-c", code])
+    monkeypatch.setattr(Interrupts, "install", lambda self: None)
+    done = CliRunner().invoke(app, ["longest-kernels", str(run), "--synthetic"])
+    assert (done.exit_code, read_json(run / "kernels.json")) == (0, longest(read(trace), profile, 10.0))
+    failed = CliRunner().invoke(app, ["longest-kernels", str(run), "--data-dir", "x"])
+    assert (failed.exit_code, "no such data" in failed.output) == (1, True)
+    shutil.rmtree(run)
+    refused = CliRunner().invoke(app, ["longest-kernels", str(run)])
+    assert (refused.exit_code, "is not the folder of a run" in refused.output) == (2, True)

@@ -25,7 +25,7 @@ def rows() -> dict:
     return machine_code.rows(facts_of)
 
 
-def test_every_layer_is_there_with_what_its_network_fuses(rows):
+def test_rows_are_what_each_network_fuses_into_its_layers(rows):
     for layer in RESNET_LAYERS:
         fused = [f"conv_fprop[prologue,statistics] {layer}", f"conv_wgrad[prologue] {layer}"]
         fused.append(f"conv_dgrad[mask,sums] {layer}" if layer.R == 3 else f"conv_dgrad {layer.of_dgrad}")
@@ -34,52 +34,72 @@ def test_every_layer_is_there_with_what_its_network_fuses(rows):
         if layer not in RESNET_LAYERS:
             assert rows.keys() >= {f"conv_fprop[statistics] {layer}", f"conv_dgrad {layer}", f"conv_wgrad {layer}"}
     assert any(name.startswith("bn_finalize") for name in rows)
-
-
-def test_a_row_says_what_the_loop_holds_and_what_is_behind_it(rows):
     row = rows["conv_fprop[prologue,statistics] 64x32x32-64x3x3-s1"]
-    assert (row["registers"], row["shared_kb"], row["ctas"]) == (100, 56, 4)
-    assert (row["loop"], row["operands"]) == (100, "registers")
-    assert (row["shuffles"], row["barriers"]) == (16, 3)
-    assert row["expected_us"] > max(row["roofs_us"].values()) > 0
-    assert row["tile"].startswith("256x64x64 4w 3s fp16x2")
-    assert 0 < row["floor_us"] < row["expected_us"]
+    assert row == {
+        **{"tile": "256x64x64 4w 3s fp16x2", "programs": 2048, "registers": 100, "shared_kb": 56, "ctas": 4},
+        **{"loop": 100, "matrices": {"HGMMA.64x64x16.F32": 4}, "operands": "registers"},
+        **{"shuffles": 16, "barriers": 3, "flops_per_l2_byte": pytest.approx(51.2)},
+    }
 
 
-def test_two_generations_stand_beside_each_other_where_they_differ(rows):
+LINES = {"H": 32, "W": 32, "C": 64, "K": 64}
+TILE = {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "constexprs", "flops", "loaded"),
+    [
+        ("conv_dgrad_kernel", TILE, 2 * 64 * 32 * 64, (64 + 32) * 64 * 2),
+        # A block of 64 channels by 32 filters in three taps: of the channels' tile a third, of the filters' all three.
+        ("conv_wgrad_kernel", {**TILE, "TAPS": 3}, 3 * 2 * 64 * 32 * 64, (64 + 3 * 32) * 64 * 2),
+        # 512 maps of 32x32: 256 programs load nine taps, and 33 lines of 64 pixels three times each.
+        (
+            "conv_fprop_lines_kernel",
+            {**LINES, "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64},
+            2 * 512 * 32 * 32 * 64 * 64 * 9,
+            256 * 2 * (9 * 64 * 64 + 3 * 33 * 64 * 64),
+        ),
+        ("bn_finalize_kernel", {"BLOCK_T": 256, "BLOCK_C": 8}, None, None),
+    ],
+    ids=["rows", "taps", "lines", "no_product"],
+)
+def test_flops_per_l2_byte(kernel, constexprs, flops, loaded):
+    found = machine_code.flops_per_l2_byte(Build("kernels.x", kernel, {}, constexprs))
+    assert found == (flops and pytest.approx(flops / loaded, rel=1e-9))
+
+
+def test_generations_stand_beside_each_other_where_they_differ(rows):
     name = "conv_dgrad[mask,sums] 64x32x32-64x3x3-s1"
     text = machine_code.markdown({name: rows[name] | {"registers": 200}}, {name: rows[name]})
     head, _, line = text.splitlines()
     assert line.count("|") == head.count("|")
-    assert "| 200 → 100 |" in line
-    assert line.count("→") == 1
+    assert ("| 200 → 100 |" in line, line.count("→")) == (True, 1)
 
 
-def test_the_command_writes_the_documents_table_and_nothing_else_of_it(rows, monkeypatch, tmp_path):
-    document = tmp_path / "kernels.md"
-    document.write_text(f"before\n\n{machine_code.BEGIN}\n\nold\n\n{machine_code.END}\nafter\n")
-    (tmp_path / "first.json").write_text(json.dumps(rows))
-    monkeypatch.setattr(machine_code, "DOCUMENT", document)
+@pytest.fixture
+def document(monkeypatch, tmp_path):
+    path = tmp_path / "kernels.md"
+    monkeypatch.setattr(machine_code, "DOCUMENT", path)
     monkeypatch.setattr(machine_code, "OUT", tmp_path)
+    return path
+
+
+def test_command_writes_the_table_and_nothing_else_of_the_document(rows, monkeypatch, document):
+    document.write_text(f"before\n\n{machine_code.BEGIN}\n\nold\n\n{machine_code.END}\nafter\n")
+    (document.parent / "first.json").write_text(json.dumps(rows))
     monkeypatch.setattr(machine_code, "rows", lambda: rows)
     assert CliRunner().invoke(app, ["machine-code"]).exit_code == 0
     text = document.read_text()
-    assert text.startswith("before\n\n")
-    assert text.endswith("\nafter\n")
-    assert "old" not in text
-    assert text.count("\n| conv_") == sum(name.startswith("conv_") for name in rows)
-    assert json.loads((tmp_path / "second.json").read_text()) == json.loads(json.dumps(rows))
-    elsewhere = tmp_path / "elsewhere.json"
+    assert text == f"before\n\n{machine_code.BEGIN}\n\n{machine_code.markdown(rows, rows)}\n{machine_code.END}\nafter\n"
+    assert json.loads((document.parent / "second.json").read_text()) == json.loads(json.dumps(rows))
+    elsewhere = document.parent / "elsewhere.json"
     assert CliRunner().invoke(app, ["machine-code", "--out", str(elsewhere)]).exit_code == 0
     assert elsewhere.exists()
     assert document.read_text() == text
 
 
-def test_a_document_without_the_tables_place_is_one_clear_line(monkeypatch, tmp_path):
-    document = tmp_path / "kernels.md"
+def test_document_without_the_table_s_place_is_one_line(document):
     document.write_text("no table\n")
-    monkeypatch.setattr(machine_code, "DOCUMENT", document)
     result = CliRunner().invoke(app, ["machine-code"])
-    assert result.exit_code == 3
+    assert (result.exit_code, result.output.count("\n")) == (3, 1)
     assert "lacks the lines" in result.output
-    assert len(result.output.strip().splitlines()) == 1
