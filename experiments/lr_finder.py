@@ -12,11 +12,13 @@ descent.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from experiments.study import training
+from experiments.study.drawing import BLUE, GREY, INK, ORANGE, VIOLET
 from experiments.study.folder import Plot, Request, Table, open_study
 from model.config import Config
 from model.data.batches import Batches
@@ -24,9 +26,10 @@ from model.data.cifar10 import Dataset
 from model.distributed import Ranks
 from model.presets import fused, laptop
 from model.trainer import Trainer
-from profiling.report.plot import Chart, axis, colour, escape, layout, line, margin, trace
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from model.interrupts import Interrupts
     from profiling.output.terminal import Terminal
 
@@ -208,51 +211,37 @@ def _end(found: Sweep) -> str:
     return f"The smoothed loss does not rise above its first value up to {last}."
 
 
-def chart(found: Sweep, suggested: Suggestion | None, config: Config) -> Chart:
-    """Loss against rate, as it was and smoothed, with both suggestions and the schedule's peak."""
-    if len(found.rates) < 3:
-        return Chart("sweep", "loss against learning rate", reason="fewer than three steps were finite")
-    values, _ = smooth(found.rates, found.losses, WINDOW)
-    top = min(max(*values, found.losses[0]) * 1.1, 1.6 * found.losses[0])
-    bottom = min(*values, *found.losses) * 0.9
-    hover = [f"rate {r:.3g}, loss {v:.3f}, smoothed {s:.3f}" for r, v, s in zip(*found[:2], values, strict=True)]
-    points = {"mode": "markers", "marker": {"size": 4, "color": colour("series-4")}}
-    curve = {"mode": "lines", "line": line("series-1", 2.5)}
-    data = [
-        trace("scatter", x=found.rates, y=found.losses, name="a batch", showlegend=True, hoverinfo="skip", **points),
-        trace(
-            "scatter",
-            x=found.rates,
-            y=values,
-            name="smoothed",
-            showlegend=True,
-            hovertext=hover,
-            hoverinfo="text",
-            **curve,
-        ),
-    ]
-    marks = [(f"peak of {config.preset}: {max(config.lr_values):.2g}", max(config.lr_values), "ink")]
-    if suggested is not None:
-        for (name, rate), paint in zip(rules(suggested).items(), ("series-2", "series-3"), strict=True):
-            use = ", start with it" if rate == suggested.first else ""
-            marks.append((f"{name}: {rate:.2g}{use}", rate, paint))
-    for (name, rate, paint), dash in zip(marks, ("dot", "dashdot", "dash"), strict=False):
-        properties = {"name": escape(name), "showlegend": True, "hoverinfo": "skip"}
-        ends = {"x": [rate, rate], "y": [bottom, top]}
-        data.append(trace("scatter", mode="lines", line=line(paint, 1.5, dash), **ends, **properties))
-    if suggested is not None and suggested.high > suggested.low:
-        name = f"lowest loss, within noise: {suggested.low:.2g} to {suggested.high:.2g}"
-        level, flat = min(values), {"name": name, "showlegend": True, "hoverinfo": "skip"}
-        ends = {"x": [suggested.low, suggested.high], "y": [level, level]}
-        data.append(trace("scatter", mode="lines", line=line("series-3", 3), **ends, **flat))
-    whole = layout(
-        xaxis=axis("learning rate", type="log", tickformat="~g", dtick=1),
-        yaxis=axis("loss of a batch", range=[bottom, top]),
-        hovermode="closest",
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        margin=margin(left=56, top=48),
+def picture(found: Sweep, suggested: Suggestion | None, config: Config) -> Plot:
+    """Loss against rate."""
+    return Plot(
+        "sweep",
+        "Loss against learning rate",
+        partial(draw, found=found, suggested=suggested, config=config),
+        CAPTION,
+        reason="fewer than three steps were finite" if len(found.rates) < 3 else "",
     )
-    return Chart("sweep", "loss against learning rate", 420, data, whole)
+
+
+def draw(axes: "Axes", found: Sweep, suggested: Suggestion | None, config: Config) -> None:
+    """Loss against rate, as measured and smoothed, with both suggestions and the schedule's peak."""
+    rates, losses, _ = found
+    values, _ = smooth(rates, losses, WINDOW)
+    axes.plot(rates, losses, ".", color=GREY, markersize=4, label="a batch")
+    axes.plot(rates, values, color=BLUE, linewidth=2.5, label="smoothed")
+    peak = max(config.lr_values)
+    axes.axvline(peak, color=INK, linestyle=":", label=f"peak of {config.preset}: {peak:.2g}")
+    if suggested is not None:
+        s = suggested
+        for (name, rate), colour, style in zip(rules(s).items(), (ORANGE, VIOLET), ("-.", "--"), strict=True):
+            use = ", start with it" if rate == s.first else ""
+            axes.axvline(rate, color=colour, linestyle=style, label=f"{name}: {rate:.2g}{use}")
+        if s.high > s.low:
+            name = f"lowest loss, within noise: {s.low:.2g} to {s.high:.2g}"
+            axes.hlines(min(values), s.low, s.high, color=VIOLET, linewidth=3, label=name)
+    top = min(max(*values, losses[0]) * 1.1, 1.6 * losses[0])
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss of a batch", ylim=(min(*values, *losses) * 0.9, top))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.tick_params(which="minor", labelbottom=False)  # between the decades they touch each other
 
 
 def rules(suggested: Suggestion) -> dict[str, float]:
@@ -273,11 +262,7 @@ def tables(suggested: Suggestion | None) -> list[Table]:
 
 def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dict[str, Any]:
     """The experiment; returns its document."""
-    import train
-
-    session = train.open_session(
-        terminal, interrupts, request.configure(laptop()).device, request.data_dir, synthetic=request.synthetic
-    )
+    session = training.open_session(request, terminal, interrupts)
     start = fused() if session.device.type == "cuda" and not request.small else laptop()
     config = training.runnable(request.configure(start), session)
     study = open_study("lr-finder", request, session, {**training.identity(config), "low": LOW, "high": HIGH})
@@ -301,7 +286,7 @@ def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dic
     )
     return study.finish(
         {"sweep": found._asdict(), "suggestion": suggested and suggested._asdict(), "peak": max(config.lr_values)},
-        [Plot("sweep", "Loss against learning rate", chart(found, suggested, config), CAPTION)],
+        [picture(found, suggested, config)],
         sentences(found, suggested, config),
         tables(suggested),
         caveats,

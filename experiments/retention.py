@@ -8,21 +8,22 @@ seen: batches are functions of seed, epoch and index.
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from experiments import forgetting_rules
-from experiments.forgetting_rules import LEAST, Climb, climb, curve, smoothed
+import train
+from experiments.forgetting_rules import APART, LEAST, Climb, climb, curve, smoothed
 from experiments.study import training
-from experiments.study.folder import Table
+from experiments.study.drawing import BLUE, INK, ORANGE
+from experiments.study.folder import Plot, Table
 from model.config import Config
 from model.trainer import Trainer
-from profiling.report.plot import Chart, axis, colour, layout, line, margin, trace
 
 if TYPE_CHECKING:
-    import train
+    from matplotlib.axes import Axes
 
 RATES = {"high": 1.0, "low": 1 / 8}
 """Multiples of the base rate, which is the schedule's own peak."""
@@ -43,7 +44,7 @@ CAPTION = (
 
 
 def look_back(
-    session: "train.Session",
+    session: train.Session,
     config: Config,
     chosen: dict[str, int],
     name: str,
@@ -135,7 +136,7 @@ def _of_climbs(words: str, fits: dict[str, Climb | None]) -> str:
     high, low = fits["high"], fits["low"]
     if high and low and high.clear and low.clear:
         slower = low.memory / high.memory
-        if slower > forgetting_rules.APART:
+        if slower > APART:
             least = "at least " if low.bounded else ""
             verdict = f"at the low rate the climb is more gradual, {least}{slower:.1f} times as long"
         elif low.bounded:
@@ -146,56 +147,34 @@ def _of_climbs(words: str, fits: dict[str, Climb | None]) -> str:
     return sentence + "."
 
 
-def chart(rate: str, memory: dict[str, Any], fits: dict[str, Climb]) -> Chart:
+def plots(memory: dict[str, Any], fits: dict[str, Climb]) -> list[Plot]:
+    """A picture for each of RATES."""
+    return [
+        Plot(
+            f"memory-{rate}",
+            f"Loss of past batches against their age, at the {rate} rate",
+            partial(draw, rate=rate, memory=memory, fits=fits),
+            CAPTION,
+            reason="" if any(f"{name}, {rate}" in fits for name in SETTINGS) else "both runs blew up",
+        )
+        for rate in RATES
+    ]
+
+
+def draw(axes: "Axes", rate: str, memory: dict[str, Any], fits: dict[str, Climb]) -> None:
     """Loss of past batches at one of RATES against their age, smoothed, and the fit to the last epoch."""
-    key, data = f"memory-{rate}", []
-    for (name, words), paint in zip(SETTINGS.items(), ("series-2", "series-1"), strict=True):
+    for (name, words), colour, style in zip(SETTINGS.items(), (ORANGE, BLUE), ("--", ":"), strict=True):
         row, fit = memory[f"{name}, {rate}"], fits.get(f"{name}, {rate}")
         if fit is None:
             continue
-        ages = list(range(1, len(row["losses"]) + 1))
-        width = max(5, row["epoch_steps"] // 10)
-        faint = {"mode": "markers", "marker": {"size": 3, "color": colour(paint)}, "opacity": 0.35}
-        data.append(trace("scatter", x=ages, y=row["losses"], hoverinfo="skip", **faint))
-        smooth = smoothed(row["losses"], width)
-        hover = [f"{words}: {age} steps ago, loss {loss:.3f}" for age, loss in zip(ages, smooth, strict=True)]
-        data.append(
-            trace(
-                "scatter",
-                x=ages,
-                y=smooth,
-                name=words,
-                showlegend=True,
-                mode="lines",
-                line=line(paint, 2),
-                hovertext=hover,
-                hoverinfo="text",
-            )
-        )
-        epoch = ages[: row["epoch_steps"]]
+        losses, epoch_steps = row["losses"], row["epoch_steps"]
+        ages = range(1, len(losses) + 1)
         forgotten = f"63 % forgotten after {_memory(fit)} steps" if fit.clear else "no forgetting told from noise"
-        data.append(
-            trace(
-                "scatter",
-                x=epoch,
-                y=curve(fit, epoch),
-                name=f"fit to the last epoch: {forgotten}",
-                showlegend=True,
-                mode="lines",
-                line=line("ink", 1.5, "dash" if name == "half" else "dot"),
-                hoverinfo="skip",
-            )
-        )
-    if not data:
-        return Chart(key, "loss against age", reason="both runs blew up")
-    whole = layout(
-        xaxis=axis("age of the batch, in steps before the weights were frozen"),
-        yaxis=axis("loss by the frozen weights"),
-        hovermode="closest",
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        margin=margin(left=56, top=48),
-    )
-    return Chart(key, "loss against age", 400, data, whole)
+        axes.plot(ages, losses, ".", color=colour, alpha=0.35, markersize=3)
+        axes.plot(ages, smoothed(losses, max(5, epoch_steps // 10)), color=colour, linewidth=2, label=words)
+        epoch = ages[:epoch_steps]
+        axes.plot(epoch, curve(fit, epoch), style, color=INK, zorder=3, label=f"fit to the last epoch: {forgotten}")
+    axes.set(xlabel="age of the batch, in steps before the weights were frozen", ylabel="loss by the frozen weights")
 
 
 def fits(memory: dict[str, Any]) -> dict[str, Climb]:
