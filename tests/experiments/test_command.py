@@ -13,7 +13,7 @@ from model.errors import DataError
 from model.interrupts import Interrupted
 from profiling import ROOT
 
-STEPS = {"trained": None, "batches": (128, 512, 2048), "modes": ("eager", "compiled", "captured")}
+STEPS = {"trained": None, "batches": [128, 512, 2048], "modes": ["eager", "compiled", "captured"]}
 COMMANDS = {
     "ladder --cutout 8 --full": ("ladder", {"cutout": 8, "full": True, "epochs_per_rung": None}),
     "lr-finder": ("lr_finder", {}),
@@ -22,10 +22,10 @@ COMMANDS = {
     "reproduce --stage smoke": ("reproduce", {"stage": "smoke", "budget": None, "pack": None}),
     "steps --quick": ("steps", {**STEPS, "steps": 20, "quick": True, "apart": False}),
     "collection-overhead": ("collection_overhead", {"pairs": 30, "steps": 50}),
-    "longest-kernels run --synthetic": ("longest_kernels", {"folder": Path("run"), "data": ("--synthetic",)}),
+    "longest-kernels run --synthetic": ("longest_kernels", {"folder": Path("run"), "data": ["--synthetic"]}),
     "predictions --gpu H200": ("predictions", {"gpu": "H200", "against": None, "out": None}),
     "machine-code": ("machine_code", {"out": None}),
-    "tritons 3.6.0 --arch 90": ("tritons", {"tritons": ["3.6.0"], "architectures": (90,), "out": None}),
+    "tritons 3.6.0 --arch 90": ("tritons", {"tritons": ["3.6.0"], "architectures": [90], "out": None}),
 }
 
 
