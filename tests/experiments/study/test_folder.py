@@ -32,71 +32,43 @@ def finish(one: Study) -> dict:
 
 
 def test_a_killed_experiment_goes_on_and_ends_the_same(tmp_path):
-    whole = finish(study(tmp_path / "whole"))
-    half, computed = study(tmp_path / "half"), []
-
-    def dies() -> dict:
-        raise KeyboardInterrupt
-
-    half.once("a", lambda: {"seconds": 1})
-    with pytest.raises(KeyboardInterrupt):
-        half.once("bb", dies)
-    again = study(tmp_path / "half")
-    again.once("a", lambda: computed.append("a") or {})
-    assert not computed
-    resumed = finish(again)
-    assert (resumed["result"], resumed["sentences"]) == (whole["result"], whole["sentences"])
-
-
-def test_an_unfinished_document_has_the_form_of_a_finished_one(tmp_path):
-    one = study(tmp_path)
+    """With what is whole on the disk; a row that was torn by the kill, or never became JSON, is computed again."""
+    one, computed = study(tmp_path / "a"), []
+    first = one.once("a", lambda: {"seconds": (1, 0.1), 3: None})
+    with pytest.raises(ValueError, match="nan"):
+        one.once("bb", lambda: {"loss": float("nan")})
     before = one.save({"seconds": 1}, ["It takes 1 s so far."], [Table("Turns", ["rung"], [["a"]])])
-    assert before == json.loads((tmp_path / "sample.json").read_text())
+    assert before == json.loads((tmp_path / "a" / "sample.json").read_text())
     assert (before["complete"], before["result"], before["data_identity"]) == (False, {"seconds": 1}, "synthetic")
-    after = finish(one)
+    with open(tmp_path / "a" / "results.jsonl", "a") as file:
+        file.write('{"key": "bb", "res')
+    again = study(tmp_path / "a")
+    assert first == again.once("a", lambda: computed.append("a") or {}) == {"seconds": [1, 0.1], "3": None}
+    assert not computed
+    after = finish(again)
     assert after["complete"]
     assert set(after) == set(before)
+    assert after["result"] == {"a": first, "bb": {"seconds": 2}, "ccc": {"seconds": 3}} == study(tmp_path / "a").results
 
 
-def test_a_row_is_read_as_it_was_computed_and_a_torn_one_is_computed_again(tmp_path):
-    one = study(tmp_path)
-    computed = one.once("a", lambda: {"pair": (1, 0.1), 3: None})
-    with pytest.raises(ValueError, match="nan"):
-        one.once("b", lambda: {"loss": float("nan")})
-    with open(tmp_path / "results.jsonl", "a") as file:
-        file.write('{"key": "b", "res')
-    again = study(tmp_path)
-    assert computed == again.once("a", dict) == {"pair": [1, 0.1], "3": None}
-    assert again.once("b", lambda: {"v": 2}) == {"v": 2}
-    assert study(tmp_path).results == {"a": computed, "b": {"v": 2}}
+def kept(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("sample", {"small": False}, "other settings \\(small: True, now False\\)"),
-        ("sample", {"cutout": 8}, "cutout: None, now 8"),
-        ("other", {}, "experiment: sample, now other"),
-    ],
-    ids=["another_value", "another_key", "another_experiment"],
-)
-def test_a_folder_of_other_settings_is_refused(tmp_path, name, changes, message):
-    study(tmp_path)
-    with pytest.raises(UsageError, match=message):
-        study(tmp_path, name, **changes)
+REFUSALS = {
+    "another_value": (lambda folder: study(folder, small=False), "begun with other settings .small: False, now True"),
+    "another_key": (lambda folder: study(folder, cutout=8), "cutout: 8, now None"),
+    "another_experiment": (lambda folder: study(folder, "other"), "experiment: other, now sample"),
+    "settings_of_another_form": (kept("study.json", '{"experiment": "sample", "settings": [1]}'), "other settings"),
+    "no_settings": (kept("study.json", "[1]"), "other settings"),
+    "torn": (kept("study.json", "{"), "cannot be used: .*not JSON"),
+    "something_else": (kept("thesis.tex", "years of work"), "is not empty and no experiment's"),
+}
 
 
-@pytest.mark.parametrize(
-    ("file", "text", "message"),
-    [
-        *[("study.json", f'{{"experiment": "sample", "settings": {kept}}}', "other settings") for kept in ("[1]", "7")],
-        ("study.json", "[1]", "other settings"),
-        ("study.json", "{", "cannot be used: .*not JSON"),
-        ("thesis.tex", "years of work", "is not empty and no experiment's"),
-    ],
-)
-def test_a_folder_of_something_else_is_refused_in_one_line(tmp_path, file, text, message):
-    (tmp_path / file).write_text(text)
+@pytest.mark.parametrize(("prepare", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_a_folder_of_something_else_is_refused_in_one_line(tmp_path, prepare, message):
+    prepare(tmp_path)
     with pytest.raises(UsageError, match=rf"--out [^\n]*{message}[^\n]*$"):
         study(tmp_path)
 
