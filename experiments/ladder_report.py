@@ -198,7 +198,7 @@ def _accuracies(able: Sequence[Row]) -> str:
         return ""
     one = [
         f"{name} {f['test_accuracy']:.2%} in {f['train_plus_eval_s']:.1f} s"
-        if f["status"] == "complete" and f["test_accuracy"] is not None
+        if f["test_accuracy"] is not None
         else f"{name} ended as {f['status']}"
         for name, f in known
     ]

@@ -77,7 +77,7 @@ def test_turns_go_there_and_back_and_a_rung_without_its_gpu_is_unavailable(tmp_p
     assert measured(study(tmp_path), target=None) == rows  # a finished ladder starts nothing
 
 
-@pytest.mark.parametrize(("seconds", "turns"), [(0.0, 4), (0.2, 6), (1e9, 32)], ids=["slow", "some", "fast"])
+@pytest.mark.parametrize(("seconds", "turns"), [(0.0, 4), (0.22, 6), (1e9, 32)], ids=["slow", "some", "fast"])
 def test_a_small_ladder_has_as_many_turns_as_there_is_time_for_and_keeps_to_them(tmp_path, monkeypatch, seconds, turns):
     """Three rungs, whose uncounted epochs took 10 ms each."""
     monkeypatch.setattr(ladder, "SMALL_S", seconds)
