@@ -3,8 +3,8 @@
     python -m experiments batch-size --data-dir DIR --evidence FOLDER      # the --out of a finished forgetting
 
 Each case is a run of train.py with a folder of its own, `batch-512` and so on. Time, accuracy and loss are measured;
-what limits each batch follows from the two limits that `forgetting` found, if it is given: forgetting's goes with what
-an image moves the weights by, rate / batch, which linear scaling leaves alone; curvature's with the rate of a step.
+the limit of each batch follows from the two limits that `forgetting` found, if it is given: forgetting's goes with the
+move of the weights by an image, rate / batch, which linear scaling leaves alone; curvature's with the rate of a step.
 """
 
 from functools import partial
@@ -39,7 +39,7 @@ KEPT = ("train_s", "eval_s", "images_per_s", "train_loss", "test_loss", "test_ac
 RUN_SD = 0.0015
 """Standard deviation of final accuracy from run to run, "roughly 0.15 %" (the article, Part 8)."""
 SAME_NETWORK = ("network", "widths", "momentum", "weight_decay", "prep_bn_relu", "uniform_gamma", "pool_first")
-"""What evidence and runs must agree in."""
+"""Settings that evidence and runs must share."""
 
 
 def check(request: Request, evidence: Path | None = None) -> None:
@@ -73,7 +73,7 @@ def run(
 
 
 def plan(request: Request, session: "train.Session", config: Config) -> dict[str, int]:
-    """{epochs} of each run: the recipe's, or of `small` as many of them as this machine's speed leaves time for."""
+    """{epochs} of each run: the recipe's, or for `small` as many as this machine's speed leaves time for."""
     from experiments.study import training
 
     count, tests = len(session.dataset.train_images), len(session.dataset.test_images)
@@ -132,7 +132,7 @@ def limits(found: Evidence | None, config: Config, rows: Rows) -> tuple[Rows, li
 
 
 def sentences(rows: Rows) -> list[str]:
-    """What the runs say."""
+    """The conclusions from the runs."""
     finished = {name: row for name, row in rows.items() if row["test_accuracy"] is not None}
     blown = [name for name in rows if name not in finished]
     said = []
@@ -231,7 +231,7 @@ def tables(rows: Rows, limited: Rows) -> list[Table]:
 
 
 def caveats(request: Request, config: Config, found: Evidence | None) -> list[str]:
-    """What limits the conclusions."""
+    """The limits of the conclusions."""
     said = []
     if request.small:
         said.append(

@@ -1,4 +1,4 @@
-"""The article's two experiments on catastrophic forgetting (Part 2): what limits a learning rate, what is remembered.
+"""The article's two experiments on catastrophic forgetting (Part 2): limits of the learning rate, memory of batches.
 
     python -m experiments forgetting --data-dir DIR
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     from profiling.output.terminal import Terminal
 
 MULTIPLES = tuple(2.0**i for i in range(-3, 5))
-"""Of the base rate."""
+"""The rates, in multiples of the base rate."""
 SHARES = (8, 4, 2, 1)
-"""What the largest set is divided by."""
+"""The sizes of the sets are the largest one's divided by these."""
 EPOCHS, CONSTANT, LAST = 10, 25, 4
-"""Epochs at each rate; of constant rate after the ramp (the article's), and how many of these are looked back on."""
+"""Epochs at each rate; at a constant rate after the ramp (the article's), and how many of these are looked back on."""
 SMALL_EPOCHS, SMALL_CONSTANT, SMALL_LAST = (4, 10), 5, 3
-"""The same of `small`, the first from the least to the most."""
+"""The same for `small`, the first from the least to the most."""
 DIVISORS = (1, 2, 4, 8, 16)
-"""What `small` may divide the number of training images by."""
+"""Divisors of the number of training images that `small` may choose."""
 
 
 def plan(request: Request, session: train.Session, config: Config) -> dict[str, int]:
-    """{images, epochs, constant, last}: the article's, or of `small` what this machine's speed leaves time for.
+    """{images, epochs, constant, last}: the article's, or for `small` as much as this machine's speed leaves time for.
 
     images  of the largest set
     epochs  of each run at a constant rate
@@ -61,12 +61,12 @@ def plan(request: Request, session: train.Session, config: Config) -> dict[str, 
 
 
 def sizes(chosen: dict[str, int]) -> list[int]:
-    """How many images each curve is trained on."""
+    """The number of images of each curve."""
     return [chosen["images"] // share for share in SHARES]
 
 
 def work(chosen: dict[str, int]) -> int:
-    """Images to train on in all, those looked back on counted as a third, which a forward pass is."""
+    """Images to train on in all; a look back is a forward pass, a third of a training step."""
     first = sum(sizes(chosen)) * chosen["epochs"] * len(MULTIPLES)
     second = (chosen["images"] + chosen["images"] // 2) * len(retention.RATES)
     return first + second * (retention.RAMP + chosen["constant"]) + second * chosen["last"] // 3
@@ -204,7 +204,7 @@ def _cell(loss: float | None) -> str:
 
 
 def caveats(request: Request, session: train.Session, config: Config, chosen: dict[str, int]) -> list[str]:
-    """What limits the conclusions."""
+    """The limits of the conclusions."""
     said = []
     if request.small:
         count = len(session.dataset.train_images)

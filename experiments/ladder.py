@@ -1,4 +1,4 @@
-"""What each step of the article, and of this project, buys on this device: the rungs timed in turns.
+"""The gain by each step of the article, and of this project, on this device: the rungs timed in turns.
 
     python -m experiments ladder                 # four epochs of each rung, extrapolated to 35
     python -m experiments ladder --full          # and each trained to its end, with its accuracy

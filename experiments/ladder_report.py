@@ -206,7 +206,7 @@ def _accuracies(able: Sequence[Row]) -> str:
 
 
 def caveats(ladder: Row, small: bool) -> list[str]:
-    """What limits the sentences."""
+    """The limits of the sentences."""
     able = [rung for rung in ladder["rungs"] if rung["reason"] is None]
     if not able:
         return ["No rung can run here."]

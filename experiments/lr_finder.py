@@ -38,9 +38,9 @@ LOW, HIGH = 1e-4, 100.0
 WINDOW, SLOPE_WINDOW = 0.5, 1.0
 """Decades over which the loss is smoothed, and its slope; in fewer, the noise of batches is steeper."""
 SURE = 4.0
-"""Standard errors by which the loss must fall: the least of many smoothed losses is lower than the first by chance."""
+"""Standard errors by which the loss must fall; by chance the least of many smoothed losses is below the first."""
 BLOWN_UP = 4.0
-"""A sweep ends at a batch whose loss is so many times that of the first, or is not finite."""
+"""A sweep ends at a batch whose loss is this many times the first batch's, or is not finite."""
 
 
 CAPTION = (
@@ -74,15 +74,8 @@ class Suggestion(NamedTuple):
 
     @property
     def first(self) -> float:
-        """The rate to start with: too low a one costs time, too high a one the run."""
+        """The rate to start with, the smaller: too low a rate costs time, too high a one the run."""
         return min(self.steepest, self.tenth)
-
-
-def sweep_config(config: Config, steps: int, low: float = LOW, high: float = HIGH) -> Config:
-    """`config` for one epoch of `steps` steps, the first of which takes `low` and the last `high`."""
-    rates = [low * (high / low) ** (n / max(steps - 1, 1)) for n in range(steps)]
-    knots = tuple(n / steps for n in range(steps + 1))
-    return dataclasses.replace(config, epochs=1, lr_epochs=knots, lr_values=(low, *rates))
 
 
 def sweep(
@@ -92,8 +85,14 @@ def sweep(
     high: float = HIGH,
     on_images: Callable[[int], Any] = lambda images: None,
 ) -> Sweep:
-    """One epoch of `dataset`'s training images on a copy of `trainer`, of which nothing changes."""
-    config = sweep_config(trainer.config, trainer.epoch_steps, low, high)
+    """One epoch of `dataset`'s training images on a copy of `trainer`, which does not change.
+
+    The first step takes the rate `low`, the last `high`.
+    """
+    steps = trainer.epoch_steps
+    rates = [low * (high / low) ** (n / max(steps - 1, 1)) for n in range(steps)]
+    knots = tuple(n / steps for n in range(steps + 1))
+    config = dataclasses.replace(trainer.config, epochs=1, lr_epochs=knots, lr_values=(low, *rates))
     batches = Batches(dataset.train_images, dataset.train_labels, config, trainer.device, trainer.dtype)
     twin = Trainer(batches, dataset, Ranks())
     twin.restore(trainer.tensors(), 0)
@@ -135,7 +134,7 @@ def smooth(rates: Sequence[float], losses: Sequence[float], window: float) -> tu
 
 
 def suggest(rates: Sequence[float], losses: Sequence[float]) -> Suggestion | None:
-    """What the two rules say; None where the loss never falls by more than chance, or there are under three steps."""
+    """The rates by both rules; None for fewer than three steps, or a loss that never falls by more than chance."""
     if len(rates) < 3:
         return None
     values, _ = smooth(rates, losses, WINDOW)
@@ -159,7 +158,7 @@ def suggest(rates: Sequence[float], losses: Sequence[float]) -> Suggestion | Non
 
 
 def sentences(found: Sweep, suggested: Suggestion | None, config: Config) -> list[str]:
-    """What the sweep says, the first being the conclusion."""
+    """The conclusions from the sweep, the headline first."""
     if suggested is None:
         few = len(found.rates) < 3
         why = f"its {len(found.rates)} steps are too few" if few else "its loss never fell by more than its noise"
@@ -185,7 +184,7 @@ def sentences(found: Sweep, suggested: Suggestion | None, config: Config) -> lis
 
 
 def _of_peak(found: Sweep, suggested: Suggestion, config: Config) -> str:
-    """What the curve says of the highest rate of the schedule."""
+    """Whether the curve supports the highest rate of the schedule."""
     peak = max(config.lr_values)
     if peak > found.rates[-1]:
         verdict = "which the sweep did not reach"
@@ -199,7 +198,7 @@ def _of_peak(found: Sweep, suggested: Suggestion, config: Config) -> str:
 
 
 def _end(found: Sweep) -> str:
-    """What became of the loss at the highest rates."""
+    """The loss at the highest rates."""
     if found.stopped:
         return f"The sweep ended early: {found.stopped}."
     values, _ = smooth(found.rates, found.losses, WINDOW)

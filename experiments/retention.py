@@ -1,4 +1,4 @@
-"""What a network remembers of the batches it has seen: their loss by its last weights, against how long ago they were.
+"""The memory of a network: the loss of past batches by its last weights, against their age.
 
 Five epochs of ramp, then a constant rate, on half the images without augmentation and on all of them with. Then the
 weights are frozen, and the loss of each batch of the last epochs is computed again, in the order in which they were
@@ -88,7 +88,7 @@ def past_losses(trainer: Trainer, first: int) -> list[float]:
 
 
 def images_to_train(chosen: dict[str, int], name: str) -> int:
-    """How many images the run of a setting sees, over all its epochs."""
+    """The images that the run of a setting sees, over all its epochs."""
     return chosen["images"] // (2 if name == "half" else 1) * (RAMP + chosen["constant"])
 
 
@@ -100,7 +100,7 @@ def ends(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def sentences(memory: dict[str, Any], fits: dict[str, Climb]) -> list[str]:
-    """What the second experiment says."""
+    """The conclusions from the second experiment."""
     said = []
     for rate, multiple in RATES.items():
         both = [memory[f"{name}, {rate}"] for name in SETTINGS]

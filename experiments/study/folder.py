@@ -194,7 +194,7 @@ def open_study(name: str, request: Request, session: "train.Session", extra: dic
 
 
 def _as_read(value: Any) -> Any:
-    """What a reader of its JSON gets: the same, whether just computed or kept from before."""
+    """`value` as a reader of its JSON gets it, so that a computed result equals a kept one."""
     return json.loads(json.dumps(value))
 
 

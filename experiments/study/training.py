@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from profiling.output.terminal import Terminal
 
 BATCH = 128
-"""The article's first batch size, whose rate the experiments take as the base."""
+"""The article's first batch size; its rate is the experiments' base rate."""
 SMALL_S = 480.0
-"""What `--small` plans with, of the ten minutes that it may take."""
+"""Seconds that `--small` plans with, of its ten minutes."""
 
 
 def open_session(request: "Request", terminal: "Terminal", interrupts: "Interrupts") -> train.Session:
