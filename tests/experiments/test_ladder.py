@@ -120,26 +120,56 @@ def test_a_rung_that_breaks_leaves_the_others_alone(tmp_path, monkeypatch):
     assert {key: again.results[key] for key in one.results} == one.results
 
 
-def test_a_process_ends_in_silence_when_the_ladder_is_over_before_it_has_started(tmp_path, capfd):
-    """torch takes seconds to import: an interruption in between finds nobody to answer to."""
-    worker = stand.Worker(stand.Assignment("eager", FEW[1].config(0, TINY), "cpu", tmp_path), QUIET.say)
-    worker.hang_up()
-    worker._process.join()
-    assert worker._process.exitcode == 0
+class Script:
+    """The ladder's end of a rung's pipe: it asks these words, then hangs up; without any it has gone already."""
+
+    def __init__(self, *words: str):
+        self.words, self.answers = list(words), []
+
+    def send(self, answer) -> None:
+        if not self.words and not self.answers:
+            raise BrokenPipeError
+        self.answers.append(answer)
+
+    def recv(self) -> str:
+        if not self.words:
+            raise EOFError
+        return self.words.pop(0)
+
+
+BLOWS_UP = [*TINY, f"lr_values={','.join(['1e38'] * len(FEW[1].config().lr_values))}", "batch_size=20"]
+
+
+@pytest.mark.parametrize(
+    ("config", "words", "expected"),
+    [
+        (FEW[1].config(0, TINY), ["set-up", "turn"], ["done", "done", "done"]),
+        (FEW[1].config(0, BLOWS_UP), ["set-up", "turn"], ["done", "failed: NonFiniteError: the gradient at step"]),
+        (
+            dataclasses.replace(FEW[2].config(0, TINY), step="captured"),
+            ["set-up"],
+            ["done", "refused: the step cannot be captured: "],
+        ),
+        (FEW[1].config(0, TINY), [], []),
+    ],
+    ids=["healthy", "not_finite", "not_captured", "ladder_over_before_it_has_started"],
+)
+def test_a_rung_answers_or_says_what_went_wrong_and_ends(monkeypatch, capfd, config, words, expected):
+    ignored = {}
+    monkeypatch.setattr("signal.signal", lambda number, handler: ignored.setdefault(number.name, handler.name))
+    with stand.Company(tiny_dataset(), QUIET.say) as company:
+        pipe = Script(*words)
+        stand.serve(pipe, stand.Assignment("x", config, "cpu", company.data, 1))
+    said = [kind if kind == "done" else f"{kind}: {value}" for kind, value in pipe.answers]
+    assert len(said) == len(expected)
+    assert all(answer.startswith(start) for answer, start in zip(said, expected, strict=True))
+    if expected == ["done", "done", "done"]:
+        facts, seconds = (value for _, value in pipe.answers[1:])
+        assert 0 < facts["input_s"] < facts["epoch_s"] < facts["set_up_s"]
+        assert (facts["images"], facts["test_images"], facts["step"]) == (70, 30, "eager")
+        assert seconds["train_s"] > 0 < seconds["eval_s"]
+    assert ignored == {"SIGINT": "SIG_IGN", "SIGTERM": "SIG_IGN"}  # only the ladder's process decides
     assert capfd.readouterr() == ("", "")
-
-
-def test_a_rung_says_what_went_wrong_in_its_own_process(tmp_path):
-    """A gradient that is not finite, and a step that a CPU cannot capture."""
-    rate = ",".join(["1e38"] * len(FEW[1].config().lr_values))
-    configs = {
-        "blows-up": FEW[1].config(0, [*TINY, f"lr_values={rate}", "batch_size=20"]),
-        "captured": dataclasses.replace(FEW[2].config(0, TINY), step="captured"),
-    }
-    rungs = [Rung(name, "", "article-256") for name in configs]
-    failed, refused = measured(study(tmp_path), rungs, configure=lambda rung: configs[rung.name])
-    assert failed["reason"].startswith("NonFiniteError: the gradient at step")
-    assert refused["reason"].startswith("the step cannot be captured: ")
 
 
 def kept(out: Path) -> list[dict]:
@@ -179,6 +209,7 @@ def test_a_killed_ladder_leaves_a_whole_document_and_nobody_behind(tmp_path, mon
 
 
 def test_the_command_measures_draws_and_trains_to_the_end(tmp_path, monkeypatch):
+    """Each rung in a process of its own, which imports torch: this takes the seconds."""
     monkeypatch.setattr(train, "open_session", lambda *args, **kwargs: tiny_session())
     out, options = tmp_path / "out", {"epochs_per_rung": 4, "full": True, "rungs": FEW[1:3]}
     request = Request(small=True, out=out, synthetic=True, settings=TINY[1:], seed=3)
@@ -186,8 +217,6 @@ def test_the_command_measures_draws_and_trains_to_the_end(tmp_path, monkeypatch)
     names = {path.name for path in out.iterdir()}
     assert {"ladder.json", "ladder.html", "ladder.svg", "steps.png", "article-256", "on-device"} <= names
     facts, *_ = (row["result"] for row in kept(out) if row["key"].startswith("set-up"))
-    assert 0 < facts["input_s"] < facts["epoch_s"] < facts["set_up_s"]
-    assert (facts["images"], facts["test_images"], facts["step"]) == (70, 30, "eager")
     assert (facts["config"]["widths"], facts["config"]["seed"]) == ([8, 8, 8, 8], 3)
     turns = [row["result"] for row in kept(out) if row["key"].startswith("turn")]
     assert all(turn["train_s"] > 0 < turn["eval_s"] for turn in turns)
