@@ -9,6 +9,7 @@ Memory: `experiments.retention`. The rules by which the limits are read off the 
 """
 
 from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import train
@@ -110,23 +111,22 @@ def measure(study: Study, session: train.Session, config: Config, chosen: dict[s
     done = sum(images for key, images in work_of.items() if key in study.results)
     curves: dict[int, list[float | None]] = {images: [] for images in sizes(chosen)}
     remembered = {}
+
+    def at_a_rate(key: str, images: int, multiple: float) -> dict[str, Any]:
+        changed = training.at_constant_rate(config, base * multiple, chosen["epochs"])
+        trainer = training.prepare(session, changed, training.subset(session.dataset, images))
+        return training.fit(trainer, lambda n: meter.advance(n, key))
+
+    def looked_back(key: str, name: str, rate: str) -> dict[str, Any]:
+        multiple = retention.RATES[rate]
+        return retention.look_back(session, config, chosen, name, base * multiple, lambda n: meter.advance(n, key))
+
     with session.terminal.progress(sum(work_of.values()), done, "images") as meter:
         for key, (images, multiple) in cells.items():
-
-            def at_a_rate(images=images, multiple=multiple, key=key) -> dict[str, Any]:
-                changed = training.at_constant_rate(config, base * multiple, chosen["epochs"])
-                trainer = training.prepare(session, changed, training.subset(session.dataset, images))
-                return training.fit(trainer, lambda n: meter.advance(n, key))
-
-            found = study.once(key, at_a_rate)
+            found = study.once(key, partial(at_a_rate, key, images, multiple))
             curves[images].append(None if found["diverged_step"] else found["losses"][-1])
         for key, (name, rate) in retention.RUNS.items():
-
-            def looked_back(name=name, rate=rate, key=key) -> dict[str, Any]:
-                rate = base * retention.RATES[rate]
-                return retention.look_back(session, config, chosen, name, rate, lambda n: meter.advance(n, key))
-
-            remembered[key] = study.once(key, looked_back)
+            remembered[key] = study.once(key, partial(looked_back, key, name, rate))
     found = [
         forgetting_rules.limits(images, MULTIPLES, curve)._asdict() for images, curve in curves.items() if any(curve)
     ]

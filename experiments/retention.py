@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,13 +91,6 @@ def past_losses(trainer: Trainer, first: int) -> list[float]:
 def images_to_train(chosen: dict[str, int], name: str) -> int:
     """The images that the run of a setting sees, over all its epochs."""
     return chosen["images"] // (2 if name == "half" else 1) * (RAMP + chosen["constant"])
-
-
-def ends(row: dict[str, Any]) -> tuple[float, float]:
-    """(mean loss of the most recent batches, of the last epoch's oldest), each a tenth of the epoch."""
-    epoch = row["losses"][: row["epoch_steps"]]
-    few = max(1, round(RECENT * len(epoch)))
-    return sum(epoch[:few]) / few, sum(epoch[-few:]) / few
 
 
 def sentences(memory: dict[str, Any], fits: dict[str, Climb]) -> list[str]:
@@ -188,7 +182,9 @@ def table(memory: dict[str, Any], fits: dict[str, Climb]) -> Table:
     rows = []
     for key, row in memory.items():
         cells = [f"{row['rate']:.3g}", "blew up" if row["seen"] is None else f"{row['seen']:.3f}"]
-        cells += [f"{loss:.3f}" for loss in ends(row)] if row["losses"] else ["blew up"] * 2
+        epoch = row["losses"][: row["epoch_steps"]]
+        few = max(1, round(RECENT * len(epoch)))
+        cells += [f"{fmean(part):.3f}" for part in (epoch[:few], epoch[-few:])] if epoch else ["blew up"] * 2
         fit = fits.get(key)
         cells += ["none", "none"] if fit is None else [f"{fit.drop:.3f} ± {fit.error:.3f}", _memory(fit)]
         rows.append([key, *cells])

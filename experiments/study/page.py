@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from experiments.study.drawing import COLOURS, Plot
 from profiling.output.forms import clean
@@ -23,6 +22,13 @@ IMAGES = {
 }
 """The warning for images of this identity that are not the official ones."""
 UNKNOWN_IMAGES = "IMAGES OF UNKNOWN ORIGIN. Accuracies are not comparable with published ones."
+
+TEMPLATE = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    keep_trailing_newline=True,
+).get_template("study.html.jinja")
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ def render(document: dict[str, Any], plots: Sequence[Plot], tables: Sequence[Tab
     document = clean(document)
     asked = {name: value for name, value in document["settings"].items() if value is not None}
     identity = document["data_identity"]
-    return _template().render(
+    return TEMPLATE.render(
         colours=COLOURS,
         name=document["experiment"],
         sentences=document["sentences"] or ["No conclusion can be drawn."],
@@ -65,13 +71,6 @@ def render(document: dict[str, Any], plots: Sequence[Plot], tables: Sequence[Tab
         facts=_flat({**asked, **document["environment"]}),
         statuses=STATUSES,
     )
-
-
-@cache
-def _template() -> Template:
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
-    return environment.get_template("study.html.jinja")
 
 
 def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -102,6 +102,8 @@ def test_sentences_picture_and_table_name_the_climb_by_words_that_need_no_defini
     alone = {key: found for key, found in fits.items() if key != "half, high"}
     assert named(axes_of(retention.plots(made, alone)[0])) == names[2:]
     if not noise:
+        losses = made["half, high"]["losses"]
+        assert table.rows[0][3:5] == [f"{sum(part) / 10:.3f}" for part in (losses[:10], losses[-10:])]
         assert f"63 % of the difference is forgotten after {table.rows[0][-1]} steps" in said[2]
 
 
