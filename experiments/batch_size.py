@@ -3,26 +3,29 @@
     python -m experiments batch-size --data-dir DIR --evidence FOLDER      # the --out of a finished forgetting
 
 Each case is a run of train.py with a folder of its own, `batch-512` and so on. Time, accuracy and loss are measured;
-what limits each batch follows from the two limits that `forgetting` found, if it is given: forgetting's goes with what
-an image moves the weights by, rate / batch, which linear scaling leaves alone; curvature's with the rate of a step.
+the limit of each batch follows from the two limits that `forgetting` found, if it is given: forgetting's goes with the
+move of the weights by an image, rate / batch, which linear scaling leaves alone; curvature's with the rate of a step.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.forgetting_rules import Evidence, read_evidence, times
+from experiments.study.drawing import BLUE, ORANGE
 from experiments.study.folder import Plot, Request, Table, open_study
 from model.config import Config
-from model.errors import NonFiniteError, UsageError
-from model.presets import laptop
-from profiling.report.plot import Chart, axis, colour, layout, line, margin, trace
+from model.errors import UsageError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     import train
     from experiments.study.folder import Study
     from model.interrupts import Interrupts
     from profiling.output.terminal import Terminal
 
+Rows = dict[str, dict[str, Any]]
 CASES = {
     "128": (128, 1.0),
     "256": (256, 1.0),
@@ -36,7 +39,7 @@ KEPT = ("train_s", "eval_s", "images_per_s", "train_loss", "test_loss", "test_ac
 RUN_SD = 0.0015
 """Standard deviation of final accuracy from run to run, "roughly 0.15 %" (the article, Part 8)."""
 SAME_NETWORK = ("network", "widths", "momentum", "weight_decay", "prep_bn_relu", "uniform_gamma", "pool_first")
-"""What evidence and runs must agree in."""
+"""Settings that evidence and runs must share."""
 
 
 def check(request: Request, evidence: Path | None = None) -> None:
@@ -51,12 +54,10 @@ def run(
     request: Request, terminal: "Terminal", interrupts: "Interrupts", evidence: Path | None = None
 ) -> dict[str, Any]:
     """The experiment; returns its document."""
-    import train
     from experiments.study import training
 
     found = read_evidence(evidence) if evidence else None
-    device = request.configure(laptop()).device
-    session = train.open_session(terminal, interrupts, device, request.data_dir, synthetic=request.synthetic)
+    session = training.open_session(request, terminal, interrupts)
     config = training.recipe(request, session)
     study = open_study("batch-size", request, session, training.identity(config))
     epochs = study.once("plan", lambda: plan(request, session, config))["epochs"]
@@ -65,15 +66,14 @@ def run(
     for name, (batch, factor) in CASES.items():
         changed = training.at_batch(config, batch, factor)
         rows[name] = study.once(name, lambda name=name, changed=changed: measure(study, session, changed, name))
-    reason = unfit(found, config)
-    limited = {} if found is None or reason else {name: limit(found, row) for name, row in rows.items()}
+    limited, judged = limits(found, config, rows)
     result = {"epochs": epochs, "cases": rows, "limits": limited, "evidence": found and found._asdict()}
-    said = [*sentences(rows), *limit_sentences(found, reason, limited)]
+    said = [*sentences(rows), *judged]
     return study.finish(result, plots(rows, limited), said, tables(rows, limited), caveats(request, config, found))
 
 
 def plan(request: Request, session: "train.Session", config: Config) -> dict[str, int]:
-    """{epochs} of each run: the recipe's, or of `small` as many of them as this machine's speed leaves time for."""
+    """{epochs} of each run: the recipe's, or for `small` as many as this machine's speed leaves time for."""
     from experiments.study import training
 
     count, tests = len(session.dataset.train_images), len(session.dataset.test_images)
@@ -90,44 +90,49 @@ def plan(request: Request, session: "train.Session", config: Config) -> dict[str
 
 
 def measure(study: "Study", session: "train.Session", config: Config, name: str) -> dict[str, Any]:
-    """Train `config` in a folder of its own, going on with what is there; of its summary what is KEPT.
+    """Train `config` in a folder of its own; the parts of its summary that are KEPT."""
+    from experiments.study import training
 
-    A run that blows up is a result too, without accuracy.
-    """
-    import train
-    from model import checkpoint
-
-    folder = study.out / f"batch-{name.replace(' at rate + 10 %', '-plus-10')}"
     session.terminal.say(f"batch {name}, peak rate {max(config.lr_values):.3g}", "bold")
-    try:
-        summary = train.run(session, config, folder, checkpoint.newest(folder, session.terminal.warn))
-    except NonFiniteError as error:
-        session.interrupts.deferred = False
-        summary = {**error.summary, "test_accuracy": None, "test_loss": None, "train_loss": None}
-    row = {key: summary[key] for key in KEPT}
-    return {"batch": config.batch_size, "rate": max(config.lr_values), **row}
+    folder = study.out / f"batch-{name.replace(' at rate + 10 %', '-plus-10')}"
+    summary = training.train_whole(session, config, folder)
+    return {"batch": config.batch_size, "rate": max(config.lr_values), **{key: summary[key] for key in KEPT}}
 
 
-def unfit(found: Evidence | None, config: Config) -> str | None:
-    """Why the evidence says nothing about these runs, or None."""
+def limits(found: Evidence | None, config: Config, rows: Rows) -> tuple[Rows, list[str]]:
+    """The limits of each case by the evidence, none where it does not fit these runs; and the sentences on them.
+
+    forgetting, curvature  the limit in multiples of the rate that is taken, None where it is not known
+    by                     the nearer, if both are known
+    """
+    unknown = "What limits each batch is not known: "
     if found is None:
-        return None
+        return {}, [f"{unknown}give --evidence the folder of a finished forgetting."]
     here = config.learned()
-    differing = [key for key in SAME_NETWORK if found.recipe.get(key) != here[key]]
-    return f"it is of another {', '.join(differing)}" if differing else None
+    if differing := [key for key in SAME_NETWORK if found.recipe.get(key) != here[key]]:
+        return {}, [f"{unknown}the evidence does not fit, it is of another {', '.join(differing)}."]
+    limited = {}
+    for name, row in rows.items():
+        room = dict(zip(("forgetting", "curvature"), found.headroom(row["batch"], row["rate"]), strict=True))
+        limited[name] = {**room, "by": None if None in room.values() else min(room, key=room.__getitem__)}
+    missing = [kind for kind in ("forgetting", "curvature") if getattr(found, kind) is None]
+    if missing:
+        return limited, [f"{unknown}the evidence has no {' and no '.join(missing)} limit."]
+    said = []
+    for kind in ("forgetting", "curvature"):
+        if names := [name for name, row in limited.items() if row["by"] == kind]:
+            said.append(f"{kind}-limited: batch {', '.join(names)}")
+    crossing = found.batch * found.curvature / found.forgetting
+    beyond = [name for name, row in limited.items() if row[row["by"]] < 1]
+    return limited, [
+        f"By the evidence of {found.images:,} images, {'; '.join(said)}; the two limits meet at batch {crossing:.0f}. "
+        + (f"Past the nearer: batch {', '.join(beyond)}." if beyond else "None is past it."),
+        "The article has batch 128 limited by forgetting and 512 by curvature (quoted).",
+    ]
 
 
-def limit(found: Evidence, row: dict[str, Any]) -> dict[str, Any]:
-    """{forgetting, curvature: the limit in multiples of the rate that is taken; by: the nearer, if both are known}."""
-    forgetting, curvature = found.headroom(row["batch"], row["rate"])
-    by = None
-    if forgetting is not None and curvature is not None:
-        by = "forgetting" if forgetting <= curvature else "curvature"
-    return {"forgetting": forgetting, "curvature": curvature, "by": by}
-
-
-def sentences(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """What the runs say."""
+def sentences(rows: Rows) -> list[str]:
+    """The conclusions from the runs."""
     finished = {name: row for name, row in rows.items() if row["test_accuracy"] is not None}
     blown = [name for name in rows if name not in finished]
     said = []
@@ -153,119 +158,49 @@ def sentences(rows: dict[str, dict[str, Any]]) -> list[str]:
     return said
 
 
-def limit_sentences(found: Evidence | None, reason: str | None, limited: dict[str, dict[str, Any]]) -> list[str]:
-    """Where each case is limited, or why that is not known."""
-    if found is None:
-        return ["What limits each batch is not known: give --evidence the folder of a finished forgetting."]
-    if reason:
-        return [f"What limits each batch is not known: the evidence does not fit, {reason}."]
-    missing = [
-        name for name, value in (("forgetting", found.forgetting), ("curvature", found.curvature)) if value is None
-    ]
-    if missing:
-        return [f"What limits each batch is not known: the evidence has no {' and no '.join(missing)} limit."]
-    said = []
-    for kind in ("forgetting", "curvature"):
-        names = [name for name, row in limited.items() if row["by"] == kind]
-        if names:
-            said.append(f"{kind}-limited: batch {', '.join(names)}")
-    crossing = found.batch * found.curvature / found.forgetting
-    beyond = [name for name, row in limited.items() if row[row["by"]] < 1]
-    sentence = f"By the evidence of {found.images:,} images, {'; '.join(said)}; the two limits meet at batch "
-    sentence += f"{crossing:.0f}. " + (f"Past the nearer: batch {', '.join(beyond)}." if beyond else "None is past it.")
-    return [sentence, "The article has batch 128 limited by forgetting and 512 by curvature (quoted)."]
-
-
-def plots(rows: dict[str, dict[str, Any]], limited: dict[str, dict[str, Any]]) -> list[Plot]:
+def plots(rows: Rows, limited: Rows) -> list[Plot]:
     """Accuracy, loss and time of each case."""
     caption = "One run for each point. A diamond has the rate of its batch, scaled linearly, and 10 % more."
     if limited:
         caption += " Under each batch stands the limit that its rate is nearer to, by the evidence of forgetting."
-    of_accuracy = f"{caption} Runs of one recipe differ by a standard deviation of {100 * RUN_SD:.2f} points (quoted)."
-    return [
-        Plot(
-            "accuracy",
-            "Test accuracy against batch size, one run each",
-            chart(rows, limited, "test_accuracy", "test accuracy"),
-            of_accuracy,
-        ),
-        Plot(
-            "loss",
-            "Loss against batch size, one run each",
-            chart(rows, limited, "test_loss", "loss", "train_loss"),
-            caption,
-        ),
-        Plot(
-            "time",
-            "Seconds of training against batch size, one run each",
-            chart(rows, limited, "train_s", "seconds of training"),
-            caption,
-        ),
-    ]
+    noise = f" Runs of one recipe differ by a standard deviation of {100 * RUN_SD:.2f} points (quoted)."
+    shown = {
+        "accuracy": ("Test accuracy", "test accuracy (axis not from 0)", {"test_accuracy": BLUE}, caption + noise),
+        "loss": ("Loss", "loss (axis not from 0)", {"test_loss": BLUE, "train_loss": ORANGE}, caption),
+        "time": ("Seconds of training", "seconds of training", {"train_s": BLUE}, caption),
+    }
+    made = []
+    for key, (title, name, paints, words) in shown.items():
+        known = any(row[field] is not None for row in rows.values() for field in paints)
+        filled = partial(draw, rows=rows, limited=limited, paints=paints, name=name)
+        reason = "" if known else "no run came to its end"
+        made.append(Plot(key, f"{title} against batch size, one run each", filled, words, 3.4, reason))
+    return made
 
 
-def chart(
-    rows: dict[str, dict[str, Any]],
-    limited: dict[str, dict[str, Any]],
-    key: str,
-    name: str,
-    second: str | None = None,
-) -> Chart:
-    """A figure of each batch, the second one beside it: a line where the rate is scaled linearly, and a diamond."""
-    batches, data = list(dict.fromkeys(row["batch"] for row in rows.values())), []
-    for field, paint in ((key, "series-1"), (second, "series-2")):
-        words = (field or "").replace("_", " ").replace("train s", "seconds")
-        for factor in (1.0, 1.1):
-            known = [
-                (batches.index(row["batch"]), row[field], case)
+def draw(axes: "Axes", rows: Rows, limited: Rows, paints: dict[str, str], name: str) -> None:
+    """Figures of each batch: a line where the rate is scaled linearly, a diamond where it is 10 % higher."""
+    batches = list(dict.fromkeys(row["batch"] for row in rows.values()))
+    for field, colour in paints.items():
+        which = f"{field.replace('_', ' ')}, " if len(paints) > 1 else ""
+        for factor, style, label in ((1.0, "o-", "rate scaled linearly"), (1.1, "D", "rate 10 % higher")):
+            points = [
+                (batches.index(row["batch"]), row[field])
                 for case, row in rows.items()
-                if field and row[field] is not None and CASES[case][1] == factor
+                if row[field] is not None and CASES[case][1] == factor
             ]
-            if not known:
-                continue
-            x, y, cases = (list(values) for values in zip(*known, strict=True))
-            plain = factor == 1
-            label = "rate scaled linearly" if plain else "rate 10 % higher"
-            data.append(
-                trace(
-                    "scatter",
-                    x=x,
-                    y=y,
-                    name=f"{words}, {label}" if second else label,
-                    showlegend=True,
-                    mode="lines+markers" if plain else "markers",
-                    line=line(paint, 2),
-                    marker={
-                        "size": 7 if plain else 10,
-                        "symbol": "circle" if plain else "diamond",
-                        "color": colour(paint),
-                    },
-                    hovertext=[f"batch {case}, {words} {v:.4g}" for v, case in zip(y, cases, strict=True)],
-                    hoverinfo="text",
-                )
-            )
-    if not data:
-        return Chart(key, name, reason="no run came to its end")
-    if key == "train_s":
-        scale: dict[str, Any] = {"range": [0, 1.1 * max(max(one["y"]) for one in data)]}
-    else:
-        name, scale = f"{name} (axis not from 0)", {"tickformat": ".1%"} if key == "test_accuracy" else {}
-    nearer = {batch: limited.get(str(batch), {}).get("by") for batch in batches}
-    whole = layout(
-        xaxis=axis(
-            f"batch size{', and what limits its rate' if limited else ''}",
-            tickvals=list(range(len(batches))),
-            ticktext=[f"{batch}<br>{by}" if by else str(batch) for batch, by in nearer.items()],
-        ),
-        yaxis=axis(name, **scale),
-        hovermode="closest",
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        margin=margin(left=64, top=36, bottom=60),
-    )
-    return Chart(key, name, 320, data, whole)
+            if points:
+                axes.plot(*zip(*points, strict=True), style, color=colour, linewidth=2, label=which + label)
+    nearer = [(batch, limited.get(str(batch), {}).get("by")) for batch in batches]
+    axes.set_xticks(range(len(batches)), [f"{batch}\n{by}" if by else str(batch) for batch, by in nearer])
+    axes.set(xlabel=f"batch size{', and what limits its rate' if limited else ''}", ylabel=name)
+    if "test_accuracy" in paints:
+        axes.yaxis.set_major_formatter("{x:.1%}")
+    if "train_s" in paints:
+        axes.set_ylim(0, 1.1 * max(row["train_s"] for row in rows.values()))
 
 
-def tables(rows: dict[str, dict[str, Any]], limited: dict[str, dict[str, Any]]) -> list[Table]:
+def tables(rows: Rows, limited: Rows) -> list[Table]:
     """The numbers; headroom is the limit over the rate that the case takes."""
     seconds, losses, rooms = [], [], []
     for name, row in rows.items():
@@ -296,7 +231,7 @@ def tables(rows: dict[str, dict[str, Any]], limited: dict[str, dict[str, Any]]) 
 
 
 def caveats(request: Request, config: Config, found: Evidence | None) -> list[str]:
-    """What limits the conclusions."""
+    """The limits of the conclusions."""
     said = []
     if request.small:
         said.append(

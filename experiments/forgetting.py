@@ -1,4 +1,4 @@
-"""The article's two experiments on catastrophic forgetting (Part 2): what limits a learning rate, what is remembered.
+"""The article's two experiments on catastrophic forgetting (Part 2): limits of the learning rate, memory of batches.
 
     python -m experiments forgetting --data-dir DIR
 
@@ -9,36 +9,36 @@ Memory: `experiments.retention`. The rules by which the limits are read off the 
 """
 
 from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import train
 from experiments import forgetting_rules, retention
 from experiments.study import training
-from experiments.study.folder import Plot, Request, Table, open_study
+from experiments.study.drawing import BLUE, GREY, INK, ORANGE, VIOLET, WARN
+from experiments.study.folder import Plot, Request, Study, Table, open_study
 from model.config import Config
-from model.presets import laptop
-from profiling.report.plot import Chart, axis, colour, escape, layout, line, margin, trace
 
 if TYPE_CHECKING:
-    import train
-    from experiments.study.folder import Study
+    from matplotlib.axes import Axes
+
     from model.interrupts import Interrupts
     from profiling.output.terminal import Terminal
 
 MULTIPLES = tuple(2.0**i for i in range(-3, 5))
-"""Of the base rate."""
+"""The rates, in multiples of the base rate."""
 SHARES = (8, 4, 2, 1)
-"""What the largest set is divided by."""
+"""The sizes of the sets are the largest one's divided by these."""
 EPOCHS, CONSTANT, LAST = 10, 25, 4
-"""Epochs at each rate; of constant rate after the ramp (the article's), and how many of these are looked back on."""
+"""Epochs at each rate; at a constant rate after the ramp (the article's), and how many of these are looked back on."""
 SMALL_EPOCHS, SMALL_CONSTANT, SMALL_LAST = (4, 10), 5, 3
-"""The same of `small`, the first from the least to the most."""
+"""The same for `small`, the first from the least to the most."""
 DIVISORS = (1, 2, 4, 8, 16)
-"""What `small` may divide the number of training images by."""
-PAINTS = ("series-4", "series-3", "series-2", "series-1")
+"""Divisors of the number of training images that `small` may choose."""
 
 
-def plan(request: Request, session: "train.Session", config: Config) -> dict[str, int]:
-    """{images, epochs, constant, last}: the article's, or of `small` what this machine's speed leaves time for.
+def plan(request: Request, session: train.Session, config: Config) -> dict[str, int]:
+    """{images, epochs, constant, last}: the article's, or for `small` as much as this machine's speed leaves time for.
 
     images  of the largest set
     epochs  of each run at a constant rate
@@ -62,12 +62,12 @@ def plan(request: Request, session: "train.Session", config: Config) -> dict[str
 
 
 def sizes(chosen: dict[str, int]) -> list[int]:
-    """How many images each curve is trained on."""
+    """The number of images of each curve."""
     return [chosen["images"] // share for share in SHARES]
 
 
 def work(chosen: dict[str, int]) -> int:
-    """Images to train on in all, those looked back on counted as a third, which a forward pass is."""
+    """Images to train on in all; a look back is a forward pass, a third of a training step."""
     first = sum(sizes(chosen)) * chosen["epochs"] * len(MULTIPLES)
     second = (chosen["images"] + chosen["images"] // 2) * len(retention.RATES)
     return first + second * (retention.RAMP + chosen["constant"]) + second * chosen["last"] // 3
@@ -75,10 +75,7 @@ def work(chosen: dict[str, int]) -> int:
 
 def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dict[str, Any]:
     """The experiment; returns its document."""
-    import train
-
-    device = request.configure(laptop()).device
-    session = train.open_session(terminal, interrupts, device, request.data_dir, synthetic=request.synthetic)
+    session = training.open_session(request, terminal, interrupts)
     config = training.recipe(request, session)
     study = open_study("forgetting", request, session, training.identity(config))
     chosen = study.once("plan", lambda: plan(request, session, config))
@@ -87,20 +84,9 @@ def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dic
     fits = retention.fits(result["memory"])
     result["climbs"] = {name: fit._asdict() for name, fit in fits.items()}
     curves = [forgetting_rules.Limits(**row) for row in result["limits"]]
-    plots = [Plot("limits", "Final loss against learning rate", limits_chart(result), limits_caption(chosen))]
-    for rate in retention.RATES:
-        chart = retention.chart(rate, result["memory"], fits)
-        plots.append(
-            Plot(
-                f"memory-{rate}",
-                f"Loss of past batches against their age, at the {rate} rate",
-                chart,
-                retention.CAPTION,
-            )
-        )
     return study.finish(
         result,
-        plots,
+        [limits_plot(result), *retention.plots(result["memory"], fits)],
         [
             *forgetting_rules.sentences(curves),
             *blown_up(result["curves"]),
@@ -111,7 +97,7 @@ def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dic
     )
 
 
-def measure(study: "Study", session: "train.Session", config: Config, chosen: dict[str, int]) -> dict[str, Any]:
+def measure(study: Study, session: train.Session, config: Config, chosen: dict[str, int]) -> dict[str, Any]:
     """Both experiments, each run kept as soon as it is done.
 
     curves  the final losses on each number of images, one for each of MULTIPLES; None where a run blew up
@@ -125,23 +111,22 @@ def measure(study: "Study", session: "train.Session", config: Config, chosen: di
     done = sum(images for key, images in work_of.items() if key in study.results)
     curves: dict[int, list[float | None]] = {images: [] for images in sizes(chosen)}
     remembered = {}
+
+    def at_a_rate(key: str, images: int, multiple: float) -> dict[str, Any]:
+        changed = training.at_constant_rate(config, base * multiple, chosen["epochs"])
+        trainer = training.prepare(session, changed, training.subset(session.dataset, images))
+        return training.fit(trainer, lambda n: meter.advance(n, key))
+
+    def looked_back(key: str, name: str, rate: str) -> dict[str, Any]:
+        multiple = retention.RATES[rate]
+        return retention.look_back(session, config, chosen, name, base * multiple, lambda n: meter.advance(n, key))
+
     with session.terminal.progress(sum(work_of.values()), done, "images") as meter:
         for key, (images, multiple) in cells.items():
-
-            def at_a_rate(images=images, multiple=multiple, key=key) -> dict[str, Any]:
-                changed = training.at_constant_rate(config, base * multiple, chosen["epochs"])
-                trainer = training.prepare(session, changed, training.subset(session.dataset, images))
-                return training.fit(trainer, lambda n: meter.advance(n, key))
-
-            found = study.once(key, at_a_rate)
+            found = study.once(key, partial(at_a_rate, key, images, multiple))
             curves[images].append(None if found["diverged_step"] else found["losses"][-1])
         for key, (name, rate) in retention.RUNS.items():
-
-            def looked_back(name=name, rate=rate, key=key) -> dict[str, Any]:
-                rate = base * retention.RATES[rate]
-                return retention.look_back(session, config, chosen, name, rate, lambda n: meter.advance(n, key))
-
-            remembered[key] = study.once(key, looked_back)
+            remembered[key] = study.once(key, partial(looked_back, key, name, rate))
     found = [
         forgetting_rules.limits(images, MULTIPLES, curve)._asdict() for images, curve in curves.items() if any(curve)
     ]
@@ -154,67 +139,40 @@ def blown_up(curves: dict[str, list[float | None]]) -> list[str]:
     return [f"On {images:,} images every rate blew up: it has no limits to compare." for images in none]
 
 
-def limits_chart(result: dict[str, Any]) -> Chart:
+def limits_plot(result: dict[str, Any]) -> Plot:
+    """Final loss against the rate, a curve for each number of images."""
+    caption = (
+        f"Each point is a run of {result['plan']['epochs']} epochs at a constant rate. A curve starts to rise where it "
+        f"has given back {forgetting_rules.RISEN:.0%} of what its best rate learned, guessing being a loss of ln 10, "
+        f"and has blown up where it has given back {forgetting_rules.BLOWN_UP:.0%}. Losses beyond the axis are drawn "
+        "at its edge."
+    )
+    return Plot("limits", "Final loss against learning rate", lambda axes: draw_limits(axes, result), caption)
+
+
+def draw_limits(axes: "Axes", result: dict[str, Any]) -> None:
     """A curve for each number of images, where each starts to rise, and where all blow up."""
-    top = 1.15 * forgetting_rules.GUESSING
-    data, lowest = [], top
-    for (images, curve), paint in zip(result["curves"].items(), PAINTS, strict=True):
-        known = [loss for loss in curve if loss is not None]
-        lowest = min([lowest, *known])
-        hover = [
-            f"{int(images):,} images, {forgetting_rules.times(m)} the base rate: "
-            + ("blew up" if loss is None else f"loss {loss:.3f}")
-            for m, loss in zip(MULTIPLES, curve, strict=True)
-        ]
+    guessing = forgetting_rules.GUESSING
+    top, lowest = 1.15 * guessing, guessing
+    for (images, curve), colour in zip(result["curves"].items(), (GREY, VIOLET, ORANGE, BLUE), strict=True):
         shown = [top if loss is None else min(loss, top) for loss in curve]
-        style = {"mode": "lines+markers", "line": line(paint, 2), "marker": {"size": 6, "color": colour(paint)}}
-        data.append(
-            trace(
-                "scatter",
-                x=list(MULTIPLES),
-                y=shown,
-                name=f"{int(images):,} images",
-                showlegend=True,
-                hovertext=hover,
-                hoverinfo="text",
-                **style,
-            )
-        )
-    quiet = {"showlegend": True, "hoverinfo": "skip"}
-    rising = [(row["rises"], _level(row)) for row in result["limits"] if row["rises"] is not None]
+        lowest = min(lowest, *shown)
+        axes.plot(MULTIPLES, shown, "o-", color=colour, linewidth=2, markersize=4.5, label=f"{int(images):,} images")
+    limits = [forgetting_rules.Limits(**row) for row in result["limits"]]
+    rising = [
+        (c.rises, c.best_loss + forgetting_rules.RISEN * (guessing - c.best_loss))
+        for c in limits
+        if c.rises is not None
+    ]
     if rising:
-        x, y = (list(values) for values in zip(*rising, strict=True))
-        mark = {"size": 11, "symbol": "diamond", "color": colour("ink")}
-        data.append(trace("scatter", x=x, y=y, mode="markers", marker=mark, name="starts to rise", **quiet))
-    bottom = 0.9 * lowest
-    common = forgetting_rules.curvature_limit([forgetting_rules.Limits(**row) for row in result["limits"]])
+        axes.plot(*zip(*rising, strict=True), "D", color=INK, markersize=7, label="starts to rise")
+    common = forgetting_rules.curvature_limit(limits)
     if common is not None:
-        ends = {"x": [common, common], "y": [bottom, top], "mode": "lines", "line": line("warn", 1.5, "dash")}
-        data.append(trace("scatter", name=escape(f"all blow up: {forgetting_rules.times(common)}"), **ends, **quiet))
-    ticks = {"tickvals": list(MULTIPLES), "ticktext": [str(Fraction(m)) for m in MULTIPLES]}
-    whole = layout(
-        xaxis=axis("learning rate, in multiples of the base rate", type="log", **ticks),
-        yaxis=axis("loss of the last epoch", range=[bottom, 1.02 * top]),
-        hovermode="closest",
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        margin=margin(left=56, top=48),
-    )
-    return Chart("limits", "final loss against learning rate", 440, data, whole)
-
-
-def _level(row: dict[str, Any]) -> float:
-    """The loss at which a curve has started to rise."""
-    return row["best_loss"] + forgetting_rules.RISEN * (forgetting_rules.GUESSING - row["best_loss"])
-
-
-def limits_caption(chosen: dict[str, int]) -> str:
-    """How to read the first plot."""
-    return (
-        f"Each point is a run of {chosen['epochs']} epochs at a constant rate. A curve starts to rise where it has "
-        f"given back {forgetting_rules.RISEN:.0%} of what its best rate learned, guessing being a loss of ln 10, and "
-        f"has blown up where it has given back {forgetting_rules.BLOWN_UP:.0%}. Losses beyond the axis are drawn at "
-        "its edge."
-    )
+        axes.axvline(common, color=WARN, linestyle="--", label=f"all blow up: {forgetting_rules.times(common)}")
+    axes.set(xscale="log", xlabel="learning rate, in multiples of the base rate", ylabel="loss of the last epoch")
+    axes.set_xticks(MULTIPLES, [str(Fraction(m)) for m in MULTIPLES])
+    axes.minorticks_off()
+    axes.set_ylim(0.9 * lowest, 1.02 * top)
 
 
 def limits_tables(result: dict[str, Any]) -> list[Table]:
@@ -245,8 +203,8 @@ def _cell(loss: float | None) -> str:
     return "blew up" if loss is None else f"{loss:.3f}" if loss < 100 else f"{loss:,.0f}"
 
 
-def caveats(request: Request, session: "train.Session", config: Config, chosen: dict[str, int]) -> list[str]:
-    """What limits the conclusions."""
+def caveats(request: Request, session: train.Session, config: Config, chosen: dict[str, int]) -> list[str]:
+    """The limits of the conclusions."""
     said = []
     if request.small:
         count = len(session.dataset.train_images)

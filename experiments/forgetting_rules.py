@@ -1,4 +1,4 @@
-"""What limits a constant learning rate, read off curves of final loss against rate by one rule for all of them.
+"""The limits of a constant learning rate, read off curves of final loss against rate by one rule for all of them.
 
 A curve's lowest loss is what its best rate learned, and the loss of guessing, ln 10, is having learned nothing. Above
 its best rate a curve *starts to rise* where it has given back a tenth of what lies between the two, and has *blown up*
@@ -24,9 +24,9 @@ from profiling.output.files import read_json
 GUESSING = math.log(10)
 """The loss of ten equal probabilities."""
 RISEN, BLOWN_UP = 0.1, 0.5
-"""Shares of what was learned that are given back."""
+"""Shares of the learned loss that are given back."""
 LEARNED = 0.05
-"""A curve that comes no further than this share below guessing has learned nothing to give back."""
+"""A curve that ends less than this share below guessing has learned nothing."""
 TOGETHER = 2.0
 """Curves that blow up within this factor, the distance of two tested rates, blow up together."""
 APART = math.sqrt(2)
@@ -34,7 +34,7 @@ APART = math.sqrt(2)
 
 
 class Limits(NamedTuple):
-    """Of one curve; rates in the units of the curve's. A limit that the tested rates do not reach is None."""
+    """The limits of one curve, in the units of its rates. A limit that the tested rates do not reach is None."""
 
     images: int
     best_rate: float
@@ -81,7 +81,7 @@ def curvature_limit(curves: Sequence[Limits]) -> float | None:
 
 
 def sentences(curves: Sequence[Limits]) -> list[str]:
-    """What curves of rising sizes say, rates in multiples of the base rate."""
+    """The conclusions from curves of rising sizes, rates in multiples of the base rate."""
     unlearned = [c for c in curves if not c.learned]
     said = [
         f"On {c.images:,} images no rate learned anything to give back (lowest loss {c.best_loss:.2f})."
@@ -134,7 +134,7 @@ def times(multiple: float) -> str:
 
 
 class Evidence(NamedTuple):
-    """What an earlier `forgetting` found for its largest set; rates are those of its batch size."""
+    """The limits that an earlier `forgetting` found for its largest set, at its batch size."""
 
     recipe: dict[str, Any]
     images: int
@@ -176,14 +176,13 @@ def read_evidence(folder: Path) -> Evidence:
 
 
 CLEAR = 3.0
-"""A drop of so many standard errors is told from noise; more than two, since `memory` is chosen to make it large."""
-
+"""Standard errors that tell a drop from noise; more than two, since `memory` is chosen to make the drop large."""
 LEAST = 8
 """Batches that a fit needs."""
 
 
 class Climb(NamedTuple):
-    """plateau: the loss of batches long past; drop: by how much the loss of the last one is below; memory in steps.
+    """The loss climbs with age from `plateau - drop` to `plateau`, 63 % of the way in `memory` steps.
 
     `error` is the drop's standard error at that memory; `bounded` says that the memory is the longest that was tried.
     """

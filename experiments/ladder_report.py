@@ -1,4 +1,4 @@
-"""What the ladder's turns say: figures of each rung, differences with their intervals, charts, sentences.
+"""Conclusions from the ladder's turns: figures of each rung, differences with their intervals, pictures, sentences.
 
 Seconds "for 35 epochs" are extrapolated: what is prepared once, and 35 times the median epoch, scaled to the article's
 50,000 images and its 10,000 of validation. The article's own seconds include its validation, and so do these.
@@ -7,13 +7,18 @@ Seconds "for 35 epochs" are extrapolated: what is prepared once, and 35 times th
 import itertools
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from experiments.ladder_rungs import ARTICLE_EPOCHS, ARTICLE_IMAGES, ARTICLE_TEST_IMAGES, HOST, INPUT, WITHOUT_HOST
-from experiments.study.folder import Table
+from experiments.study.drawing import BAR, INK, ORANGE, SOFT
+from experiments.study.folder import Plot, Table
 from profiling.bench.timing import FEWEST, summarise
 from profiling.device.specifications import V100_FLOPS_PER_S, specification
 from profiling.output.units import MISSING, significant
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Row = dict[str, Any]
 FASTER, NOISE, SLOWER = "faster", "within noise", "slower"
@@ -53,8 +58,7 @@ def _interval(values: Sequence[float]) -> Row:
 
 
 def _rung(row: Row, peaks: dict[str, float]) -> Row:
-    names = ("name", "what", "article_s", "credited_s", "reason")
-    rung = {name: row[name] for name in names}
+    rung = {name: row[name] for name in ("name", "what", "article_s", "credited_s", "reason")}
     if row["reason"] is None and not row["turns"]:
         rung["reason"] = "none of its turns has been timed yet"
     if rung["reason"] is not None:
@@ -63,13 +67,9 @@ def _rung(row: Row, peaks: dict[str, float]) -> Row:
     speed = count / train["median"]
     peak = peaks.get("tf32" if row["dtype"] == "float32" else row["dtype"])
     return rung | {
-        "dtype": row["dtype"],
-        "step": row["step"],
-        "workers": row["workers"],
+        **{name: row[name] for name in ("dtype", "step", "workers", "images", "preprocessing_s")},
         "workers_asked": row["config"]["workers"],
         "widths": row["config"]["widths"],
-        "images": count,
-        "preprocessing_s": row["preprocessing_s"],
         "epoch_train_s": train,
         "epoch_eval_s": _interval([t["eval_s"] for t in row["turns"]]),
         "input_us_per_image": 1e6 * row["input_s"] / count,
@@ -122,22 +122,20 @@ def sentences(ladder: Row) -> list[str]:
 
 
 def _headline(device: str, able: Sequence[Row]) -> str:
+    def shorter(percent: float) -> str:
+        return f"{abs(percent):.0f} % {'shorter' if percent < 0 else 'longer'}"
+
     first = able[0]
     last = next((rung for rung in reversed(able) if rung["article_s"]), first)
-    share = last["percent_of_first"]["median"] - 100
-    ours = (
+    said = (
         f"On {device} the steps from {first['name']} to {last['name']} make training with validation "
-        f"{abs(share):.0f} % {'shorter' if share < 0 else 'longer'}"
+        f"{shorter(last['percent_of_first']['median'] - 100)}"
     )
     if first["article_s"] and last["article_s"]:
-        theirs = 100 * (last["article_s"] / first["article_s"] - 1)
-        ours += f"; on the article's V100 {abs(theirs):.0f} % {'shorter' if theirs < 0 else 'longer'}"
+        said += f"; on the article's V100 {shorter(100 * (last['article_s'] / first['article_s'] - 1))}"
     if able[-1] is not last:
-        more = able[-1]["percent_of_first"]["median"] - share - 100
-        ours += (
-            f"; with {able[-1]['name']} it is {abs(more + share):.0f} % {'shorter' if more + share < 0 else 'longer'}"
-        )
-    return ours + "."
+        said += f"; with {able[-1]['name']} it is {shorter(able[-1]['percent_of_first']['median'] - 100)}"
+    return said + "."
 
 
 def _step_in_words(step: Row) -> str:
@@ -151,20 +149,21 @@ def _step_in_words(step: Row) -> str:
 def _order(ladder: Row) -> str:
     """Whether the rungs that only make batches differently come in the article's order."""
     of_name = {rung["name"]: rung for rung in ladder["rungs"] if rung["reason"] is None}
-    names = [name for name in ("article-323", *INPUT, "on-device") if name in of_name]
-    steps = {step["to"]: step for step in ladder["steps"]}
+    pipeline = [name for name in ("article-323", *INPUT) if name in of_name]
+    names = [*pipeline, *(["on-device"] if "on-device" in of_name else [])]
     if len(names) < 3:
         return ""
-    unsure = [f"{a} and {b}" for a, b in itertools.pairwise(names) if steps.get(b, {}).get("verdict") == NOISE]
-    alone = sorted(names, key=lambda name: -of_name[name]["input_us_per_image"])
-    costs = ", ".join(f"{name} {significant(of_name[name]['input_us_per_image'])}" for name in alone)
-    pipeline = [name for name in names if name != "on-device"]
+    verdicts = {step["to"]: step["verdict"] for step in ladder["steps"]}
+    close = [f"{a} and {b}" for a, b in itertools.pairwise(pipeline) if verdicts.get(b) == NOISE]
     timed = sorted(pipeline, key=lambda name: -of_name[name]["epoch_train_s"]["median"])
     agrees = "which is the article's order" if timed == pipeline else f"not the article's ({', '.join(pipeline)})"
-    text = f"The rungs of the input pipeline, slowest epoch first: {', '.join(timed)}, {agrees}"
-    close = [pair for pair in unsure if "on-device" not in pair]
-    text += f"; not to be told apart: {', '.join(close)}" if close else ""
-    return f"{text}. Making the batches alone takes, in microseconds an image: {costs}."
+    alone = {name: of_name[name]["input_us_per_image"] for name in names}
+    costs = ", ".join(f"{name} {significant(cost)}" for name, cost in sorted(alone.items(), key=lambda one: -one[1]))
+    return (
+        f"The rungs of the input pipeline, slowest epoch first: {', '.join(timed)}, {agrees}"
+        f"{'; not to be told apart: ' if close else ''}{', '.join(close)}. Making the batches alone takes, in "
+        f"microseconds an image: {costs}."
+    )
 
 
 def _input_share(able: Sequence[Row]) -> str:
@@ -175,14 +174,14 @@ def _input_share(able: Sequence[Row]) -> str:
     listed = ", ".join(f"{share:.0f} % of {name}" for name, share in shares.items())
     widths = "-".join(map(str, here[0]["widths"]))
     return (
-        "Where no worker helps, making batches alone, of which the article's rungs have one Python thread do it, takes "
-        f"this much of the training time of a {widths} network: {listed}. Compare kernels on the rungs from on-device "
-        "on, where the device makes them."
+        "Without workers, making the batches alone, by one Python thread on the article's rungs, takes this share of "
+        f"the training time of a {widths} network: {listed}. Compare kernels on the rungs from on-device on, where the "
+        "device makes the batches."
     )
 
 
 def _host_share(ladder: Row) -> str:
-    """What a CUDA graph takes off the host."""
+    """The host time that a CUDA graph saves."""
     step = ladder["host"]
     if not step:
         return ""
@@ -199,15 +198,15 @@ def _accuracies(able: Sequence[Row]) -> str:
         return ""
     one = [
         f"{name} {f['test_accuracy']:.2%} in {f['train_plus_eval_s']:.1f} s"
-        if f["status"] == "complete" and f["test_accuracy"] is not None
+        if f["test_accuracy"] is not None
         else f"{name} ended as {f['status']}"
         for name, f in known
     ]
     return f"Trained to the end, n = 1 each: {'; '.join(one)}."
 
 
-def caveats(ladder: Row, small: bool, images: int | None) -> list[str]:
-    """What limits the sentences."""
+def caveats(ladder: Row, small: bool) -> list[str]:
+    """The limits of the sentences."""
     able = [rung for rung in ladder["rungs"] if rung["reason"] is None]
     if not able:
         return ["No rung can run here."]
@@ -230,14 +229,71 @@ def caveats(ladder: Row, small: bool, images: int | None) -> list[str]:
     return few
 
 
+def plots(ladder: Row) -> list[Plot]:
+    """The time of each rung, and the change by each step, beside the article's."""
+    able, device = [rung for rung in ladder["rungs"] if rung["reason"] is None], ladder["device"]
+    first = able[0]["article_s"] if able else None
+    times = [
+        (
+            rung["name"],
+            rung["percent_of_first"],
+            100 * rung["article_s"] / first if first and rung["article_s"] else None,
+            f"{rung['seconds_35_epochs']['median']:,.0f} s",
+        )
+        for rung in able
+    ]
+    changes = [(step["to"], step["percent"], step["article_percent"], step["verdict"]) for step in ladder["steps"]]
+    of_time = f"training and validation, % of {able[0]['name']}" if able else ""
+    of_change = "change in the time of training and validation, % (negative is faster)"
+    return [
+        Plot(
+            "ladder",
+            "The ladder",
+            partial(_draw, bars=times, title=of_time, device=device),
+            f"Bars: {device}, with the 95 % interval of the median over the turns; beside them the seconds for "
+            f"{ARTICLE_EPOCHS} epochs, extrapolated. Diamonds: the article's V100 (quoted).",
+            1.5 + 0.34 * len(times),
+            "" if times else "no rung can run here",
+        ),
+        Plot(
+            "steps",
+            "Change by each step",
+            partial(_draw, bars=changes, title=of_change, device=device),
+            "Against the rung before, turn by turn, with the 95 % interval of the median. Left of zero is faster. "
+            "Diamonds: what the article credits it with (quoted).",
+            1.5 + 0.34 * len(changes),
+            "" if changes else "there are no two rungs to compare",
+        ),
+    ]
+
+
+def _draw(axes: "Axes", bars: list[tuple[str, Row, float | None, str]], title: str, device: str) -> None:
+    """Horizontal bars, each of (name, interval, the article's figure, word behind it): bars of `device`, diamonds."""
+    names, spread, quoted, _ = zip(*bars, strict=True)
+    middles, places = [s["median"] for s in spread], range(len(bars))
+    errors = [[s["median"] - s["low"] for s in spread], [s["high"] - s["median"] for s in spread]]
+    axes.barh(places, middles, 0.62, xerr=errors, color=BAR, ecolor=INK, label=f"{device} (measured)")
+    known = [(value, place) for value, place in zip(quoted, places, strict=True) if value is not None]
+    if known:
+        axes.plot(*zip(*known, strict=True), "D", color=ORANGE, label="the article's V100 (quoted)")
+    for place, (_, s, value, word) in enumerate(bars):
+        end = max(0, s["high"], value or 0)
+        axes.annotate(word, (end, place), (7, 0), textcoords="offset points", va="center", color=SOFT)
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel(title)
+
+
 def tables(ladder: Row) -> list[Table]:
     """The rungs, and the steps between them."""
     full = any(rung.get("full") for rung in ladder["rungs"])
-    columns = ["rung", "step", "s an epoch", "images/s", "input alone, µs/image"]
-    columns += ["35 epochs, s", "V100-normalised", "MFU", "article, s"]
-    statuses = ["", "", "measured", "measured", "measured", "modelled", "modelled", "modelled", "quoted"]
-    if full:
-        columns, statuses = [*columns, "whole run, s", "accuracy"], [*statuses, "measured", "measured"]
+    statuses = {
+        **{"rung": "", "step": "", "s an epoch": "measured", "images/s": "measured"},
+        **{"input alone, µs/image": "measured", "35 epochs, s": "modelled", "V100-normalised": "modelled"},
+        **{"MFU": "modelled", "article, s": "quoted"},
+        **({"whole run, s": "measured", "accuracy": "measured"} if full else {}),
+    }
     rows = [[*_cells(rung), *(_full_cells(rung) if full else [])] for rung in ladder["rungs"]]
     steps = [
         [
@@ -252,7 +308,7 @@ def tables(ladder: Row) -> list[Table]:
     ]
     heads = ["step", "change of time", "of 35 epochs, s", "verdict", "the article's, s", "the article's"]
     return [
-        Table("The rungs", columns, rows, statuses),
+        Table("The rungs", list(statuses), rows, list(statuses.values())),
         Table("The steps", heads, steps, ["", "measured", "modelled", "", "quoted", "quoted"]),
     ]
 

@@ -10,14 +10,14 @@ from model.presets import preset
 
 ARTICLE_EPOCHS, ARTICLE_IMAGES, ARTICLE_TEST_IMAGES = 35, 50_000, 10_000
 INPUT = ("article-308", "article-301", "article-297")
-"""The rungs that change nothing but how batches are made."""
+"""The rungs that only change how batches are made."""
 
 
 @dataclass(frozen=True)
 class Rung:
     """`preset` with `changes` on top. `article_s`: the article's seconds on a V100, validation included (quoted).
 
-    `credited_s` is what the article says that this step gained (quoted), None where it says nothing.
+    `credited_s` is the gain that the article credits this step with (quoted), None where it says nothing.
     """
 
     name: str
@@ -53,9 +53,9 @@ RUNGS = (
     Rung("fused", "fused convolutions, as the preset has it", "article-256", _KERNELS),
     Rung("eager", "launched by the host, kernel by kernel", "article-256", (*_KERNELS, ("step", "eager"))),
 )
-"""Each makes one step on from the one before, but for the last, which is the one before without its CUDA graph."""
+"""Each makes one step on from the one before; the last is the one before without its CUDA graph."""
 HOST, WITHOUT_HOST = "eager", "fused"
-"""The rung that shows the host's share, which is no step of the ladder, and the one that it is compared with."""
+"""The rung that shows the host's share, which is no step of the ladder, and the rung that it is compared with."""
 
 VARIED = frozenset(
     {"prep_bn_relu", "preprocess", "draw", "workers", "batch_size", "lr_epochs", "lr_values", "ops", "conv", "step"}

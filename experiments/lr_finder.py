@@ -12,11 +12,13 @@ descent.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from experiments.study import training
+from experiments.study.drawing import BLUE, GREY, INK, ORANGE, VIOLET
 from experiments.study.folder import Plot, Request, Table, open_study
 from model.config import Config
 from model.data.batches import Batches
@@ -24,9 +26,10 @@ from model.data.cifar10 import Dataset
 from model.distributed import Ranks
 from model.presets import fused, laptop
 from model.trainer import Trainer
-from profiling.report.plot import Chart, axis, colour, escape, layout, line, margin, trace
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from model.interrupts import Interrupts
     from profiling.output.terminal import Terminal
 
@@ -35,9 +38,9 @@ LOW, HIGH = 1e-4, 100.0
 WINDOW, SLOPE_WINDOW = 0.5, 1.0
 """Decades over which the loss is smoothed, and its slope; in fewer, the noise of batches is steeper."""
 SURE = 4.0
-"""Standard errors by which the loss must fall: the least of many smoothed losses is lower than the first by chance."""
+"""Standard errors by which the loss must fall; by chance the least of many smoothed losses is below the first."""
 BLOWN_UP = 4.0
-"""A sweep ends at a batch whose loss is so many times that of the first, or is not finite."""
+"""A sweep ends at a batch whose loss is this many times the first batch's, or is not finite."""
 
 
 CAPTION = (
@@ -71,15 +74,8 @@ class Suggestion(NamedTuple):
 
     @property
     def first(self) -> float:
-        """The rate to start with: too low a one costs time, too high a one the run."""
+        """The rate to start with, the smaller: too low a rate costs time, too high a one the run."""
         return min(self.steepest, self.tenth)
-
-
-def sweep_config(config: Config, steps: int, low: float = LOW, high: float = HIGH) -> Config:
-    """`config` for one epoch of `steps` steps, the first of which takes `low` and the last `high`."""
-    rates = [low * (high / low) ** (n / max(steps - 1, 1)) for n in range(steps)]
-    knots = tuple(n / steps for n in range(steps + 1))
-    return dataclasses.replace(config, epochs=1, lr_epochs=knots, lr_values=(low, *rates))
 
 
 def sweep(
@@ -89,8 +85,14 @@ def sweep(
     high: float = HIGH,
     on_images: Callable[[int], Any] = lambda images: None,
 ) -> Sweep:
-    """One epoch of `dataset`'s training images on a copy of `trainer`, of which nothing changes."""
-    config = sweep_config(trainer.config, trainer.epoch_steps, low, high)
+    """One epoch of `dataset`'s training images on a copy of `trainer`, which does not change.
+
+    The first step takes the rate `low`, the last `high`.
+    """
+    steps = trainer.epoch_steps
+    rates = [low * (high / low) ** (n / max(steps - 1, 1)) for n in range(steps)]
+    knots = tuple(n / steps for n in range(steps + 1))
+    config = dataclasses.replace(trainer.config, epochs=1, lr_epochs=knots, lr_values=(low, *rates))
     batches = Batches(dataset.train_images, dataset.train_labels, config, trainer.device, trainer.dtype)
     twin = Trainer(batches, dataset, Ranks())
     twin.restore(trainer.tensors(), 0)
@@ -132,7 +134,7 @@ def smooth(rates: Sequence[float], losses: Sequence[float], window: float) -> tu
 
 
 def suggest(rates: Sequence[float], losses: Sequence[float]) -> Suggestion | None:
-    """What the two rules say; None where the loss never falls by more than chance, or there are under three steps."""
+    """The rates by both rules; None for fewer than three steps, or a loss that never falls by more than chance."""
     if len(rates) < 3:
         return None
     values, _ = smooth(rates, losses, WINDOW)
@@ -156,7 +158,7 @@ def suggest(rates: Sequence[float], losses: Sequence[float]) -> Suggestion | Non
 
 
 def sentences(found: Sweep, suggested: Suggestion | None, config: Config) -> list[str]:
-    """What the sweep says, the first being the conclusion."""
+    """The conclusions from the sweep, the headline first."""
     if suggested is None:
         few = len(found.rates) < 3
         why = f"its {len(found.rates)} steps are too few" if few else "its loss never fell by more than its noise"
@@ -182,7 +184,7 @@ def sentences(found: Sweep, suggested: Suggestion | None, config: Config) -> lis
 
 
 def _of_peak(found: Sweep, suggested: Suggestion, config: Config) -> str:
-    """What the curve says of the highest rate of the schedule."""
+    """Whether the curve supports the highest rate of the schedule."""
     peak = max(config.lr_values)
     if peak > found.rates[-1]:
         verdict = "which the sweep did not reach"
@@ -196,7 +198,7 @@ def _of_peak(found: Sweep, suggested: Suggestion, config: Config) -> str:
 
 
 def _end(found: Sweep) -> str:
-    """What became of the loss at the highest rates."""
+    """The loss at the highest rates."""
     if found.stopped:
         return f"The sweep ended early: {found.stopped}."
     values, _ = smooth(found.rates, found.losses, WINDOW)
@@ -208,51 +210,37 @@ def _end(found: Sweep) -> str:
     return f"The smoothed loss does not rise above its first value up to {last}."
 
 
-def chart(found: Sweep, suggested: Suggestion | None, config: Config) -> Chart:
-    """Loss against rate, as it was and smoothed, with both suggestions and the schedule's peak."""
-    if len(found.rates) < 3:
-        return Chart("sweep", "loss against learning rate", reason="fewer than three steps were finite")
-    values, _ = smooth(found.rates, found.losses, WINDOW)
-    top = min(max(*values, found.losses[0]) * 1.1, 1.6 * found.losses[0])
-    bottom = min(*values, *found.losses) * 0.9
-    hover = [f"rate {r:.3g}, loss {v:.3f}, smoothed {s:.3f}" for r, v, s in zip(*found[:2], values, strict=True)]
-    points = {"mode": "markers", "marker": {"size": 4, "color": colour("series-4")}}
-    curve = {"mode": "lines", "line": line("series-1", 2.5)}
-    data = [
-        trace("scatter", x=found.rates, y=found.losses, name="a batch", showlegend=True, hoverinfo="skip", **points),
-        trace(
-            "scatter",
-            x=found.rates,
-            y=values,
-            name="smoothed",
-            showlegend=True,
-            hovertext=hover,
-            hoverinfo="text",
-            **curve,
-        ),
-    ]
-    marks = [(f"peak of {config.preset}: {max(config.lr_values):.2g}", max(config.lr_values), "ink")]
-    if suggested is not None:
-        for (name, rate), paint in zip(rules(suggested).items(), ("series-2", "series-3"), strict=True):
-            use = ", start with it" if rate == suggested.first else ""
-            marks.append((f"{name}: {rate:.2g}{use}", rate, paint))
-    for (name, rate, paint), dash in zip(marks, ("dot", "dashdot", "dash"), strict=False):
-        properties = {"name": escape(name), "showlegend": True, "hoverinfo": "skip"}
-        ends = {"x": [rate, rate], "y": [bottom, top]}
-        data.append(trace("scatter", mode="lines", line=line(paint, 1.5, dash), **ends, **properties))
-    if suggested is not None and suggested.high > suggested.low:
-        name = f"lowest loss, within noise: {suggested.low:.2g} to {suggested.high:.2g}"
-        level, flat = min(values), {"name": name, "showlegend": True, "hoverinfo": "skip"}
-        ends = {"x": [suggested.low, suggested.high], "y": [level, level]}
-        data.append(trace("scatter", mode="lines", line=line("series-3", 3), **ends, **flat))
-    whole = layout(
-        xaxis=axis("learning rate", type="log", tickformat="~g", dtick=1),
-        yaxis=axis("loss of a batch", range=[bottom, top]),
-        hovermode="closest",
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        margin=margin(left=56, top=48),
+def picture(found: Sweep, suggested: Suggestion | None, config: Config) -> Plot:
+    """Loss against rate."""
+    return Plot(
+        "sweep",
+        "Loss against learning rate",
+        partial(draw, found=found, suggested=suggested, config=config),
+        CAPTION,
+        reason="fewer than three steps were finite" if len(found.rates) < 3 else "",
     )
-    return Chart("sweep", "loss against learning rate", 420, data, whole)
+
+
+def draw(axes: "Axes", found: Sweep, suggested: Suggestion | None, config: Config) -> None:
+    """Loss against rate, as measured and smoothed, with both suggestions and the schedule's peak."""
+    rates, losses, _ = found
+    values, _ = smooth(rates, losses, WINDOW)
+    axes.plot(rates, losses, ".", color=GREY, markersize=4, label="a batch")
+    axes.plot(rates, values, color=BLUE, linewidth=2.5, label="smoothed")
+    peak = max(config.lr_values)
+    axes.axvline(peak, color=INK, linestyle=":", label=f"peak of {config.preset}: {peak:.2g}")
+    if suggested is not None:
+        s = suggested
+        for (name, rate), colour, style in zip(rules(s).items(), (ORANGE, VIOLET), ("-.", "--"), strict=True):
+            use = ", start with it" if rate == s.first else ""
+            axes.axvline(rate, color=colour, linestyle=style, label=f"{name}: {rate:.2g}{use}")
+        if s.high > s.low:
+            name = f"lowest loss, within noise: {s.low:.2g} to {s.high:.2g}"
+            axes.hlines(min(values), s.low, s.high, color=VIOLET, linewidth=3, label=name)
+    top = min(max(*values, losses[0]) * 1.1, 1.6 * losses[0])
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss of a batch", ylim=(min(*values, *losses) * 0.9, top))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.tick_params(which="minor", labelbottom=False)  # between the decades they touch each other
 
 
 def rules(suggested: Suggestion) -> dict[str, float]:
@@ -273,11 +261,7 @@ def tables(suggested: Suggestion | None) -> list[Table]:
 
 def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dict[str, Any]:
     """The experiment; returns its document."""
-    import train
-
-    session = train.open_session(
-        terminal, interrupts, request.configure(laptop()).device, request.data_dir, synthetic=request.synthetic
-    )
+    session = training.open_session(request, terminal, interrupts)
     start = fused() if session.device.type == "cuda" and not request.small else laptop()
     config = training.runnable(request.configure(start), session)
     study = open_study("lr-finder", request, session, {**training.identity(config), "low": LOW, "high": HIGH})
@@ -301,7 +285,7 @@ def run(request: Request, terminal: "Terminal", interrupts: "Interrupts") -> dic
     )
     return study.finish(
         {"sweep": found._asdict(), "suggestion": suggested and suggested._asdict(), "peak": max(config.lr_values)},
-        [Plot("sweep", "Loss against learning rate", chart(found, suggested, config), CAPTION)],
+        [picture(found, suggested, config)],
         sentences(found, suggested, config),
         tables(suggested),
         caveats,

@@ -1,4 +1,4 @@
-"""What a network remembers of the batches it has seen: their loss by its last weights, against how long ago they were.
+"""The memory of a network: the loss of past batches by its last weights, against their age.
 
 Five epochs of ramp, then a constant rate, on half the images without augmentation and on all of them with. Then the
 weights are frozen, and the loss of each batch of the last epochs is computed again, in the order in which they were
@@ -8,21 +8,23 @@ seen: batches are functions of seed, epoch and index.
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from experiments import forgetting_rules
-from experiments.forgetting_rules import LEAST, Climb, climb, curve, smoothed
+import train
+from experiments.forgetting_rules import APART, LEAST, Climb, climb, curve, smoothed
 from experiments.study import training
-from experiments.study.folder import Table
+from experiments.study.drawing import BLUE, INK, ORANGE
+from experiments.study.folder import Plot, Table
 from model.config import Config
 from model.trainer import Trainer
-from profiling.report.plot import Chart, axis, colour, layout, line, margin, trace
 
 if TYPE_CHECKING:
-    import train
+    from matplotlib.axes import Axes
 
 RATES = {"high": 1.0, "low": 1 / 8}
 """Multiples of the base rate, which is the schedule's own peak."""
@@ -43,7 +45,7 @@ CAPTION = (
 
 
 def look_back(
-    session: "train.Session",
+    session: train.Session,
     config: Config,
     chosen: dict[str, int],
     name: str,
@@ -87,19 +89,12 @@ def past_losses(trainer: Trainer, first: int) -> list[float]:
 
 
 def images_to_train(chosen: dict[str, int], name: str) -> int:
-    """How many images the run of a setting sees, over all its epochs."""
+    """The images that the run of a setting sees, over all its epochs."""
     return chosen["images"] // (2 if name == "half" else 1) * (RAMP + chosen["constant"])
 
 
-def ends(row: dict[str, Any]) -> tuple[float, float]:
-    """(mean loss of the most recent batches, of the last epoch's oldest), each a tenth of the epoch."""
-    epoch = row["losses"][: row["epoch_steps"]]
-    few = max(1, round(RECENT * len(epoch)))
-    return sum(epoch[:few]) / few, sum(epoch[-few:]) / few
-
-
 def sentences(memory: dict[str, Any], fits: dict[str, Climb]) -> list[str]:
-    """What the second experiment says."""
+    """The conclusions from the second experiment."""
     said = []
     for rate, multiple in RATES.items():
         both = [memory[f"{name}, {rate}"] for name in SETTINGS]
@@ -135,7 +130,7 @@ def _of_climbs(words: str, fits: dict[str, Climb | None]) -> str:
     high, low = fits["high"], fits["low"]
     if high and low and high.clear and low.clear:
         slower = low.memory / high.memory
-        if slower > forgetting_rules.APART:
+        if slower > APART:
             least = "at least " if low.bounded else ""
             verdict = f"at the low rate the climb is more gradual, {least}{slower:.1f} times as long"
         elif low.bounded:
@@ -146,56 +141,34 @@ def _of_climbs(words: str, fits: dict[str, Climb | None]) -> str:
     return sentence + "."
 
 
-def chart(rate: str, memory: dict[str, Any], fits: dict[str, Climb]) -> Chart:
+def plots(memory: dict[str, Any], fits: dict[str, Climb]) -> list[Plot]:
+    """A picture for each of RATES."""
+    return [
+        Plot(
+            f"memory-{rate}",
+            f"Loss of past batches against their age, at the {rate} rate",
+            partial(draw, rate=rate, memory=memory, fits=fits),
+            CAPTION,
+            reason="" if any(f"{name}, {rate}" in fits for name in SETTINGS) else "both runs blew up",
+        )
+        for rate in RATES
+    ]
+
+
+def draw(axes: "Axes", rate: str, memory: dict[str, Any], fits: dict[str, Climb]) -> None:
     """Loss of past batches at one of RATES against their age, smoothed, and the fit to the last epoch."""
-    key, data = f"memory-{rate}", []
-    for (name, words), paint in zip(SETTINGS.items(), ("series-2", "series-1"), strict=True):
+    for (name, words), colour, style in zip(SETTINGS.items(), (ORANGE, BLUE), ("--", ":"), strict=True):
         row, fit = memory[f"{name}, {rate}"], fits.get(f"{name}, {rate}")
         if fit is None:
             continue
-        ages = list(range(1, len(row["losses"]) + 1))
-        width = max(5, row["epoch_steps"] // 10)
-        faint = {"mode": "markers", "marker": {"size": 3, "color": colour(paint)}, "opacity": 0.35}
-        data.append(trace("scatter", x=ages, y=row["losses"], hoverinfo="skip", **faint))
-        smooth = smoothed(row["losses"], width)
-        hover = [f"{words}: {age} steps ago, loss {loss:.3f}" for age, loss in zip(ages, smooth, strict=True)]
-        data.append(
-            trace(
-                "scatter",
-                x=ages,
-                y=smooth,
-                name=words,
-                showlegend=True,
-                mode="lines",
-                line=line(paint, 2),
-                hovertext=hover,
-                hoverinfo="text",
-            )
-        )
-        epoch = ages[: row["epoch_steps"]]
+        losses, epoch_steps = row["losses"], row["epoch_steps"]
+        ages = range(1, len(losses) + 1)
         forgotten = f"63 % forgotten after {_memory(fit)} steps" if fit.clear else "no forgetting told from noise"
-        data.append(
-            trace(
-                "scatter",
-                x=epoch,
-                y=curve(fit, epoch),
-                name=f"fit to the last epoch: {forgotten}",
-                showlegend=True,
-                mode="lines",
-                line=line("ink", 1.5, "dash" if name == "half" else "dot"),
-                hoverinfo="skip",
-            )
-        )
-    if not data:
-        return Chart(key, "loss against age", reason="both runs blew up")
-    whole = layout(
-        xaxis=axis("age of the batch, in steps before the weights were frozen"),
-        yaxis=axis("loss by the frozen weights"),
-        hovermode="closest",
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        margin=margin(left=56, top=48),
-    )
-    return Chart(key, "loss against age", 400, data, whole)
+        axes.plot(ages, losses, ".", color=colour, alpha=0.35, markersize=3)
+        axes.plot(ages, smoothed(losses, max(5, epoch_steps // 10)), color=colour, linewidth=2, label=words)
+        epoch = ages[:epoch_steps]
+        axes.plot(epoch, curve(fit, epoch), style, color=INK, zorder=3, label=f"fit to the last epoch: {forgotten}")
+    axes.set(xlabel="age of the batch, in steps before the weights were frozen", ylabel="loss by the frozen weights")
 
 
 def fits(memory: dict[str, Any]) -> dict[str, Climb]:
@@ -209,7 +182,9 @@ def table(memory: dict[str, Any], fits: dict[str, Climb]) -> Table:
     rows = []
     for key, row in memory.items():
         cells = [f"{row['rate']:.3g}", "blew up" if row["seen"] is None else f"{row['seen']:.3f}"]
-        cells += [f"{loss:.3f}" for loss in ends(row)] if row["losses"] else ["blew up"] * 2
+        epoch = row["losses"][: row["epoch_steps"]]
+        few = max(1, round(RECENT * len(epoch)))
+        cells += [f"{fmean(part):.3f}" for part in (epoch[:few], epoch[-few:])] if epoch else ["blew up"] * 2
         fit = fits.get(key)
         cells += ["none", "none"] if fit is None else [f"{fit.drop:.3f} ± {fit.error:.3f}", _memory(fit)]
         rows.append([key, *cells])

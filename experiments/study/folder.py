@@ -1,7 +1,7 @@
 """An experiment's folder and command line: results kept one by one, then a document, pictures and a page of them all.
 
-An experiment is a list of keys, each with something to compute. What is computed is on the disk before the next key
-begins, so that one that was killed goes on where it stopped, and ends with the same numbers.
+An experiment is a list of keys, each with something to compute. Each result is on the disk before the next key begins,
+so that an experiment that was killed goes on where it stopped, and ends with the same numbers.
 """
 
 import datetime
@@ -9,30 +9,30 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from experiments.study import drawing
+from experiments.study.drawing import Plot
+from experiments.study.page import Table, render
 from model.config import Config
 from model.errors import UsageError
 from model.folder import hold
 from model.presets import preset
-from profiling.output.errors import ReportError
+from profiling import ROOT
 from profiling.output.files import append_jsonl, read_json, read_jsonl, write_json, write_text
 from profiling.output.terminal import Terminal
-from profiling.report.plot import Chart
 
 if TYPE_CHECKING:
     import train
 
-HERE = Path(__file__).resolve().parent
 VERSION = 1
-STATUSES = ("measured", "modelled", "quoted", "unavailable", "")
 
 
 @dataclass(frozen=True)
 class Request:
-    """The part of the command line that all experiments share, checked as far as that needs no torch."""
+    """The options that all experiments share, checked as far as that needs no torch. Raises UsageError."""
 
     small: bool = False
     out: Path | None = None
@@ -47,67 +47,29 @@ class Request:
             raise UsageError("--synthetic and --data-dir contradict each other; give one of them")
         if self.out is not None and self.out.exists() and not self.out.is_dir():
             raise UsageError(f"--out {self.out} is not a folder; name a new one")
-        self._require_possible()
-
-    def _require_possible(self) -> None:
-        """A wrong value is answered now, whatever the experiment starts from: it suits one of two kinds of presets."""
-        try:
+        try:  # a value is wrong if it suits neither of the two kinds of presets that experiments start from
             self.configure(preset("article-297"))
         except UsageError:
             self.configure(preset("laptop"))
 
     def configure(self, base: Config) -> Config:
-        """`base` with what the command line says on top."""
+        """`base` with the command line's settings and seed on top."""
         seed = () if self.seed is None else (f"seed={self.seed}",)
         return base.with_settings([*self.settings, *seed])
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A chart for the page, and for OUT/key.svg and OUT/key.png; `caption` stands above it, and is the SVG's `desc`."""
-
-    key: str
-    title: str
-    chart: Chart
-    caption: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells are text. `statuses` are those of the columns' numbers: measured, modelled, quoted or "" for words.
-
-    Without them the first column is words and the others are measured.
-    """
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    statuses: Sequence[str] = ()
-
-    def __post_init__(self) -> None:
-        if any(len(row) != len(self.columns) for row in self.rows):
-            raise ValueError(f"{self.title}: a row has not {len(self.columns)} cells, as there are columns")
-        if self.statuses and (len(self.statuses) != len(self.columns) or not set(self.statuses) <= set(STATUSES)):
-            raise ValueError(f"{self.title}: statuses {list(self.statuses)} are not one of {STATUSES} for each column")
-
-    def status(self, column: int) -> str:
-        """The status of a column's numbers."""
-        if self.statuses:
-            return self.statuses[column]
-        return "measured" if column else ""
 
 
 class Study:
     """The folder `out` of the experiment `name`.
 
-    `settings` are JSON values that identify it: a folder of other settings is refused with UsageError, in words that
-    name the difference, and so is one that another process works in. Of them finish() reads `device`, a torch device's
+    `settings` are JSON values that identify it: a folder of other settings is refused with UsageError, which names the
+    difference, and so is one that another process works in. finish() reads two of them: `device`, a torch device's
     name, and `data_identity`.
     """
 
     def __init__(self, name: str, out: Path, settings: dict[str, Any], terminal: Terminal):
         self.name, self.out, self.terminal = name, out, terminal
         self.settings = _as_read(settings)
+        self._kept = out / "results.jsonl"
         self._claim()
         self._held = ExitStack()  # until the process ends, or the study is forgotten
         self._held.enter_context(hold(out, terminal.warn))
@@ -122,27 +84,21 @@ class Study:
                 raise UsageError(f"--out {out} holds a damaged record: {error}; name a new folder") from None
             terminal.say(f"{out} holds {len(self.results)} results already: going on from there")
 
-    @property
-    def _kept(self) -> Path:
-        return self.out / "results.jsonl"
-
     def _claim(self) -> None:
         """Make the folder this experiment's. Raises UsageError where it is another's."""
         path, mine = self.out / "study.json", {"experiment": self.name, "settings": self.settings}
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                theirs = read_json(path)
-                differences = _differences(theirs, mine)
-                if differences:
+                if differences := _differences(read_json(path), mine):
                     raise UsageError(
                         f"--out {self.out} was begun with other settings ({'; '.join(differences)}); repeat them to "
                         "go on, or name a new folder"
                     )
-                return
-            if any(self.out.iterdir()):
+            elif any(self.out.iterdir()):
                 raise UsageError(f"--out {self.out} is not empty and no experiment's; name a new folder")
-            write_json(path, mine)
+            else:
+                write_json(path, mine)
         except (OSError, ValueError) as error:
             raise UsageError(f"--out {self.out} cannot be used: {error}") from None
 
@@ -160,23 +116,19 @@ class Study:
         sentences: Sequence[str],
         tables: Sequence[Table],
         caveats: Sequence[str] = (),
-        data_identity: str | None = None,
         complete: bool = False,
     ) -> dict[str, Any]:
-        """Write OUT/name.json, whole or not at all, of what there is until now; returns what it holds.
-
-        `sentences`, `caveats` and `data_identity` are those of `finish`.
-        """
+        """Write OUT/name.json, whole or not at all, from the results so far; returns its content. See `finish`."""
         document = {
             "version": VERSION,
             "experiment": self.name,
             "complete": complete,
             "settings": self.settings,
             "environment": self._environment,
-            "data_identity": data_identity or self.settings.get("data_identity"),
+            "data_identity": self.settings.get("data_identity"),
             "sentences": list(sentences),
             "caveats": list(caveats),
-            "tables": [asdict(table) | {"statuses": _statuses(table)} for table in tables],
+            "tables": [asdict(table) for table in tables],
             "result": result,
         }
         document = _as_read(document)
@@ -187,10 +139,9 @@ class Study:
     def _environment(self) -> dict[str, Any]:
         import torch
 
-        import train
         from profiling.device.environment import environment
 
-        return environment(torch.device(self.settings.get("device", "cpu")), train.ROOT)
+        return environment(torch.device(self.settings.get("device", "cpu")), ROOT)
 
     def finish(
         self,
@@ -199,39 +150,27 @@ class Study:
         sentences: Sequence[str],
         tables: Sequence[Table],
         caveats: Sequence[str] = (),
-        data_identity: str | None = None,
     ) -> dict[str, Any]:
-        """Write OUT/name.json, a picture of each plot as SVG and PNG, and OUT/name.html; print tables and sentences.
+        """Write OUT/name.json, each plot as SVG and PNG, and OUT/name.html; print tables, caveats and sentences.
 
         The sentences are conclusions drawn from `result`, the first being the page's headline; a caveat limits them.
-        `data_identity` is the settings' own where it is not given. Returns what the JSON holds.
+        Returns the JSON's content.
         """
-        document = self.save(result, sentences, tables, caveats, data_identity, complete=True)
-        self._draw(plots)
+        document = self.save(result, sentences, tables, caveats, complete=True)
         try:
-            write_text(self.out / f"{self.name}.html", render(document, plots, tables))
-            written = f"{self.name}.html"
-        except ReportError as error:
-            self.terminal.warn(str(error))
-            written = f"{self.name}.json"
+            drawn = {plot.key: drawing.save(plot, self.out) for plot in plots if not plot.reason}
+        except ImportError as error:
+            self.terminal.warn(f"no pictures: {error}; pip install -e '.[experiments]' and run the command again")
+            drawn = {}
+        write_text(self.out / f"{self.name}.html", render(document, plots, tables, drawn))
         for table in tables:
             self.terminal.table(table.title, table.columns, table.rows)
         for caveat in caveats:
             self.terminal.warn(caveat)
         for sentence in sentences:
             self.terminal.say(sentence)
-        self.terminal.say(f"written to {self.out / written}")
+        self.terminal.say(f"written to {self.out / self.name}.html")
         return document
-
-    def _draw(self, plots: Sequence[Plot]) -> None:
-        try:
-            from experiments.study.picture import save
-        except ImportError as error:
-            self.terminal.warn(f"no PNG and SVG: {error}; pip install -e '.[experiments]' and run the command again")
-            return
-        for plot in plots:
-            if plot.chart.data:
-                save(plot.chart, plot.title, self.out / plot.key, plot.caption)
 
 
 def open_study(name: str, request: Request, session: "train.Session", extra: dict[str, Any] | None = None) -> Study:
@@ -254,45 +193,9 @@ def open_study(name: str, request: Request, session: "train.Session", extra: dic
     return study
 
 
-def render(document: dict[str, Any], plots: Sequence[Plot], tables: Sequence[Table]) -> str:
-    """The page of an experiment's document: one file that asks the network for nothing."""
-    from profiling.output.forms import clean
-    from profiling.report import html
-
-    document = clean(document)
-    sentences = document["sentences"]
-    asked = {name: value for name, value in document["settings"].items() if value is not None}
-    facts = {**asked, **document["environment"]}
-    return _template().render(
-        **html.assets([plot.chart for plot in plots]),
-        name=document["experiment"],
-        headline=sentences[0] if sentences else "No conclusion can be drawn.",
-        sentences=sentences[1:],
-        caveats=document["caveats"],
-        data_warning=html.data_warning({"run": document}),
-        small=bool(document["settings"].get("small")),
-        plots=plots,
-        tables=tables,
-        facts=_flat(facts),
-    )
-
-
-@cache
-def _template() -> Any:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(HERE)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
-    return environment.get_template("study.html.jinja")
-
-
 def _as_read(value: Any) -> Any:
-    """What a reader of its JSON gets: the same, whether just computed or kept from before."""
+    """`value` as a reader of its JSON gets it, so that a computed result equals a kept one."""
     return json.loads(json.dumps(value))
-
-
-def _statuses(table: Table) -> list[str]:
-    return [table.status(i) for i in range(len(table.columns))]
 
 
 def _differences(theirs: Any, mine: dict[str, Any]) -> list[str]:
@@ -306,14 +209,3 @@ def _differences(theirs: Any, mine: dict[str, Any]) -> list[str]:
         for key in dict.fromkeys([*before, *now])
         if before.get(key) != now.get(key)
     ]
-
-
-def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Names and values of the settings and the environment, for people."""
-    from profiling.output.units import plain
-
-    pairs = []
-    for key, value in facts.items():
-        name = f"{prefix}{key.replace('_', ' ')}"
-        pairs += _flat(value, f"{name} ") if isinstance(value, dict) else [(name, plain(value))]
-    return pairs

@@ -1,7 +1,7 @@
-"""What this machine is, as JSON on stdout: python -m experiments.study.machine. A process of its own, and a short one.
+"""A description of this machine as JSON on stdout: python -m experiments.study.machine, a short process of its own.
 
-Whoever asks the device for its name opens a context on it, which stays as long as the process does, is counted among
-those that use the GPU, and may never come to an end where the driver is ill.
+Asking the device for its name opens a context on it, which lives as long as the process, counts as a user of the GPU,
+and may hang where the driver is ill.
 """
 
 import json

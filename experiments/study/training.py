@@ -5,30 +5,41 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+import train
+from model import checkpoint
 from model.config import Config
 from model.data.batches import Batches
 from model.data.choices import draw_order
 from model.data.cifar10 import Dataset
 from model.distributed import Ranks
+from model.errors import NonFiniteError
 from model.presets import article_297, fused, laptop
 from model.trainer import Trainer, choose_dtype, with_available_ops
 
 if TYPE_CHECKING:
-    import train
     from experiments.study.folder import Request
+    from model.interrupts import Interrupts
+    from profiling.output.terminal import Terminal
 
 BATCH = 128
-"""The article's first batch size, whose rate the experiments take as the base."""
+"""The article's first batch size; its rate is the experiments' base rate."""
 SMALL_S = 480.0
-"""What `--small` plans with, of the ten minutes that it may take."""
+"""Seconds that `--small` plans with, of its ten minutes."""
 
 
-def recipe(request: "Request", session: "train.Session") -> Config:
-    """What train.py trains on this device, at the article's first batch size; on a CPU or `small`, the preset laptop.
+def open_session(request: "Request", terminal: "Terminal", interrupts: "Interrupts") -> train.Session:
+    """The session of this command line: its data and device."""
+    device = request.configure(laptop()).device
+    return train.open_session(terminal, interrupts, device, request.data_dir, synthetic=request.synthetic)
+
+
+def recipe(request: "Request", session: train.Session) -> Config:
+    """The recipe of train.py on this device, at the article's first batch size; on a CPU or `small`, the preset laptop.
 
     The article's network takes the article's own rate at that batch, laptop its rate scaled linearly.
     """
@@ -40,11 +51,11 @@ def recipe(request: "Request", session: "train.Session") -> Config:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What is learned by `config`, as settings of a study: a difference is then told by its name."""
+    """The settings of `config` that decide what is learned, as settings of a study, which names a difference."""
     return {f"recipe {name}": value for name, value in config.learned().items()}
 
 
-def runnable(config: Config, session: "train.Session") -> Config:
+def runnable(config: Config, session: train.Session) -> Config:
     """`config` with its images on the device, and on the reference ops, with a warning, where its own cannot run."""
     config = dataclasses.replace(config, preprocess="on_device", draw="per_epoch", workers=0)
     config, reason = with_available_ops(config, session.device, session.terminal.say)
@@ -73,7 +84,20 @@ def subset(dataset: Dataset, images: int) -> Dataset:
     )
 
 
-def prepare(session: "train.Session", config: Config, dataset: Dataset) -> Trainer:
+def train_whole(session: train.Session, config: Config, folder: Path, **options: Any) -> dict[str, Any]:
+    """The summary of a run of train.py in `folder`, which goes on from its newest checkpoint.
+
+    A run whose gradient is not finite is a result too: its summary has no accuracy and no loss.
+    """
+    found = checkpoint.newest(folder, session.terminal.warn) if folder.exists() else None
+    try:
+        return train.run(session, config, folder, found, **options)
+    except NonFiniteError as error:
+        session.interrupts.deferred = False  # the run has put signals off until its summary was written
+        return {**error.summary, "test_accuracy": None, "test_loss": None, "train_loss": None}
+
+
+def prepare(session: train.Session, config: Config, dataset: Dataset) -> Trainer:
     """A trainer of `config` on `dataset` in this process alone, warmed up where its step is not an eager one."""
     dtype = choose_dtype(config.dtype, session.device, config.ops)
     batches = Batches(dataset.train_images, dataset.train_labels, config, session.device, dtype)
@@ -86,7 +110,7 @@ def prepare(session: "train.Session", config: Config, dataset: Dataset) -> Train
 
 
 def steps(trainer: Trainer, epoch: int) -> Iterator[int]:
-    """`trainer.train(epoch)`, which ends after a gradient that is not finite; looked at only where that is free."""
+    """`trainer.train(epoch)`, ended early by a gradient that is not finite where looking at it is free, on a CPU."""
     for images in trainer.train(epoch):
         yield images
         if trainer.device.type == "cpu" and bad_step(trainer) is not None:
@@ -102,7 +126,7 @@ def bad_step(trainer: Trainer) -> int | None:
 def fit(trainer: Trainer, on_images: Callable[[int], Any]) -> dict[str, Any]:
     """Train to the end of the schedule, or until a gradient is not finite.
 
-    losses         the mean loss of each epoch's images, as they were seen; None for an epoch that blew up
+    losses         the mean loss of each epoch's images as they were seen; None for an epoch that blew up
     diverged_step  the step whose gradient was not finite, or None
     """
     losses: list[float | None] = []
@@ -117,8 +141,8 @@ def fit(trainer: Trainer, on_images: Callable[[int], Any]) -> dict[str, Any]:
     return {"losses": losses, "diverged_step": bad_step(trainer)}
 
 
-def images_per_s(session: "train.Session", config: Config, images: int = 50_000) -> float:
-    """How fast this machine trains `config` now: the median of a few whole batches, after the first two."""
+def images_per_s(session: train.Session, config: Config, images: int = 50_000) -> float:
+    """The speed of training `config` on this machine: the median of a few whole batches, after the first two."""
     trainer = prepare(session, config, subset(session.dataset, min(images, len(session.dataset.train_images))))
     seconds = []
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""What may become of a rung's process, without torch: each speaks as `experiments.stand.serve` does.
+"""Fates of a rung's process, without torch: each speaks as `experiments.stand.serve` does.
 
 `python tests/support/rung_processes.py OUT` is a ladder of a tiny session whose rungs take a moment for a turn.
 """
@@ -25,7 +25,7 @@ SECONDS = {"train_s": 2.0, "eval_s": 0.5}
 
 
 def healthy(connection, assignment, trouble=lambda asked, count: None, moment_s: float = 0.0) -> None:
-    """Answers at once; `trouble(asked, count)` may do or return something else, `count` being the turn, from 1 on."""
+    """Answer at once; `trouble(asked, count)` may do or return something else. `count` is the turn, from 1 on."""
     connection.send(("done", {}))
     count = 0
     while True:
@@ -62,29 +62,30 @@ def troubled(connection, assignment) -> None:
 
 
 def slow(connection, assignment) -> None:
-    """Takes a moment for each answer, and leaves its process's number in the file that PIDS names."""
+    """Take a moment for each answer, and write the process's number to the file that PIDS names."""
     with open(os.environ["PIDS"], "a") as file:
         file.write(f"{os.getpid()}\n")
     healthy(connection, assignment, moment_s=0.2)
 
 
-def main() -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
+def ladder_of_two(out: Path) -> dict:
+    """A small ladder in `out` of two rungs, whose processes are `slow`; returns its document."""
     import rung_processes
-    from runs import tiny_session
 
-    import train
     from experiments import ladder
     from experiments.ladder_rungs import RUNGS
     from experiments.study.folder import Request
     from profiling.output.terminal import Terminal
 
-    train.open_session = lambda *args, **kwargs: tiny_session()
-    request = Request(small=True, out=Path(sys.argv[1]), synthetic=True)
-    options = {"epochs_per_rung": 8, "rungs": RUNGS[5:7], "target": rung_processes.slow}
-    ladder.run(request, Terminal(speaks=False), None, **options)
+    options = {"epochs_per_rung": 4, "rungs": RUNGS[5:7], "target": rung_processes.slow}
+    return ladder.run(Request(small=True, out=out, synthetic=True), Terminal(speaks=False), None, **options)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-    main()
+    sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
+    from runs import tiny_session
+
+    import train
+
+    train.open_session = lambda *args, **kwargs: tiny_session()
+    ladder_of_two(Path(sys.argv[1]))

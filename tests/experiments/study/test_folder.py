@@ -3,111 +3,74 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from experiments.study.folder import Plot, Request, Study, Table, render
+from experiments.study.drawing import Plot
+from experiments.study.folder import Request, Study
+from experiments.study.page import Table, render
 from model.errors import UsageError
 from profiling import ROOT
 from profiling.output.terminal import Terminal
-from profiling.report.plot import Chart, axis, layout, trace
 
 SETTINGS = {"small": True, "rungs": ("a", "b"), "device": "cpu", "data_identity": "synthetic"}
 
 
-def chart(key: str = "line") -> Chart:
-    data = [trace("scatter", x=[1, 2, 3], y=[3.0, 1.0, 2.0], mode="lines", line={"color": "var(--series-1)"})]
-    return Chart(key, "a line", 280, data, layout(xaxis=axis("x"), yaxis=axis("y")))
-
-
-def study(folder, **changes) -> Study:
-    return Study("sample", folder, {**SETTINGS, **changes}, Terminal(speaks=False))
+def study(folder, name: str = "sample", **changes) -> Study:
+    return Study(name, folder, {**SETTINGS, **changes}, Terminal(speaks=False))
 
 
 def finish(one: Study) -> dict:
-    table = Table("Turns", ["rung", "s"], [["</script><b>", "1.5"]])
+    plots = [
+        Plot("line", "A line", lambda axes: axes.plot([1, 2, 3], label="</svg><i>"), "Its caption."),
+        Plot("none", "Nothing", lambda axes: None, reason="no rung ran"),
+    ]
     result = {key: one.once(key, lambda key=key: {"seconds": len(key)}) for key in ("a", "bb", "ccc")}
-    return one.finish(
-        result, [Plot("line", "A line", chart())], ["It takes 1.5 s & <no> more."], [table], ["It is small."]
-    )
+    table = Table("Turns", ["rung", "s"], [["</script><b>", "1.5"]])
+    return one.finish(result, plots, ["It takes 1.5 s & <no> more.", "So."], [table], ["It is small."])
 
 
 def test_a_killed_experiment_goes_on_and_ends_the_same(tmp_path):
-    whole = finish(study(tmp_path / "whole"))
-    half, computed = study(tmp_path / "half"), []
-
-    def dies() -> dict:
-        raise KeyboardInterrupt
-
-    half.once("a", lambda: {"seconds": 1})
-    with pytest.raises(KeyboardInterrupt):
-        half.once("bb", dies)
-    again = study(tmp_path / "half")
-    again.once("a", lambda: computed.append("a") or {})
-    assert not computed
-    resumed = finish(again)
-    assert resumed["result"] == whole["result"]
-    assert resumed["sentences"] == whole["sentences"]
-
-
-def test_what_is_known_until_now_is_a_document_too(tmp_path):
-    one = study(tmp_path)
-    one.save({"seconds": 1}, ["It takes 1 s so far."], [Table("Turns", ["rung"], [["a"]])])
-    before = json.loads((tmp_path / "sample.json").read_text())
+    """With what is whole on the disk; a row that was torn by the kill, or never became JSON, is computed again."""
+    one, computed = study(tmp_path / "a"), []
+    first = one.once("a", lambda: {"seconds": (1, 0.1), 3: None})
+    with pytest.raises(ValueError, match="nan"):
+        one.once("bb", lambda: {"loss": float("nan")})
+    before = one.save({"seconds": 1}, ["It takes 1 s so far."], [Table("Turns", ["rung"], [["a"]])])
+    assert before == json.loads((tmp_path / "a" / "sample.json").read_text())
     assert (before["complete"], before["result"], before["data_identity"]) == (False, {"seconds": 1}, "synthetic")
-    after = finish(one)
+    with open(tmp_path / "a" / "results.jsonl", "a") as file:
+        file.write('{"key": "bb", "res')
+    again = study(tmp_path / "a")
+    assert first == again.once("a", lambda: computed.append("a") or {}) == {"seconds": [1, 0.1], "3": None}
+    assert not computed
+    after = finish(again)
     assert after["complete"]
     assert set(after) == set(before)
-    assert json.loads((tmp_path / "sample.json").read_text()) == after
+    assert after["result"] == {"a": first, "bb": {"seconds": 2}, "ccc": {"seconds": 3}} == study(tmp_path / "a").results
 
 
-def test_a_row_torn_by_a_kill_is_computed_again(tmp_path):
-    one = study(tmp_path)
-    one.once("a", lambda: {"v": 1})
-    with open(tmp_path / "results.jsonl", "a") as file:
-        file.write('{"key": "b", "res')
-    again = study(tmp_path)
-    assert again.once("b", lambda: {"v": 2}) == {"v": 2}
-    assert study(tmp_path).results == {"a": {"v": 1}, "b": {"v": 2}}
+def kept(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
 
 
-def test_a_result_is_the_same_computed_or_kept(tmp_path):
-    computed = study(tmp_path).once("a", lambda: {"pair": (1, 0.1), 3: None})
-    assert computed == study(tmp_path).once("a", dict) == {"pair": [1, 0.1], "3": None}
+REFUSALS = {
+    "another_value": (lambda folder: study(folder, small=False), "begun with other settings .small: False, now True"),
+    "another_key": (lambda folder: study(folder, cutout=8), "cutout: 8, now None"),
+    "another_experiment": (lambda folder: study(folder, "other"), "experiment: other, now sample"),
+    "settings_of_another_form": (kept("study.json", '{"experiment": "sample", "settings": [1]}'), "other settings"),
+    "no_settings": (kept("study.json", "[1]"), "other settings"),
+    "torn": (kept("study.json", "{"), "cannot be used: .*not JSON"),
+    "something_else": (kept("thesis.tex", "years of work"), "is not empty and no experiment's"),
+}
 
 
-def test_a_number_that_is_none_is_refused_and_not_kept(tmp_path):
-    one = study(tmp_path)
-    with pytest.raises(ValueError, match="nan"):
-        one.once("a", lambda: {"loss": float("nan")})
-    assert study(tmp_path).results == {}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"small": False}, "small: True, now False"), ({"cutout": 8}, "cutout: None, now 8")],
-    ids=["another_value", "another_key"],
-)
-def test_the_folder_of_other_settings_is_refused(tmp_path, changes, message):
-    study(tmp_path)
-    with pytest.raises(UsageError, match=message):
-        study(tmp_path, **changes)
-
-
-@pytest.mark.parametrize("kept", ["[1]", '"x"', "7"])
-def test_settings_of_another_form_are_refused_in_one_line(tmp_path, kept):
-    (tmp_path / "study.json").write_text(f'{{"experiment": "sample", "settings": {kept}}}')
-    with pytest.raises(UsageError, match="begun with other settings"):
+@pytest.mark.parametrize(("prepare", "message"), REFUSALS.values(), ids=REFUSALS)
+def test_a_folder_of_something_else_is_refused_in_one_line(tmp_path, prepare, message):
+    prepare(tmp_path)
+    with pytest.raises(UsageError, match=rf"--out [^\n]*{message}[^\n]*$"):
         study(tmp_path)
-
-
-def test_the_folder_of_something_else_is_refused(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match="not empty"):
-        study(tmp_path)
-    study(tmp_path / "a")
-    with pytest.raises(UsageError, match="experiment: sample, now other"):
-        Study("other", tmp_path / "a", SETTINGS, Terminal(speaks=False))
 
 
 def test_a_folder_that_another_process_works_in_is_refused(tmp_path):
@@ -126,96 +89,83 @@ def test_a_folder_that_another_process_works_in_is_refused(tmp_path):
     study(tmp_path / "a")
 
 
-@pytest.mark.parametrize(
-    ("damage", "reason"),
-    [
-        ("nonsense", "not JSON"),
-        ("NaN", "not JSON"),
-        ('{"key": "a", "result": 1e999}', "not JSON"),
-        ("[" * 10**5, "not JSON"),
-        ('{"key": "a"}', "no key and result"),
-        ('{"key": "a", "result": "ab"}', "no key and result"),
-        ("[1, 2]", "no key and result"),
-        ("3", "no key and result"),
-    ],
-)
-def test_a_damaged_record_is_said_in_one_line(tmp_path, damage, reason):
+def row(text: str):
+    return lambda path: path.write_text(text + "\n")
+
+
+DAMAGES = {
+    "nonsense": (row("nonsense"), "not JSON"),
+    "nan": (row("NaN"), "not JSON"),
+    "infinite": (row('{"key": "a", "result": 1e999}'), "not JSON"),
+    "deep": (row("[" * 10**5), "not JSON"),
+    "no_result": (row('{"key": "a"}'), "no key and result"),
+    "a_text": (row('{"key": "a", "result": "ab"}'), "no key and result"),
+    "a_list": (row("[1, 2]"), "no key and result"),
+    "a_number": (row("3"), "no key and result"),
+    "a_pipe": (os.mkfifo, "results.jsonl is not a regular file"),
+    "a_device": (lambda path: path.symlink_to("/dev/full"), "results.jsonl is not a regular file"),
+    "a_folder": (Path.mkdir, "results.jsonl is not a regular file"),
+}
+
+
+@pytest.mark.parametrize(("damage", "reason"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_record_is_refused_in_one_line(tmp_path, damage, reason):
     study(tmp_path)
-    (tmp_path / "results.jsonl").write_text(damage + "\n")
+    damage(tmp_path / "results.jsonl")
     with pytest.raises(UsageError, match=rf"damaged record: [^\n]*{reason}[^\n]*$"):
         study(tmp_path)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs pipes and devices")
-@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-def test_a_record_that_is_no_file_is_said_in_one_line(tmp_path, kind):
-    study(tmp_path)
-    path = tmp_path / "results.jsonl"
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to("/dev/full")
-    else:
-        path.mkdir()
-    with pytest.raises(UsageError, match=r"damaged record: .*results.jsonl is not a regular file"):
-        study(tmp_path)
-
-
-def test_the_folder_holds_document_pictures_and_page(tmp_path):
+def test_the_folder_holds_document_pictures_and_a_page_that_asks_for_nothing(tmp_path):
     pytest.importorskip("matplotlib")
-    finish(study(tmp_path))
+    document = finish(study(tmp_path))
     names = {path.name for path in tmp_path.glob("[!.]*")}
     assert names == {"study.json", "results.jsonl", "sample.json", "sample.html", "line.svg", "line.png"}
-    document = json.loads((tmp_path / "sample.json").read_text())
-    assert document["version"] == 1
-    assert document["settings"]["rungs"] == ["a", "b"]
+    assert document == json.loads((tmp_path / "sample.json").read_text())
+    assert (document["version"], document["settings"]["rungs"]) == (1, ["a", "b"])
     assert document["environment"]["packages"]["torch"]
     assert document["tables"][0]["statuses"] == ["", "measured"]
     assert document["caveats"] == ["It is small."]
-
-
-def test_the_page_asks_for_nothing_and_lets_no_text_become_markup(tmp_path):
-    finish(study(tmp_path))
     page = (tmp_path / "sample.html").read_text()
-    assert "&lt;/script&gt;&lt;b&gt;" in page
-    assert "It takes 1.5 s &amp; &lt;no&gt; more." in page
-    assert "SYNTHETIC IMAGES." in page
-    assert "It is small." in page
-    markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
-    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", markup)
-    assert "default-src &#39;none&#39;" in page
+    assert (tmp_path / "line.svg").read_text() in page
+    for said in (
+        *("&lt;/script&gt;&lt;b&gt;", "&lt;/svg&gt;&lt;i&gt;", "<h1>It takes 1.5 s &amp; &lt;no&gt; more.</h1>"),
+        *("SYNTHETIC IMAGES.", "<li>It is small.</li>", "<figcaption>Its caption.", "unavailable: no rung ran"),
+        *("default-src 'none'", "<dt>small</dt><dd>yes</dd>"),
+    ):
+        assert said in page
+    assert "<script" not in page
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page)
 
 
-def test_without_matplotlib_the_page_is_made(tmp_path, monkeypatch, capsys):
+def test_without_matplotlib_the_page_has_no_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "experiments.study.picture", raising=False)
     finish(study(tmp_path))
-    assert (tmp_path / "sample.html").exists()
+    assert "unavailable: matplotlib, which draws it, is not installed" in (tmp_path / "sample.html").read_text()
     assert not (tmp_path / "line.svg").exists()
     assert "pip install -e '.[experiments]'" in capsys.readouterr().err
 
 
-def test_without_plotly_the_document_and_the_sentences_are_there(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    document = finish(study(tmp_path))
-    assert json.loads((tmp_path / "sample.json").read_text()) == document
-    assert not (tmp_path / "sample.html").exists()
-    assert "there is no page" in capsys.readouterr().err
-
-
-def test_a_page_without_anything_says_so():
+@pytest.mark.parametrize(
+    ("identity", "expected"),
+    [("official", None), ("copy", "A COPY OF CIFAR-10, not the official files"), ("?", "IMAGES OF UNKNOWN ORIGIN")],
+)
+def test_a_page_names_its_images_and_says_that_there_is_no_conclusion(identity, expected):
     document = {"experiment": "x", "settings": {}, "environment": {}, "sentences": [], "caveats": []}
-    page = render(
-        {**document, "data_identity": "official"}, [Plot("a", "A", Chart("a", "A", reason="no rung ran"))], []
-    )
+    page = render({**document, "data_identity": identity}, [], [Table("Turns", ["rung"], [])], {})
     assert "No conclusion can be drawn." in page
-    assert "unavailable: no rung ran" in page
+    assert "unavailable: nothing was measured" in page
+    assert expected in page if expected else 'class="banner"' not in page
 
 
 @pytest.mark.parametrize(
     ("rows", "statuses", "message"),
-    [([["a"]], (), "a row has not 2 cells"), ([], ("", "guessed"), "statuses")],
-    ids=["short_row", "unknown_status"],
+    [
+        ([["a"]], (), "T: a row does not have 2 cells"),
+        ([], ("", "guessed"), r"T: .*not \('', 'guessed'\)"),
+        ([], ("",), "one of .* for each column"),
+    ],
+    ids=["short_row", "unknown_status", "too_few_statuses"],
 )
 def test_a_table_that_does_not_add_up_is_refused(rows, statuses, message):
     with pytest.raises(ValueError, match=message):
@@ -228,8 +178,9 @@ def test_a_table_that_does_not_add_up_is_refused(rows, statuses, message):
         ({"synthetic": True, "data_dir": "x"}, "contradict"),
         ({"settings": ("widhts=1",)}, "widths"),
         ({"seed": -1}, "seed"),
+        ({"out": ROOT / "README.md"}, "README.md is not a folder"),
     ],
-    ids=["two_sources", "unknown_setting", "negative_seed"],
+    ids=["two_sources", "unknown_setting", "negative_seed", "a_file"],
 )
 def test_the_command_line_is_checked_without_torch(given, message):
     with pytest.raises(UsageError, match=message):
