@@ -75,20 +75,19 @@ def test_activity_that_is_not_a_number_is_not_known(fake, clock):
 
 
 @pytest.mark.parametrize(
-    ("function", "field", "value"),
+    ("function", "field", "value", "at_the_probe"),
     [
-        ("nvmlGpmSampleGet", "sm_active", 0.1),
-        ("nvmlGpmMetricsGet", "sm_active", 0.1),
-        ("nvmlDeviceGetPowerUsage", "power_w", 512.345),
+        ("nvmlGpmSampleGet", "sm_active", 0.1, False),
+        ("nvmlGpmMetricsGet", "sm_active", 0.1, False),
+        ("nvmlDeviceGetPowerUsage", "power_w", 512.345, False),
+        ("nvmlDeviceGetPowerUsage", "power_w", 512.345, True),
     ],
 )
-@pytest.mark.parametrize("at_the_probe", [True, False])
 def test_a_passing_failure_is_none_only_while_it_lasts(fake, clock, function, field, value, at_the_probe):
     working = getattr(fake, function)
-    if at_the_probe and "Gpm" not in function:
-        fake.fail(function, "Unknown")
-    gpu = Gpu("GPU-0")
+    gpu = None if at_the_probe else Gpu("GPU-0")
     fake.fail(function, "Unknown")
+    gpu = gpu or Gpu("GPU-0")
     clock[0] += 10**9
     assert getattr(gpu.sample(), field) is None
     setattr(fake, function, working)
