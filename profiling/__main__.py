@@ -103,7 +103,7 @@ def doctor(
 ) -> None:
     """What this machine lacks for training and profiling.
 
-    And what it has, and the remedy. Always exits with 0.
+    It says what the machine has, too, and the remedies. Always exits with 0.
     """
     from profiling.device.doctor import run
     from profiling.output.terminal import Terminal

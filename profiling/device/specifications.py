@@ -169,8 +169,8 @@ def machine(gpu_name: str) -> Machine | None:
 
 
 class Limits(NamedTuple):
-    """What the resident blocks of one multiprocessor share: warps, blocks, bytes of shared memory, tensor-memory
-    columns (0 where there is no such memory); and the bytes of shared memory that one block may use."""
+    """Limits of the resident blocks of one multiprocessor together: warps, blocks, bytes of shared memory,
+    tensor-memory columns (0 without such memory); and the bytes of shared memory that one block may use."""
 
     warps: int
     blocks: int
@@ -188,8 +188,8 @@ LIMITS = {
 REGISTERS = 64 * 1024
 """32-bit registers of a multiprocessor; a warp gets them in units of 256 (the same table)."""
 RESERVED_SHARED_BYTES = 1024
-"""Of each block's share of shared memory, what the system takes (the same guide)."""
+"""The system takes so much of each block's share of shared memory (the same guide)."""
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-"""By architecture, how the mnemonic of its tensor cores' fp16 product begins."""
+"""The beginning of the mnemonic of the tensor cores' fp16 product, by architecture."""
 CAPABILITY = {"NVIDIA A100": (8, 0), "NVIDIA H100": (9, 0), "NVIDIA H200": (9, 0), "NVIDIA B200": (10, 0)}
-"""Compute capability, by how the driver's name of the GPU begins."""
+"""Compute capability, by the beginning of the driver's name of the GPU."""

@@ -183,7 +183,8 @@ def test_a_sampler_that_cannot_be_started_is_survived(start, path, monkeypatch):
     path.parent.rmdir()
     path.parent.touch()  # so that the folder cannot be made
     start().stop()
-    assert read(path).lacks
+    assert "cannot be read" in read(path).lacks[0]
+    assert "not a regular file" in read(path.parent.parent).lacks[0]
 
 
 LIMITED = """
