@@ -24,7 +24,7 @@ from profiling.output.files import read_json, write_json
 from profiling.run.collect import RECORDS, WARM_UP_STEPS, record_trace
 
 PROFILER_BYTES = 2 << 30
-"""Memory that a profiled pass on a CPU may come to need besides the run's own."""
+"""Memory that a profiled pass on a CPU may need besides the run's own."""
 
 
 def profile(
@@ -45,7 +45,7 @@ def profile(
 
 
 def profile_pass(session: Session, out: Path, counters: bool) -> None:
-    """In a process of its own: profile steps of the run in `out`, or have their counters read; count their work."""
+    """In a fresh process: profile steps of the run in `out` and count their work; with `counters`, let ncu read one."""
     dataset, device, folder = session.dataset, session.device, out / RECORDS
     config = Config.from_json(read_json(out / "config.json"))
     dtype = choose_dtype(config.dtype, device, config.ops)
@@ -72,7 +72,7 @@ def profile_pass(session: Session, out: Path, counters: bool) -> None:
 
 
 def _work(config: Config, dtype: torch.dtype, images: int) -> dict[str, Any]:
-    """records/work.json: what a step of this run does, by its own ops and by others', and what the article's did."""
+    """records/work.json: the work of a step of this run, by its own ops and by others, and of the article's step."""
     article = preset("article-256")
     variants = {
         "ops": (config, dtype),
@@ -99,7 +99,7 @@ def _work(config: Config, dtype: torch.dtype, images: int) -> dict[str, Any]:
 
 
 def ceilings_for(path: Path, session: Session, config: Config) -> Ceilings:
-    """What --ceilings names. Raises UsageError where it says nothing about this run."""
+    """The ceilings in the file of --ceilings. Raises UsageError where they are not of this run's machine and dtype."""
     try:
         return reread(path, session.device, choose_dtype(config.dtype, session.device, config.ops))
     except (OSError, ValueError) as error:

@@ -1,6 +1,6 @@
 """The profiler's command line: python -m profiling COMMAND.
 
-Every command imports what it needs when it is called, so that a slip of the finger costs a moment and not seconds.
+Each command imports its modules when it is called: a typo costs a moment and not the seconds of a torch import.
 """
 
 import sys
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(**command_line.MANNERS, no_args_is_help=True)
 CRASHED = 70
-"""The exit code of what nobody foresaw (EX_SOFTWARE of sysexits.h): by 1, Python's own, `bench` says that a kernel is
-wrong."""
+"""Exit code of an unforeseen failure (EX_SOFTWARE of sysexits.h); Python's own, 1, means a wrong kernel in `bench`."""
 
 
 @app.callback()
@@ -91,11 +90,11 @@ def device(
     listing: Annotated[bool, typer.Option("--list", help="Print the table of specifications instead.")] = False,
 ) -> None:
     """What this device sustains, beside what its data sheet promises."""
-    from profiling.device.command import Request, run
+    from profiling.device.command import run
     from profiling.output.terminal import Terminal
 
     terminal = Terminal(json=json)
-    _end(lambda: run(Request(device, dtype, seconds, out, json, listing), terminal), terminal)
+    _end(lambda: run(device, dtype, seconds, out, json, listing, terminal), terminal)
 
 
 @app.command()
@@ -104,7 +103,7 @@ def doctor(
 ) -> None:
     """What this machine lacks for training and profiling.
 
-    And what it has, and the remedy. Always exits with 0.
+    It says what the machine has, too, and the remedies. Always exits with 0.
     """
     from profiling.device.doctor import run
     from profiling.output.terminal import Terminal

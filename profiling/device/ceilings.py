@@ -6,8 +6,7 @@ training can reach and hardly pass.
 """
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from profiling.output.units import show
 
 VERSION = 1
 CPU_BATCH = 64
-"""A larger batch is hardly faster on a CPU, and takes long."""
+"""On a CPU a larger batch is hardly faster and takes long."""
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 29}
 """Bytes read, and as many written: far more than a last-level cache holds."""
 UNROLL = 16
@@ -127,8 +126,7 @@ class Ceilings:
 
     def to_json(self) -> dict[str, Any]:
         """The document of records/ceilings.json."""
-        record = asdict(self).items()
-        return {"version": VERSION} | {name: list(v) if isinstance(v, tuple) else v for name, v in record}
+        return {"version": VERSION} | {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_json(cls, record: Any) -> "Ceilings":
@@ -173,57 +171,31 @@ def measure(
     Convolutions have `batch` images, on a CPU at most CPU_BATCH. fp32 is computed in TF32 where the process allows it,
     as in its training. Sizes that do not fit into a GPU's memory are halved.
 
-    Raises ValueError for arguments out of range and for fp16 on a CPU, which emulates it; torch.OutOfMemoryError where
-    even the least size does not fit; RuntimeError where the library has no matrix product for `dtype`.
+    Raises ValueError for a dtype that the device does not compute in, as fp16 on a CPU, which emulates it;
+    torch.OutOfMemoryError where even the least size does not fit; RuntimeError where the library has no matrix product
+    for `dtype`.
     """
-    _check(device, dtype, seconds, batch)
-    about = environment(device, ROOT)
-    lacks: list[str] = []
-    with _context(device):
-        watch = CudaWatch(device) if device.type == "cuda" else CpuWatch()
-        bench = _Bench(device, dtype, seconds, watch, say)
-        before = watch.clock()
-        gemm = bench.gemms()
-        convolutions = bench.convolutions(batch if device.type == "cuda" else min(batch, CPU_BATCH), lacks)
-        after, reasons = watch.hot_clock, watch.reasons()
-        copy = bench.copy(COPY_BYTES[device.type])
-        launch = bench.launch()
-    return Ceilings(
-        device_name(device),
-        dtype_name(dtype),
-        gemm,
-        convolutions,
-        copy,
-        launch,
-        None if before is after is None else (before, after),
-        reasons,
-        tuple(lacks),
-        fingerprint(machine(about)),
-    )
-
-
-def _check(device: torch.device, dtype: torch.dtype, seconds: float, batch: int) -> None:
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise ValueError(f"seconds is {seconds}, expected a positive number")
-    if batch < 1:
-        raise ValueError(f"batch is {batch}, expected at least 1")
-    known = (torch.float16, torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.bfloat16, torch.float32)
+    on_gpu = device.type == "cuda"
+    known = (*(torch.float16,) * on_gpu, torch.bfloat16, torch.float32)
     if dtype not in known:
-        raise ValueError(
-            f"dtype is {dtype_name(dtype)}, expected {' or '.join(map(dtype_name, known))} on {device.type}"
-        )
-
-
-@contextlib.contextmanager
-def _context(device: torch.device) -> Iterator[None]:
-    """On `device`, without gradients, with cuDNN's search for the fastest algorithm."""
-    search = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+        expected = " or ".join(map(dtype_name, known))
+        raise ValueError(f"dtype is {dtype_name(dtype)}, expected {expected} on {device.type}")
+    about, search, lacks = environment(device, ROOT), torch.backends.cudnn.benchmark, []
+    torch.backends.cudnn.benchmark = True  # cuDNN searches for its fastest algorithm
     try:
-        with torch.no_grad(), torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            yield
+        with torch.no_grad(), torch.cuda.device(device) if on_gpu else contextlib.nullcontext():
+            watch = CudaWatch(device) if on_gpu else CpuWatch()
+            bench = _Bench(device, dtype, seconds, watch, say)
+            before = watch.clock()
+            gemm = bench.gemms()
+            convolutions = bench.convolutions(batch if on_gpu else min(batch, CPU_BATCH), lacks)
+            after, reasons = watch.hot_clock, watch.reasons()
+            copy, launch = bench.copy(COPY_BYTES[device.type]), bench.launch()
     finally:
         torch.backends.cudnn.benchmark = search
+    clocks = None if before is after is None else (before, after)
+    names, mark = (device_name(device), dtype_name(dtype)), fingerprint(machine(about))
+    return Ceilings(*names, gemm, convolutions, copy, launch, clocks, reasons, tuple(lacks), mark)
 
 
 @dataclass(frozen=True)
@@ -253,8 +225,7 @@ class _Bench:
         return _tried(lambda: torch.mm(a, b.t() if transposed else b, out=c))
 
     def convolutions(self, batch: int, lacks: list[str]) -> list[Ceiling]:
-        found = []
-        arithmetic = self._arithmetic(torch.backends.cudnn.allow_tf32)
+        found, arithmetic = [], self._arithmetic(torch.backends.cudnn.allow_tf32)
         unroll = UNROLL if self.device.type == "cuda" else 1
         for layer in (layer for layer in RESNET_LAYERS if layer.R == 3):
             for name in ("fprop", "dgrad", "wgrad"):
@@ -292,9 +263,9 @@ class _Bench:
         return self._sustain("copy", f"{fitting / 2**20:,.0f} MiB", "B/s", run, 2 * fitting)
 
     def launch(self) -> Ceiling:
-        one = torch.zeros(1, device=self.device)
         if self.device.type == "cuda":
             return self._sustain("launch", "empty kernel", "s", _tried(lambda: torch.cuda._sleep(0)))
+        one = torch.zeros(1)
         return self._sustain("launch", "add to one number", "s", _tried(lambda: one.add_(1)))
 
     def _sustain(

@@ -14,7 +14,7 @@ import sysconfig
 import tempfile
 import textwrap
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -63,45 +63,35 @@ def run(terminal: "Terminal", as_json: bool = False) -> None:
 
 def checks() -> Iterator[Check]:
     """Every check, in the order of the lines."""
+    uuids: list[str] = []
     try:
         version, uuids = nvml.driver()
     except nvml.UnavailableError as error:
-        uuids = []
         remedy = "On a machine with an NVIDIA GPU, install or repair its driver; without one, training uses the CPU."
         yield Check("driver", MISSING, str(error), remedy)
     else:
-        found = f"{version}, {_counted(len(uuids), 'GPU')}" if uuids else f"{version}, and no GPU"
-        yield _check("driver", bool(uuids), found, "Give this container or machine a GPU.", MISSING)
-    yield from _guarded("GPU", lambda: _torch_gpu(bool(uuids)))
-    for uuid in uuids:
-        yield from _guarded(uuid, lambda uuid=uuid: _gpu(nvml.Gpu(uuid)))
-    for name, check in {
-        "Nsight Compute": _ncu,
-        "versions": _versions,
-        "C compiler": _compiler,
-        "CPU threads": _threads,
-        "disk": _disk,
-        "compiler caches": _caches,
-        "CIFAR-10": _data,
-    }.items():
-        yield from _guarded(name, check)
+        gpus = f"{len(uuids)} GPU{'s' * (len(uuids) != 1)}" if uuids else "and no GPU"
+        yield _check("driver", bool(uuids), f"{version}, {gpus}", "Give this container or machine a GPU.", MISSING)
+    for name, check in [
+        ("GPU", lambda: _torch_gpu(bool(uuids))),
+        *((uuid, lambda uuid=uuid: _gpu(nvml.Gpu(uuid))) for uuid in uuids),
+        ("Nsight Compute", _ncu),
+        ("versions", _versions),
+        ("C compiler", _compiler),
+        ("CPU threads", _threads),
+        ("disk", _disk),
+        ("compiler caches", _caches),
+        ("CIFAR-10", _data),
+    ]:
+        try:
+            yield from check()
+        except Exception as error:  # a check that fails is itself a finding
+            yield Check(name, WARNING, f"could not be checked ({type(error).__name__}: {error})".replace("\n", " "))
 
 
 def _check(name: str, good: bool, found: str, remedy: str, status: str = WARNING) -> Check:
     """A check that is ok if `good`, and else `status` with its `remedy`."""
     return Check(name, OK, found) if good else Check(name, status, found, remedy)
-
-
-def _counted(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
-
-
-def _guarded(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]:
-    """The lines of `check`; a check that fails is itself a finding."""
-    try:
-        yield from check()
-    except Exception as error:
-        yield Check(name, WARNING, f"could not be checked ({type(error).__name__}: {error})".replace("\n", " "))
 
 
 def _torch_gpu(has_gpu: bool) -> Iterator[Check]:
@@ -110,26 +100,26 @@ def _torch_gpu(has_gpu: bool) -> Iterator[Check]:
 
     if torch.cuda.is_available():
         yield Check("GPU", OK, f"PyTorch finds {torch.cuda.device_count()}, for CUDA {torch.version.cuda}")
-    elif not has_gpu:
-        yield Check("GPU", MISSING, "none", "Training works on the CPU; the kernels and their figures need a GPU.")
-    elif torch.version.cuda is None:
+        return
+    found, remedy = "none", "Training works on the CPU; the kernels and their figures need a GPU."
+    if has_gpu and torch.version.cuda is None:
+        found = f"torch {torch.__version__} is built without CUDA"
         remedy = "Install the build of torch for CUDA, as https://pytorch.org/get-started says."
-        yield Check("GPU", MISSING, f"torch {torch.__version__} is built without CUDA", remedy)
-    else:
+    elif has_gpu:
+        found = f"PyTorch finds none, for CUDA {torch.version.cuda}"
         remedy = "See that CUDA_VISIBLE_DEVICES names a GPU and that the driver is new enough for torch's CUDA."
-        yield Check("GPU", MISSING, f"PyTorch finds none, for CUDA {torch.version.cuda}", remedy)
+    yield Check("GPU", MISSING, found, remedy)
 
 
 def _gpu(gpu: nvml.Gpu) -> Iterator[Check]:
+    """One GPU by NVML; an answer of None is not known, and warned of like a bad one."""
     from kernels.jit import MIN_CAPABILITY  # imports torch
 
-    needs, capability = ".".join(map(str, MIN_CAPABILITY)), gpu.ask("nvmlDeviceGetCudaComputeCapability")
-    if capability is None:
-        yield Check("capability", WARNING, f"{gpu.name}: unknown", f"See that it is {needs} or later.")
-    else:
-        remedy = f"The kernels need {needs}: a preset falls back to the library's operations here."
-        found = f"{gpu.name}: {'.'.join(map(str, capability))}"
-        yield _check("capability", tuple(capability) >= MIN_CAPABILITY, found, remedy)
+    capability = gpu.ask("nvmlDeviceGetCudaComputeCapability")
+    found = f"{gpu.name}: {'.'.join(map(str, capability or ['unknown']))}"
+    needs = ".".join(map(str, MIN_CAPABILITY))
+    remedy = f"The kernels need {needs} or later: an older GPU's preset falls back to the library's operations."
+    yield _check("capability", tuple(capability or ()) >= MIN_CAPABILITY, found, remedy)
     sheet = specification(gpu.name)
     remedy = "Utilisation is given against the measured ceiling alone; see `python -m profiling device --list`."
     yield _check("specification", sheet is not None, sheet.name if sheet else f"{gpu.name} is not in the table", remedy)
@@ -139,21 +129,17 @@ def _gpu(gpu: nvml.Gpu) -> Iterator[Check]:
         yield _check("persistence", bool(persistent), "on" if persistent else "off", remedy)
     if (ecc := gpu.ask("nvmlDeviceGetEccMode")) is not None:
         yield Check("ECC", OK, "on" if ecc[0] else "off")
-    processes = gpu.ask("nvmlDeviceGetComputeRunningProcesses")
-    if processes is None:
-        yield Check("other processes", WARNING, "unknown", "See with `nvidia-smi` that nobody else uses the GPU.")
-    else:
+    processes, found, others = gpu.ask("nvmlDeviceGetComputeRunningProcesses"), "unknown", None
+    if processes is not None:
         others = sum(process.pid != os.getpid() for process in processes)
-        remedy = "Wait for them to end: times measured beside them mean nothing."
-        yield _check("other processes", not others, f"{others} on this GPU" if others else "none", remedy)
+        found = f"{others} on this GPU" if others else "none"
+    remedy = "See with `nvidia-smi` that nobody else uses the GPU: times measured beside others mean nothing."
+    yield _check("other processes", others == 0, found, remedy)
     memory = gpu.ask("nvmlDeviceGetMemoryInfo")
-    if memory is None:
-        yield Check("GPU memory", WARNING, "unknown", "See with `nvidia-smi` how much is free.")
-    else:
-        found = f"{memory.free / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
-        room = f"{ENOUGH_GPU_BYTES >> 30} GiB are enough at batch 512"
-        remedy = f"End what uses it, or train with a smaller batch: {room}."
-        yield _check("GPU memory", memory.free >= ENOUGH_GPU_BYTES, found, remedy)
+    found = f"{memory.free / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free" if memory else "unknown"
+    enough = f"{ENOUGH_GPU_BYTES >> 30} GiB are enough at batch 512"
+    remedy = f"End what `nvidia-smi` shows on it, or train with a smaller batch: {enough}."
+    yield _check("GPU memory", bool(memory) and memory.free >= ENOUGH_GPU_BYTES, found, remedy)
 
 
 def _clocks(sample: nvml.GpuSample) -> Check:
@@ -162,9 +148,8 @@ def _clocks(sample: nvml.GpuSample) -> Check:
     memory = "unknown" if sample.memory_clock_mhz is None else f"{sample.memory_clock_mhz} MHz"
     reasons = "unknown reasons" if sample.reasons is None else ", ".join(sample.reasons) or "nothing"
     found = f"SM {sample.sm_clock_mhz} MHz, memory {memory}, held down by: {reasons}"
-    return _check(
-        "clocks", not sample.throttled, found, "Cool the GPU or raise its power limit before timing anything."
-    )
+    remedy = "Cool the GPU or raise its power limit before timing anything."
+    return _check("clocks", not sample.throttled, found, remedy)
 
 
 def _ncu() -> Iterator[Check]:
@@ -199,18 +184,17 @@ def _versions() -> Iterator[Check]:
 
 def admits(version: str, bounds: str) -> bool:
     """Whether `version` is within `bounds`, as in ">=2.11,<2.14"; local parts and pre-releases are ignored."""
-    compare = {">=": lambda a, b: a >= b, "<": lambda a, b: a < b}
     have = _release(version)
-    parsed = (re.fullmatch(r"(>=|<)([\d.]+)", bound.strip()) for bound in bounds.split(","))
-    return all(compare[match[1]](have, _release(match[2])) for match in parsed)
+    for bound in bounds.split(","):
+        sign, number = re.fullmatch(r"\s*(>=|<)([\d.]+)\s*", bound).groups()
+        if (have >= _release(number)) != (sign == ">="):
+            return False
+    return True
 
 
 def _release(version: str) -> tuple[int, ...]:
     """(2, 13) of "2.13.0+cpu": without trailing zeros, so that 2.11 and 2.11.0 are the same."""
-    numbers = [int(part) for part in re.match(r"\d+(?:\.\d+)*", version)[0].split(".")]
-    while numbers[1:] and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers)
+    return tuple(int(part) for part in re.sub(r"(\.0+)+$", "", re.match(r"\d+(\.\d+)*", version)[0]).split("."))
 
 
 def _compiler() -> Iterator[Check]:
@@ -230,8 +214,7 @@ def _threads() -> Iterator[Check]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
     remedy = "Unset OMP_NUM_THREADS, or set it to the number of physical cores."
-    found = f"{threads} on {_counted(cores, 'core')}"
-    yield _check("CPU threads", cores / 2 <= threads <= cores, found, remedy)
+    yield _check("CPU threads", cores / 2 <= threads <= cores, f"{threads} on {cores} core{'s' * (cores != 1)}", remedy)
 
 
 def _disk() -> Iterator[Check]:

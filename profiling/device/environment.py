@@ -67,6 +67,11 @@ def _git(root: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
+def gpu_uuid(device: torch.device) -> str:
+    """The driver's name of a CUDA device, as `nvml.Gpu` takes it."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
 def _gpu(device: torch.device) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(device)
     known = {
@@ -74,13 +79,10 @@ def _gpu(device: torch.device) -> dict[str, Any]:
         "capability": f"{properties.major}.{properties.minor}",
         "memory_bytes": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
-        "driver": None,
-        "sm_clock_mhz": None,
-        "memory_clock_mhz": None,
-        "power_limit_w": None,
+        **dict.fromkeys(("driver", "sm_clock_mhz", "memory_clock_mhz", "power_limit_w")),
     }
     with contextlib.suppress(nvml.UnavailableError):
-        gpu = nvml.Gpu(f"GPU-{properties.uuid}")
+        gpu = nvml.Gpu(gpu_uuid(device))
         clocks, limit_mw = gpu.clocks(), gpu.ask("nvmlDeviceGetEnforcedPowerLimit")
         known |= {"sm_clock_mhz": clocks.sm_clock_mhz, "memory_clock_mhz": clocks.memory_clock_mhz}
         known["power_limit_w"] = None if limit_mw is None else limit_mw / 1000
@@ -89,27 +91,21 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu_name() -> str | None:
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass
     return platform.processor() or None
 
 
 def _memory_bytes() -> int | None:
-    try:
+    with contextlib.suppress(AttributeError, OSError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None
 
 
 def _version(package: str) -> str | None:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def machine(environment: dict[str, Any]) -> dict[str, Any]:
@@ -118,12 +114,9 @@ def machine(environment: dict[str, Any]) -> dict[str, Any]:
     about = {"device": e["device"].partition(":")[0], **{name: e["packages"][name] for name in ("torch", "triton")}}
     if e["gpu"] is None:
         return about | {name: e[name] for name in ("cpu", "cores", "threads", "cpu_capability", "platform")}
-    wanted = ("name", "capability", "memory_bytes", "multiprocessors", "driver", "power_limit_w")
-    return (
-        about
-        | {"gpu": e["gpu"]["name"], **{name: e["gpu"][name] for name in wanted[1:]}}
-        | {name: e[name] for name in ("cuda", "cudnn")}
-    )
+    of_gpu = ("capability", "memory_bytes", "multiprocessors", "driver", "power_limit_w")
+    libraries = {name: e[name] for name in ("cuda", "cudnn")}
+    return about | {"gpu": e["gpu"]["name"], **{name: e["gpu"][name] for name in of_gpu}} | libraries
 
 
 def fingerprint(machine: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ each kernel: its bytes compare with the compulsory traffic of the cost functions
 ncu cannot run, there is a reason and no failure.
 """
 
+import contextlib
 import csv
 import glob
 import math
@@ -22,21 +23,11 @@ METRICS = {
     "duration_ns": "gpu__time_duration.sum",
 }
 BASE = {
-    "byte": 1,
-    "Kbyte": 1e3,
-    "Mbyte": 1e6,
-    "Gbyte": 1e9,
-    "nsecond": 1,
-    "ns": 1,
-    "usecond": 1e3,
-    "us": 1e3,
-    "msecond": 1e6,
-    "ms": 1e6,
-    "second": 1e9,
-    "s": 1e9,
-    "%": 0.01,
+    **{"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "%": 0.01},
+    **{"ns": 1, "us": 1e3, "ms": 1e6, "s": 1e9},
+    **{"nsecond": 1, "usecond": 1e3, "msecond": 1e6, "second": 1e9},
 }
-"""Factors to bytes, nanoseconds and shares of 1, by the units that ncu's versions print."""
+"""Factors to bytes, shares of 1 and nanoseconds, by the units that ncu's versions print."""
 
 PLACES = ("/usr/local/cuda*/bin/ncu", "/opt/nvidia/nsight-compute/*/ncu")
 PARAMETERS = Path("/proc/driver/nvidia/params")
@@ -68,10 +59,9 @@ def find() -> str | None:
 
 def probe() -> str | None:
     """The reason why ncu cannot read counters here, with the remedy; None if none is known."""
-    try:
+    gpus: list[str] = []
+    with contextlib.suppress(nvml.UnavailableError):
         _, gpus = nvml.driver()
-    except nvml.UnavailableError:
-        gpus = []
     if not gpus:
         return "there is no NVIDIA GPU whose counters could be read"
     if find() is None:
@@ -82,10 +72,9 @@ def probe() -> str | None:
 
 
 def _restricted() -> bool:
-    try:
+    with contextlib.suppress(OSError):
         return "RmProfilingAdminOnly: 1" in PARAMETERS.read_text()
-    except OSError:
-        return False
+    return False
 
 
 def _administrator() -> bool:

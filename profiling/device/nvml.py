@@ -4,6 +4,7 @@ A field that this GPU, driver or user cannot read is None with its reason in `Gp
 once is None once. Samples never ask for processes: that takes milliseconds under a lock that a launching program needs.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -27,20 +28,15 @@ REASONS = {
 POWER_CAP = "power cap"
 """The board keeps its power limit by lowering the clock: how a large GPU runs large matrix products at all times."""
 
-DISTURBING = {
-    "hardware slowdown",
-    "software thermal slowdown",
-    "hardware thermal slowdown",
-    "power brake",
-}
+DISTURBING = {"hardware slowdown", "software thermal slowdown", "hardware thermal slowdown", "power brake"}
 """Reasons that invalidate a timing."""
 
 THROTTLING = DISTURBING | {POWER_CAP}
 """Heat or power."""
 
 GPM_INTERVAL_NS = 105_000_000
-"""Between two GPM samples more than 100 ms must pass, the rate at which the counters are refreshed (NVML API reference,
-nvmlGpmMetricsGet); what is read sooner is no measurement."""
+"""The counters of GPM are refreshed every 100 ms (NVML API reference, nvmlGpmMetricsGet); an earlier reading measures
+nothing."""
 
 
 class GpuSample(NamedTuple):
@@ -83,7 +79,6 @@ class GpuSample(NamedTuple):
 
 
 FIELDS = tuple(name for name in GpuSample._fields if name != "t_ns")
-"""Every field of a sample but its time."""
 
 
 class UnavailableError(Exception):
@@ -108,7 +103,7 @@ _READERS = _CLOCKS | {
     "memory_used_bytes": lambda nvml, gpu: nvml.nvmlDeviceGetMemoryInfo(gpu).used,
     "energy_j": lambda nvml, gpu: nvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3,
 }
-"""NVML counts milliwatts, millijoules and per cent."""
+"""NVML counts in milliwatts, millijoules and per cent."""
 
 _ACTIVITY = {
     "sm_active": "NVML_GPM_METRIC_SM_UTIL",
@@ -177,8 +172,7 @@ class Gpu:
             self._activity: _Activity | None = _Activity(pynvml, self._handle)
         except (pynvml.NVMLError, AttributeError, UnavailableError) as error:
             self._activity = None
-            reason = _FOR_GOOD.get(type(error).__name__, str(error))
-            self.unavailable |= dict.fromkeys(_ACTIVITY, reason)
+            self.unavailable |= dict.fromkeys(_ACTIVITY, _FOR_GOOD.get(type(error).__name__, str(error)))
 
     def ask(self, function: str) -> Any:
         """The answer of pynvml's `function` about this GPU, None where it fails or does not exist."""
@@ -199,12 +193,9 @@ class Gpu:
 
     def _read(self, readers: dict[str, Callable]) -> dict[str, Any]:
         values = {}
-        for field, reader in readers.items():
-            if field not in self.unavailable:
-                try:
-                    values[field] = reader(self._nvml, self._handle)
-                except self._nvml.NVMLError:
-                    continue
+        for field in (field for field in readers if field not in self.unavailable):
+            with contextlib.suppress(self._nvml.NVMLError):
+                values[field] = readers[field](self._nvml, self._handle)
         return values
 
 
@@ -256,8 +247,8 @@ def _why_not(error: Exception, uuid: str | None = None) -> str:
     reasons = {
         "NVMLError_LibraryNotFound": "no NVIDIA driver",
         "NVMLError_DriverNotLoaded": "no NVIDIA driver",
-        "NVMLError_LibRmVersionMismatch": "the NVIDIA driver's library and its kernel module are of different "
-        "versions: restart the machine",
+        "NVMLError_LibRmVersionMismatch": "the NVIDIA driver's library and kernel module are of different versions: "
+        "restart the machine",
         "NVMLError_NotFound": f"NVML knows no GPU {uuid}",
         "NVMLError_InvalidArgument": f"NVML knows no GPU {uuid}",
         "NVMLError_NoPermission": f"this user may not ask NVML about {uuid or 'a GPU'}",

@@ -76,24 +76,17 @@ _A100 = "NVIDIA A100 data sheet; L2: A100 architecture white paper"
 _H100 = "NVIDIA H100 architecture white paper, final clocks; bandwidth: H100 data sheet"
 _GA102 = "NVIDIA Ampere GA102 architecture white paper"
 _ADA = "NVIDIA Ada GPU architecture white paper"
+_T4 = "NVIDIA T4 data sheet; L2: Turing architecture white paper"
+_PRO_ADA = "NVIDIA Ada architecture white paper for professional GPUs"
 _RTX_PRO = "RTX PRO 6000 Blackwell Workstation Edition"
 _HALVED = "its sparse figures halved"
 _L2 = "L2: as the driver reports it"
+_GB200 = f"NVIDIA GB200 NVL72 data sheet, {_HALVED}; L2: Blackwell tuning guide"
 
 _ROWS = (
     _Row("V100 SXM2", 125, None, 15.7, 900, 6, 1530, _V100, ("Tesla V100-SXM2-16GB", "Tesla V100-SXM2-32GB")),
     _Row("V100 PCIe", 112, None, 14, 900, 6, 1380, _V100, ("Tesla V100-PCIE-16GB", "Tesla V100-PCIE-32GB")),
-    _Row(
-        "T4",
-        65,
-        None,
-        8.1,
-        320,
-        4,
-        1590,
-        "NVIDIA T4 data sheet; L2: Turing architecture white paper",
-        ("Tesla T4", "T4"),
-    ),
+    _Row("T4", 65, None, 8.1, 320, 4, 1590, _T4, ("Tesla T4", "T4")),
     _Row("A100 SXM 40 GB", 312, 156, 19.5, 1555, 40, 1410, _A100, ("A100-SXM4-40GB",)),
     _Row("A100 SXM 80 GB", 312, 156, 19.5, 2039, 40, 1410, _A100, ("A100-SXM4-80GB",)),
     _Row("A100 PCIe 40 GB", 312, 156, 19.5, 1555, 40, 1410, _A100, ("A100-PCIE-40GB",)),
@@ -106,17 +99,7 @@ _ROWS = (
     _Row("GeForce RTX 3090", 71, 35.6, 35.6, 936, 6, 1695, _GA102),
     _Row("GeForce RTX 4080", 97.5, 48.7, 48.7, 716.8, 64, 2505, _ADA),
     _Row("GeForce RTX 4090", 165.2, 82.6, 82.6, 1008, 72, 2520, _ADA),
-    _Row(
-        "RTX 6000 Ada",
-        364.2,
-        182.1,
-        91.1,
-        960,
-        96,
-        2505,
-        "NVIDIA Ada architecture white paper for professional GPUs",
-        ("RTX 6000 Ada Generation",),
-    ),
+    _Row("RTX 6000 Ada", 364.2, 182.1, 91.1, 960, 96, 2505, _PRO_ADA, ("RTX 6000 Ada Generation",)),
     _Row("L4", 121, 60, 30.3, 300, 48, 2040, f"NVIDIA L4 data sheet, {_HALVED}; L2: {_ADA}"),
     _Row("L40S", 362.05, 183, 91.6, 864, 96, 2490, f"NVIDIA L40S data sheet; {_L2}", plain_mhz=2520),
     _Row("H100 SXM", 989.4, 494.7, 66.9, 3350, 50, 1830, _H100, ("H100 80GB HBM3",), 1980),
@@ -124,16 +107,7 @@ _ROWS = (
     _Row("H100 NVL", 835.5, 417.5, 60, 3900, 60, None, f"NVIDIA H100 data sheet, {_HALVED}; {_L2}", (), 1785),
     _Row("H200 SXM", 989.5, 494.5, 67, 4800, 60, 1830, f"NVIDIA H200 data sheet, {_HALVED}; {_L2}", ("H200",), 1980),
     _Row("B200", 2250, 1125, 75, 7700, 126, None, f"NVIDIA Blackwell data sheet, HGX B200, {_HALVED}; {_L2}"),
-    _Row(
-        "GB200",
-        2500,
-        1250,
-        80,
-        8000,
-        126,
-        None,
-        f"NVIDIA GB200 NVL72 data sheet, {_HALVED}; L2: Blackwell tuning guide",
-    ),
+    _Row("GB200", 2500, 1250, 80, 8000, 126, None, _GB200),
     _Row("GeForce RTX 5090", 209.5, 104.8, 104.8, 1792, 96, 2407, "NVIDIA RTX Blackwell architecture white paper"),
     _Row(_RTX_PRO, 503.8, 251.9, 125, 1792, 128, 2617, "NVIDIA RTX PRO Blackwell architecture white paper, data sheet"),
 )
@@ -195,8 +169,8 @@ def machine(gpu_name: str) -> Machine | None:
 
 
 class Limits(NamedTuple):
-    """What the resident blocks of one multiprocessor share: warps, blocks, bytes of shared memory, tensor-memory
-    columns (0 where there is no such memory); and the bytes of shared memory that one block may use."""
+    """Limits of the resident blocks of one multiprocessor together: warps, blocks, bytes of shared memory,
+    tensor-memory columns (0 without such memory); and the bytes of shared memory that one block may use."""
 
     warps: int
     blocks: int
@@ -214,8 +188,8 @@ LIMITS = {
 REGISTERS = 64 * 1024
 """32-bit registers of a multiprocessor; a warp gets them in units of 256 (the same table)."""
 RESERVED_SHARED_BYTES = 1024
-"""Of each block's share of shared memory, what the system takes (the same guide)."""
+"""The system takes so much of each block's share of shared memory (the same guide)."""
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-"""By architecture, how the mnemonic of its tensor cores' fp16 product begins."""
+"""The beginning of the mnemonic of the tensor cores' fp16 product, by architecture."""
 CAPABILITY = {"NVIDIA A100": (8, 0), "NVIDIA H100": (9, 0), "NVIDIA H200": (9, 0), "NVIDIA B200": (10, 0)}
-"""Compute capability, by how the driver's name of the GPU begins."""
+"""Compute capability, by the beginning of the driver's name of the GPU."""

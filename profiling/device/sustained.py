@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import torch
 
 from profiling.device import nvml
+from profiling.device.environment import gpu_uuid
 
 WINDOWS = 8
-"""An eighth of two seconds is long enough for clocks and power to settle: a window's rate can be kept up."""
+"""In an eighth of two seconds clocks and power settle: a window's rate can be kept up."""
 FEWEST = 3
-"""The least number of windows."""
+"""Windows at least."""
 QUIET = 0.9
-"""The share of the cores' time below which this process shared its CPU."""
+"""With a smaller share of the cores' time this process had to share its CPU."""
 
 
 class Sustained(NamedTuple):
@@ -62,9 +63,8 @@ class CpuWatch:
             taken.append(self.time(run, calls))
         return taken
 
-    def clock(self) -> int | None:
-        """The SM clock in MHz, which a CPU does not have."""
-        return None
+    def clock(self) -> None:
+        """A CPU has no SM clock."""
 
     def reasons(self) -> tuple[str, ...]:
         """Other processes, if this one's threads got less than QUIET of the time."""
@@ -81,7 +81,7 @@ class CudaWatch:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.sample = nvml.sampler(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        self.sample = nvml.sampler(gpu_uuid(device))
         self.hot_clock: int | None = None
         self.power_capped_share: float | None = None
         self._reasons: set[str] | None = None
@@ -134,7 +134,10 @@ class CudaWatch:
 
 def sustain(watch: CpuWatch | CudaWatch, run: Callable[[], Any], seconds: float) -> Sustained:
     """Run `run` hot for `seconds` / 4 and then, timed, for `seconds`, in WINDOWS windows or more."""
-    calls = _calls(watch, run, seconds / WINDOWS)
+    calls, window_s = 1, seconds / WINDOWS
+    while (took_s := watch.time(run, calls)) < window_s / 4:
+        calls *= 4
+    calls = max(1, round(calls * window_s / took_s))
     watch.windows(run, calls, seconds / 4)
     windows = watch.windows(run, calls, seconds)
     best_s, median_s = min(windows) / calls, statistics.median(windows) / calls
@@ -154,11 +157,3 @@ def _mark() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
-
-
-def _calls(watch: CpuWatch | CudaWatch, run: Callable[[], Any], window_s: float) -> int:
-    """The number of calls that take `window_s`, at least 1."""
-    calls = 1
-    while (took := watch.time(run, calls)) < window_s / 4:
-        calls *= 4
-    return max(1, round(calls * window_s / took))

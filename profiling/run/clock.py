@@ -62,8 +62,8 @@ class Clock:
 class StepClock:
     """Starts of steps in nanoseconds, epoch by epoch, without a synchronisation, an allocation or a profiler.
 
-    On a CPU a step is done when it returns: the host's clock tells. On CUDA the host runs ahead: an event is recorded
-    into the stream at the start of each step, and read once the device has passed the last one.
+    On a CPU a step is done when it returns, so the host's clock is read. On CUDA the host runs ahead: an event is
+    recorded into the stream at the start of each step, and read once the device has passed the last one.
 
     tick()   at the start of each step, between `start_epoch()` and `end_epoch()`; on CUDA in one and the same stream
     missed   steps that were not recorded: an epoch of more than `steps` steps gets a larger pool of events only when
@@ -87,7 +87,7 @@ class StepClock:
         """After the last step of an epoch; a second call does nothing. Reads nothing: the device may still work."""
         if self._open:
             self._marks.tick()
-            self._close()
+            self._open, self._unread = False, True
 
     def each(self, steps: Iterable[T]) -> Iterator[T]:
         """Yield an epoch of `steps`, each begun when the item is asked for; the epoch ends with the last one.
@@ -99,7 +99,7 @@ class StepClock:
         for step in steps:
             yield step
             self._marks.tick()
-        self._close()
+        self._open, self._unread = False, True
 
     def durations_ns(self) -> list[int]:
         """Nanoseconds of each step of the epochs that ended, in order."""
@@ -110,9 +110,6 @@ class StepClock:
         """records/steps.json: for each epoch that ended, the start of each of its steps and the end of the last."""
         self._collect()
         return {"version": 1, "epochs": self._epochs, "missed_steps": self.missed, "source": self._marks.source}
-
-    def _close(self) -> None:
-        self._open, self._unread = False, True
 
     def _collect(self) -> None:
         if self._unread:

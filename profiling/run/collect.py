@@ -1,8 +1,8 @@
-"""What a profiled run leaves in RUN/records beside the run itself, and the pass under the profiler that comes after it.
+"""The records of a profiled run in RUN/records, and the pass under the profiler that comes after it.
 
-The run is timed without a profiler: the starts of its steps, its phases, and what a process of its own hears from the
-driver. Then a fresh process takes one profiling session: later sessions of a process lose kernels, and a process goes
-on slower after one. Nothing here fails a run: what cannot be collected is missing, and the account says so.
+The run is timed without a profiler: its phases, the starts of its steps, and the driver's samples, which a process of
+its own takes. Then a fresh process takes one profiling session: later sessions of a process lose kernels, and a process
+is slower after one. Nothing here fails a run: a record that cannot be collected is missing, and the account says so.
 """
 
 import contextlib
@@ -17,18 +17,19 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from profiling.device.environment import gpu_uuid
 from profiling.output.files import write_json
 from profiling.run import telemetry
 from profiling.run.clock import Clock, StepClock
 
 VERSION = 1
 WAIT_STEPS, WARM_UP_STEPS, ACTIVE_STEPS = 3, 10, 20
-"""Steps of the profiled pass: not profiled, profiled and dropped, recorded. CUPTI loses kernels where a session begins
-(pytorch/pytorch#192021), hence the many that are dropped."""
+"""Steps of the profiled pass: not profiled, profiled and dropped, recorded. Many are dropped, since CUPTI loses kernels
+where a session begins (pytorch/pytorch#192021)."""
 CPU_WARM_UP_STEPS = 3
 """Fewer without CUPTI, where a step may take seconds."""
 EAGER_STEP = 2
-"""Index of the eager one among the recorded steps: not the first, since all others are compared with it, and among the
+"""Index of the eager step among the recorded ones: not the first, since the others are compared with it, and among the
 replays, so that it has their clocks."""
 
 PATIENCE_S = 1800
@@ -45,7 +46,8 @@ class Collection:
         with contextlib.suppress(OSError):  # what cannot be written is warned of at the end
             self.folder.mkdir(parents=True, exist_ok=True)
         self.steps = StepClock(device)
-        self.telemetry = telemetry.start(gpu_uuid(device), self.folder / "telemetry.jsonl")
+        uuid = gpu_uuid(device) if device.type == "cuda" else None
+        self.telemetry = telemetry.start(uuid, self.folder / "telemetry.jsonl")
 
     def finish(self, clock: Clock) -> None:
         """End the telemetry; write phases and steps. `clock` has been stopped."""
@@ -60,20 +62,11 @@ class Collection:
                 self.warn(f"{self.folder}: {error}; the report will lack the {name}")
 
 
-def gpu_uuid(device: torch.device) -> str | None:
-    """The driver's name of the GPU, None for a CPU."""
-    if device.type != "cuda":
-        return None
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-
-
 def run_pass(what: str, command: list[str], folder: Path, warn: Callable[[str], None]) -> str | None:
     """Run `command` in `folder`; warn, and return why, where it fails."""
-    nowhere = subprocess.DEVNULL
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     try:
-        done = subprocess.run(
-            command, cwd=folder, stdin=nowhere, stdout=nowhere, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S
-        )
+        done = subprocess.run(command, cwd=folder, text=True, timeout=PATIENCE_S, **streams)
         # Kineto announces its sessions there too.
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("USDT:")]
         error = None if done.returncode == 0 else f"exit code {done.returncode}: {(lines or ['no word'])[-1][:500]}"
@@ -128,17 +121,9 @@ def record_trace(
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    write_json(
-        folder / "profile.json",
-        {
-            "version": VERSION,
-            "eager_step": EAGER_STEP if eagerly else None,
-            "step_images": images[before:],
-            "step_ns": clock.durations_ns()[before:],
-            "error": None,
-            "environment": about,
-        },
-    )
+    record = {"version": VERSION, "eager_step": EAGER_STEP if eagerly else None, "error": None, "environment": about}
+    times = {"step_images": images[before:], "step_ns": clock.durations_ns()[before:]}
+    write_json(folder / "profile.json", record | times)
 
 
 def _with_eager(

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder: config.json, environment.json, log.jsonl, summary.json, dawnbench.tsv.
+"""The files of a run's folder: config.json, environment.json, log.jsonl, summary.json, dawnbench.tsv.
 
 A write that fails is a warning: a full disk must not end a training.
 """
@@ -12,7 +12,7 @@ from profiling.output.files import append_jsonl, write_json, write_text
 from profiling.run.clock import Clock
 
 TIMED = ("preprocessing", "warm-up", "training", "evaluation")
-"""Phases whose time a resumed run adds to that of the sessions it continues."""
+"""Phases whose time a resumed run adds to that of earlier sessions."""
 
 COLUMNS = ("epoch", "lr", "train s", "loss", "accuracy", "test loss", "test acc", "images/s", "total s")
 
@@ -53,18 +53,12 @@ def closing_lines(summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def _peak(device: str | None, dtype: str | None) -> float | None:
-    """FLOP/s of the device's data sheet, dense, or None. fp32 convolutions run as tf32, which is PyTorch's default."""
-    sheet = specification(device or "")
-    return sheet.flops_per_s.get("tf32" if dtype == "float32" else dtype) if sheet else None
-
-
 class RunLog:
     """The figures of a run while it goes on.
 
     facts     the entries of summary.json that do not change
-    kept      what `state()` returned in the session that this one continues, or {}
-    writes    whether this process is the one that writes files
+    kept      the `state()` of the session that this one continues, or {}
+    writes    whether this process writes files
     """
 
     def __init__(
@@ -88,14 +82,15 @@ class RunLog:
 
     def begin(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
         """Write what is known before the first step; the log starts with the epochs of earlier sessions."""
-        self._write(self._begin, config, environment)
 
-    def _begin(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
-        write_json(self.out / "config.json", config)
-        write_json(self.out / "environment.json", environment)
-        (self.out / "log.jsonl").unlink(missing_ok=True)
-        for row in self.history:
-            append_jsonl(self.out / "log.jsonl", row)
+        def write() -> None:
+            write_json(self.out / "config.json", config)
+            write_json(self.out / "environment.json", environment)
+            (self.out / "log.jsonl").unlink(missing_ok=True)
+            for row in self.history:
+                append_jsonl(self.out / "log.jsonl", row)
+
+        self._write(write)
 
     def seconds(self, phase: str) -> float:
         """Time spent in `phase`, in this session and in those that it continues."""
@@ -146,7 +141,9 @@ class RunLog:
         train_s, eval_s = self.train_s(), self.seconds("evaluation")
         flops = images * self.flops_per_image
         known = train_s > 0 and images > 0
-        peak = _peak(self.facts.get("device"), self.facts.get("dtype"))
+        sheet, dtype = specification(self.facts.get("device") or ""), self.facts.get("dtype")
+        # fp32 convolutions run as tf32, which is PyTorch's default
+        peak = sheet and sheet.flops_per_s.get("tf32" if dtype == "float32" else dtype)
         summary = {
             "status": status,
             "exit_code": code,

@@ -2,17 +2,28 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from profiling.output.forms import COUNT, NUMBER, SHARE, Number, fit
+
 SAME = ("preset", "data_identity", "data_source", "device", "world_size", "dtype", "ops", "ops_requested", "epochs")
-"""What the summary of several runs has of the first of them."""
+"""Entries that the summary of several runs takes from the first run."""
 AVERAGED = ("train_s", "eval_s", "train_plus_eval_s", "warmup_s", "images_per_s")
-"""What it has the means of."""
+"""Entries that it averages."""
+
+MEMORY = ("peak_memory_bytes", "peak_reserved_bytes")
+_FORM = {
+    "test_accuracy": SHARE,
+    **dict.fromkeys((*AVERAGED, "epochs", "world_size", "seed"), Number(0, 1e300)),
+    **{f"{key}?": COUNT for key in MEMORY},
+    **dict.fromkeys((*(key for key in SAME if key not in ("epochs", "world_size")), "git_sha"), (str, NUMBER, None)),
+}
+"""The entries of a run's summary that `aggregate` reads."""
 
 
 class Claim(NamedTuple):
-    """`sd` and `interval` are None for a single value, which has neither; `share_at_target` is without a target."""
+    """`sd` and `interval` are None for a single value, `share_at_target` without a target."""
 
     n: int
     mean: float
@@ -65,30 +76,18 @@ def aggregate(
         "test_accuracy_high": accuracy.interval and accuracy.interval[1],
         **{key: statistics.fmean(s[key] for s in summaries) for key in AVERAGED},
         "wall_s": wall_s,
-        **{key: _largest(s.get(key) for s in summaries) for key in ("peak_memory_bytes", "peak_reserved_bytes")},
+        **{key: max((s[key] for s in summaries if s.get(key) is not None), default=None) for key in MEMORY},
         "git_sha": first["git_sha"],
     }
 
 
 def unfit(summary: Any) -> str | None:
     """Why `aggregate` cannot take what was read as a run's summary; None where it can."""
-    if not isinstance(summary, dict):
-        return "not a record"
-    for key in ("test_accuracy", *AVERAGED, "epochs", "world_size", "seed"):
-        value, most = summary.get(key), 1 if key == "test_accuracy" else 1e300
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-            return f"{key} is not a number from 0 to {most:g}"
-    for key in ("peak_memory_bytes", "peak_reserved_bytes"):
-        if not isinstance(summary.get(key), int | None):
-            return f"{key} is not a whole number"
-    for key in (*SAME, "git_sha"):
-        if key not in summary or not isinstance(summary[key], str | int | None):
-            return f"{key} is not a text or a number"
+    try:
+        fit(summary, _FORM, "summary")
+    except ValueError as error:
+        return str(error)
     return None
-
-
-def _largest(values: Iterable[int | None]) -> int | None:
-    return max((value for value in values if value is not None), default=None)
 
 
 def claim_in_words(summary: dict[str, Any]) -> str:

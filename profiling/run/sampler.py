@@ -1,7 +1,7 @@
 """Samples a GPU into a file until its standard input closes: python -m profiling.run.sampler UUID PATH [--period-ms 25]
 
-A process of its own, because a thread would take the interpreter from a training loop that is busy launching kernels.
-The run holds the other end of the pipe: it closes when the run says so and when the run dies. Imports no torch.
+It is a process of its own, because a thread would take the interpreter from a training loop that launches kernels. The
+run holds the other end of the pipe, which closes when the run closes it or dies. Imports no torch.
 
 The file is JSON lines. First {"version", "uuid", "gpu", "period_ms", "unavailable": {field: reason}, "reason": null, or
 why there is nothing to sample}; then samples, each complete on its own; at last {"end": why}.
@@ -22,7 +22,7 @@ from profiling.output.files import append_jsonl
 
 PERIOD_MS = 25.0
 NICENESS = 5
-"""Where a core is short, the run goes first."""
+"""The run goes first where cores are short."""
 STOPPED = "stopped"
 NO_GPU = "none"
 """The UUID of a run that is not on a GPU."""
@@ -33,12 +33,12 @@ def header(
 ) -> dict[str, Any]:
     """The first row. With a `reason` there are no samples, and no field is available."""
     unavailable = dict.fromkeys(nvml.FIELDS, reason) if reason else unavailable
-    row = {"version": 1, "uuid": uuid, "gpu": gpu, "period_ms": period_ms}
-    return {**row, "unavailable": unavailable, "reason": reason}
+    about = {"version": 1, "uuid": uuid, "gpu": gpu, "period_ms": period_ms}
+    return about | {"unavailable": unavailable, "reason": reason}
 
 
 def record(sample: Callable[[], nvml.GpuSample], first: dict[str, Any], path: Path, stopped: threading.Event) -> None:
-    """Append the `header` to `path`, what `sample` returns once a period, and a last row that says why it ended.
+    """Append to `path` the header `first`, a sample each period, and a last row that says why it ended.
 
     It ends when `stopped` is set, when the process that started this one is gone, and when a row cannot be written.
     Raises OSError where not even the header can be.
@@ -54,19 +54,14 @@ def record(sample: Callable[[], nvml.GpuSample], first: dict[str, Any], path: Pa
             size = path.stat().st_size
             append_jsonl(path, sample()._asdict())
             before = size
-        except Exception as error:  # a full disk; whatever it is, the reader learns it
+        except Exception as error:  # a full disk or anything else: the reader learns it
             why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             break
         late_ns = max(time.monotonic_ns() - due_ns, 0)
         due_ns += period_ns * (1 + late_ns // period_ns)
-    _end(path, why, before)
-
-
-def _end(path: Path, why: str, before: int | None) -> None:
-    """Write the last row; on a full disk the last sample, which begins at byte `before`, makes room for it."""
     try:
         append_jsonl(path, {"end": why})
-    except OSError:
+    except OSError:  # on a full disk the last sample, which begins at byte `before`, makes room
         with contextlib.suppress(OSError):
             if before is not None:
                 os.truncate(path, before)

@@ -1,7 +1,7 @@
-"""The GPU while a run goes on: starting and stopping the process that samples it, and reading what it left.
+"""The GPU during a run: start and stop the process that samples it, and read its file.
 
-Collection must cost a run no more than a moment: nothing here raises, or waits for long. What is missing is said in
-words by `read`, from what the file holds; `profiling.run.sampler` names its rows. Imports no torch.
+Collection must cost a run no more than a moment: nothing here raises, or waits for long. `read` says in words what is
+missing from the file, whose rows `profiling.run.sampler` describes. Imports no torch.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,19 +21,22 @@ from profiling.device import nvml
 from profiling.device.nvml import GpuSample
 from profiling.output import numbers
 from profiling.output.files import append_jsonl, read_bytes
+from profiling.output.forms import COUNT, NUMBER, fit
 from profiling.output.numbers import Number
 from profiling.run import sampler
 
 STOP_S = 2.0
-"""How long the sampler may take to end before it is killed."""
+"""The sampler may take so long to end before it is killed."""
 KILL_S = 0.5
-"""A process that waits inside a driver cannot even be killed; it is left to the system."""
+"""A process that waits inside a driver cannot be killed; it is left to the system."""
 FEWEST = 20
-"""Samples below which shares and means say little."""
+"""Shares and means of fewer samples say little."""
 GAP_NS = 1_000_000_000
-"""A hole in the samples that is worth a word."""
-LARGEST = 2**63
-"""No field comes near; what is larger, infinite or not a number is damage."""
+"""A longer hole in the samples is reported."""
+HEADER = {"uuid?": str, "gpu?": str, "period_ms?": NUMBER, "unavailable": {str: str}, "reason?": str}
+SAMPLE = {"t_ns": COUNT, "reasons?": [str], **{f"{name}?": NUMBER for name in nvml.FIELDS if name != "reasons"}}
+ROW = (SAMPLE, {"end": str})
+"""The forms of the file's first row and of the others; see `profiling.output.forms`."""
 
 
 class Recorder:
@@ -84,10 +87,10 @@ def start(uuid: str | None, path: Path, period_ms: float = sampler.PERIOD_MS) ->
 
 @dataclass(frozen=True)
 class Telemetry:
-    """What was sampled.
+    """The samples of a run.
 
     unavailable  fields without a single value, and why
-    lacks        what is missing, in sentences; empty for a run that was not on a GPU
+    lacks        sentences on what is missing; empty for a run that was not on a GPU
     reason       why there is no telemetry at all, or None
     """
 
@@ -97,10 +100,6 @@ class Telemetry:
     gpu: str | None = None
     period_ms: float | None = None
     reason: str | None = None
-
-    def between(self, start_ns: int, end_ns: int) -> "Telemetry":
-        """The same with the samples from `start_ns` to `end_ns`, both included."""
-        return replace(self, samples=[s for s in self.samples if start_ns <= s.t_ns <= end_ns])
 
     def series(self, field: str) -> tuple[list[int], list[Any]]:
         """(t_ns, values) of the samples that have `field`. Activity has fewer than the others, at a slower pace."""
@@ -152,7 +151,7 @@ class Telemetry:
 
 
 def read(path: Path) -> Telemetry:
-    """What a recorder left at `path`. Never raises: a file that is absent, empty or damaged is named in `lacks`."""
+    """Read a recorder's file. Never raises: a file that is absent, empty or damaged is named in `lacks`."""
     try:
         *lines, torn = read_bytes(path).split(b"\n")
     except FileNotFoundError:
@@ -161,22 +160,32 @@ def read(path: Path) -> Telemetry:
         return _nothing(f"its file cannot be read: {error.strerror or error}")
     except ValueError as error:
         return _nothing(str(error))
-    rows = [_row(line) for line in lines]
-    if not rows or not isinstance(first := rows[0], dict) or "unavailable" not in first:
-        return _nothing("the sampler ended before its first row" if not lines else "its file is not a recording")
-    reason, gpu = _text(first.get("reason")), _text(first.get("gpu"))
-    given = first["unavailable"] if isinstance(first["unavailable"], dict) else {}
-    unavailable = {field: str(given[field]) for field in nvml.FIELDS if field in given}
+    first = _row(lines.pop(0), HEADER) if (begun := bool(lines)) else None
+    if first is None:
+        return _nothing("its file is not a recording" if begun else "the sampler ended before its first row")
+    reason, gpu, unavailable = first["reason"], first["gpu"], first["unavailable"]
     if reason:
-        lacks = [] if first.get("uuid") is None else [f"GPU telemetry: {reason}"]
-        return Telemetry([], dict.fromkeys(nvml.FIELDS, reason) | unavailable, lacks, gpu, reason=reason)
-    samples = [s for row in rows[1:] if (s := _sample(row)) is not None]
-    ends = [_text(row["end"]) for row in rows[1:] if isinstance(row, dict) and "end" in row]
+        lacks = [] if first["uuid"] is None else [f"GPU telemetry: {reason}"]
+        return Telemetry([], unavailable, lacks, gpu, reason=reason)
+    rows = [_row(line, ROW) for line in lines]
+    samples = [_sample(row) for row in rows if row and "t_ns" in row]
+    ends = [row["end"] for row in rows if row and "end" in row]
     for field in nvml.FIELDS:
-        if field not in unavailable and all(getattr(s, field) is None for s in samples):
-            unavailable[field] = "no sample has a value of it"
-    lacks = _lacks(samples, ends, damaged=len(rows) - 1 - len(samples) - len(ends), torn=bool(torn))
-    return Telemetry(samples, unavailable, lacks, gpu, _number(first.get("period_ms")))
+        if all(getattr(s, field) is None for s in samples):
+            unavailable.setdefault(field, "no sample has a value of it")
+    lacks = _lacks(samples, ends, damaged=rows.count(None), torn=bool(torn))
+    return Telemetry(samples, unavailable, lacks, gpu, first["period_ms"])
+
+
+def _sample(row: dict[str, Any]) -> GpuSample:
+    reasons = row["reasons"]
+    return GpuSample(**row | {"reasons": None if reasons is None else tuple(reasons)})
+
+
+def _row(line: bytes, form: Any) -> dict[str, Any] | None:
+    """A row of that form, None for a damaged one."""
+    with contextlib.suppress(ValueError, RecursionError):
+        return fit(json.loads(line), form, "row")
 
 
 def _lacks(samples: list[GpuSample], ends: list[str | None], damaged: int, torn: bool) -> list[str]:
@@ -198,30 +207,3 @@ def _lacks(samples: list[GpuSample], ends: list[str | None], damaged: int, torn:
 
 def _nothing(reason: str) -> Telemetry:
     return Telemetry([], dict.fromkeys(nvml.FIELDS, reason), [f"GPU telemetry: {reason}"], reason=reason)
-
-
-def _row(line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _number(value: Any) -> float | int | None:
-    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
-    return value if known else None
-
-
-def _sample(row: Any) -> GpuSample | None:
-    """The row as a sample; None for one without a time or with another field, and for what is no row at all."""
-    if not isinstance(row, dict) or not row.keys() <= set(GpuSample._fields):
-        return None
-    if not isinstance(_number(row.get("t_ns")), int):
-        return None
-    values = {field: _number(row.get(field)) for field in GpuSample._fields if field != "reasons"}
-    reasons = row.get("reasons")
-    return GpuSample(**values, reasons=tuple(map(str, reasons)) if isinstance(reasons, list) else None)

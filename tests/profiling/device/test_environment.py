@@ -9,29 +9,23 @@ from profiling.device.environment import _gpu, commit, device_name, environment
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_a_cpu_is_described(tmp_path):
+def test_the_machine_is_described(tmp_path, monkeypatch):
     found = environment(CPU, tmp_path)
     json.dumps(found, allow_nan=False)
     assert found["packages"]["torch"].startswith("2.")
-    assert found["cpu"]
+    assert found["cpu"] == device_name(CPU)
     assert found["cores"] >= 1
     assert found["python"].startswith("3.")
-    assert device_name(CPU)
     assert found["gpu"] is found["cudnn_benchmark"] is None
-
-
-def test_the_library_s_choice_of_convolutions_is_described(tmp_path, monkeypatch):
-    """Two runs are not the same where one searched and the other did not."""
     monkeypatch.setattr("profiling.device.environment._gpu", lambda device: {})
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     found = environment(CUDA, tmp_path)
-    assert (found["cudnn_benchmark"], found["cudnn_deterministic"]) == (True, False)
+    assert (found["cudnn_benchmark"], found["cudnn_deterministic"]) == (True, False), "two runs may differ in it"
 
 
 def test_a_gpu_is_described_as_far_as_nvml_can_tell(fake, monkeypatch):
-    properties = types.SimpleNamespace(
-        name="NVIDIA H200", major=9, minor=0, total_memory=1 << 37, multi_processor_count=132, uuid="0"
-    )
+    about = {"name": "NVIDIA H200", "major": 9, "minor": 0, "total_memory": 1 << 37, "multi_processor_count": 132}
+    properties = types.SimpleNamespace(**about, uuid="0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     found = _gpu(CUDA)
     assert (found["capability"], found["multiprocessors"], found["driver"]) == ("9.0", 132, "570.86.15")

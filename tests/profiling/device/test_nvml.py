@@ -5,6 +5,9 @@ import pytest
 from profiling.device import nvml
 from profiling.device.nvml import Gpu, GpuSample, UnavailableError, in_words
 
+ACTIVITY = ("sm_active", "tensor_active", "dram_active")
+HOT = ("software thermal slowdown",)
+
 
 @pytest.fixture
 def clock(monkeypatch):
@@ -34,18 +37,16 @@ def test_heat_and_power_throttle_and_all_but_the_power_cap_disturb(mask, throttl
     assert GpuSample().power_capped is None
 
 
-def test_a_sample_in_the_fields_units(fake, clock):
-    assert Gpu("GPU-0").sample() == GpuSample(
-        sm_clock_mhz=1980,
-        memory_clock_mhz=3201,
-        reasons=("software thermal slowdown",),
-        t_ns=10**12,
-        power_w=512.345,
-        temperature_c=61,
-        kernel_running=0.97,
-        memory_used_bytes=3 << 30,
-        energy_j=1012.5,  # the first reading was the probe
-    )
+def test_samples_are_in_the_units_of_their_fields(fake, clock):
+    clocks = {"sm_clock_mhz": 1980, "memory_clock_mhz": 3201, "reasons": HOT, "t_ns": 10**12}
+    others = {"power_w": 512.345, "temperature_c": 61, "kernel_running": 0.97, "memory_used_bytes": 3 << 30}
+    energy_j = 1012.5  # the first reading was the probe
+    assert Gpu("GPU-0").sample() == GpuSample(**clocks, **others, energy_j=energy_j)
+    sample = nvml.sampler("GPU-0")
+    for name in SOURCES.values():
+        if "Clock" not in name:
+            delattr(fake, name)
+    assert sample() == GpuSample(**clocks), "the sampler of the micro-benchmarks reads nothing else"
 
 
 def test_activity_is_read_as_often_as_its_counters_are_refreshed(fake, clock):
@@ -53,13 +54,13 @@ def test_activity_is_read_as_often_as_its_counters_are_refreshed(fake, clock):
     for ms in range(25, 275, 25):
         clock[0] = start_ns + ms * 10**6
         found.append(gpu.sample())
-    with_activity = [s for s in found if s.sm_active is not None]
-    assert [(s.t_ns - start_ns) // 10**6 for s in with_activity] == [125, 250]
-    for s in with_activity:  # each from two samples that follow one another: the fake multiplies by their distance
-        assert (s.sm_active, s.tensor_active, s.dram_active) == (0.1, 0.2, 0.3)
+    with_activity = {(s.t_ns - start_ns) // 10**6: s for s in found if s.sm_active is not None}
+    assert list(with_activity) == [125, 250]
+    for s in with_activity.values():  # from samples that follow one another: the fake multiplies by their distance
+        assert [getattr(s, field) for field in ACTIVITY] == [0.1, 0.2, 0.3]
 
 
-def test_an_activity_that_is_not_a_number_is_not_known(fake, clock):
+def test_activity_that_is_not_a_number_is_not_known(fake, clock):
     gpu, metrics_get = Gpu("GPU-0"), fake.nvmlGpmMetricsGet
 
     def broken(request):
@@ -70,26 +71,29 @@ def test_an_activity_that_is_not_a_number_is_not_known(fake, clock):
     fake.nvmlGpmMetricsGet = broken
     clock[0] += 10**9
     sample = gpu.sample()
-    assert (sample.sm_active, sample.tensor_active, sample.dram_active) == (None, None, 0.3)
+    assert [getattr(sample, field) for field in ACTIVITY] == [None, None, 0.3]
 
 
-@pytest.mark.parametrize("function", ["nvmlGpmSampleGet", "nvmlGpmMetricsGet"])
-def test_activity_survives_a_failed_reading(fake, clock, function):
-    gpu, working = Gpu("GPU-0"), getattr(fake, function)
+@pytest.mark.parametrize(
+    ("function", "field", "value", "at_the_probe"),
+    [
+        ("nvmlGpmSampleGet", "sm_active", 0.1, False),
+        ("nvmlGpmMetricsGet", "sm_active", 0.1, False),
+        ("nvmlDeviceGetPowerUsage", "power_w", 512.345, False),
+        ("nvmlDeviceGetPowerUsage", "power_w", 512.345, True),
+    ],
+)
+def test_a_passing_failure_is_none_only_while_it_lasts(fake, clock, function, field, value, at_the_probe):
+    working = getattr(fake, function)
+    gpu = None if at_the_probe else Gpu("GPU-0")
     fake.fail(function, "Unknown")
+    gpu = gpu or Gpu("GPU-0")
     clock[0] += 10**9
-    assert gpu.sample().sm_active is None
+    assert getattr(gpu.sample(), field) is None
     setattr(fake, function, working)
     clock[0] += 10**9
-    assert gpu.sample().sm_active == 0.1
-
-
-def test_an_older_gpu_has_no_activity_and_says_why(fake):
-    fake.nvmlGpmQueryDeviceSupport = lambda handle: fake.c_nvmlGpmSupport_t(version=1, isSupportedDevice=0)
-    gpu = Gpu("GPU-0")
-    assert set(gpu.unavailable) == {"sm_active", "tensor_active", "dram_active"}
-    assert "Hopper" in gpu.unavailable["sm_active"]
-    assert gpu.sample().power_w == 512.345
+    assert getattr(gpu.sample(), field) == value
+    assert not gpu.unavailable
 
 
 SOURCES = {
@@ -117,27 +121,16 @@ def test_a_field_that_is_not_supported_is_not_known_and_says_why(fake, field, fu
     assert not others & set(gpu.unavailable)
 
 
-def test_other_lasting_failures_cost_one_field_and_have_their_reason(fake):
+def test_lasting_failures_cost_their_fields_and_have_their_reason(fake):
     for error, reason in (("NoPermission", "may not read"), ("FunctionNotFound", "driver cannot tell")):
         fake.fail("nvmlDeviceGetTotalEnergyConsumption", error)
         assert reason in Gpu("GPU-0").unavailable["energy_j"]
     del fake.nvmlDeviceGetTotalEnergyConsumption  # an older library
+    fake.nvmlGpmQueryDeviceSupport = lambda handle: fake.c_nvmlGpmSupport_t(version=1, isSupportedDevice=0)
     gpu = Gpu("GPU-0")
-    assert gpu.unavailable == {"energy_j": "this nvidia-ml-py cannot tell"}
+    too_old = dict.fromkeys(ACTIVITY, "activity counters (GPM) need a Hopper GPU or newer")
+    assert gpu.unavailable == {"energy_j": "this nvidia-ml-py cannot tell", **too_old}
     assert gpu.sample().sm_clock_mhz == 1980
-
-
-@pytest.mark.parametrize("at_the_probe", [True, False])
-def test_a_passing_failure_is_none_only_while_it_lasts(fake, at_the_probe):
-    working = fake.nvmlDeviceGetPowerUsage
-    if at_the_probe:
-        fake.fail("nvmlDeviceGetPowerUsage", "Unknown")
-    gpu = Gpu("GPU-0")
-    fake.fail("nvmlDeviceGetPowerUsage", "Unknown")
-    assert gpu.sample().power_w is None
-    fake.nvmlDeviceGetPowerUsage = working
-    assert gpu.sample().power_w == 512.345
-    assert not gpu.unavailable
 
 
 @pytest.mark.parametrize(
@@ -163,21 +156,14 @@ def test_why_there_is_no_nvml(fake, monkeypatch, error, reason):
 
 def test_which_gpu_is_meant(fake):
     assert nvml.driver() == ("570.86.15", ["GPU-0"])
-    with pytest.raises(UnavailableError, match="GPU-1"):
-        Gpu("GPU-1")
-    with pytest.raises(UnavailableError, match="the run was not on an NVIDIA GPU"):
-        Gpu(None)
     fake.fail("nvmlDeviceGetCount", "Unknown")
-    with pytest.raises(UnavailableError, match="NVML: Unknown"):
-        nvml.driver()
-
-
-def test_the_micro_benchmarks_read_clocks_and_reasons_only(fake, clock):
-    sample = nvml.sampler("GPU-0")
-    for name in SOURCES.values():
-        if "Clock" not in name:
-            delattr(fake, name)
-    assert sample() == GpuSample(1980, 3201, ("software thermal slowdown",), t_ns=10**12)
+    for ask, reason in (
+        (lambda: Gpu("GPU-1"), "NVML knows no GPU GPU-1"),
+        (lambda: Gpu(None), "the run was not on an NVIDIA GPU"),
+        (nvml.driver, "NVML: Unknown"),
+    ):
+        with pytest.raises(UnavailableError, match=reason):
+            ask()
 
 
 def test_the_fake_is_like_the_library(fake):

@@ -7,20 +7,9 @@ import torch
 
 from profiling.account.trace import read
 from profiling.output.files import read_json
+from profiling.run import collect
 from profiling.run.clock import Clock
-from profiling.run.collect import (
-    CPU_WARM_UP_STEPS,
-    WAIT_STEPS,
-    Collection,
-    _with_eager,
-    record_failure,
-    record_trace,
-    run_pass,
-)
-
-
-def test_eager_steps_lose_no_step():
-    assert list(_with_eager(iter(range(6)), {0, 2}, contextlib.nullcontext)) == list(range(6))
+from profiling.run.collect import CPU_WARM_UP_STEPS, WAIT_STEPS, Collection, record_failure, record_trace, run_pass
 
 
 @pytest.mark.parametrize("captured", [True, False])
@@ -49,32 +38,40 @@ def test_the_eager_step_is_one_of_the_recorded_and_not_the_first(tmp_path, captu
     assert profile["eager_step"] == (2 if captured else None)
     assert profile["step_images"] == [100 + before + i for i in range(len(expected))]
     assert len(profile["step_ns"]) == len(expected)
-    assert entered == ([0, before + 2] if captured else [])  # once before the session, for what is only done once
+    assert entered == ([0, before + 2] if captured else [])  # once before the session, for one-time work
+
+
+def test_steps_may_end_early(tmp_path):
+    """The eager steps lose none."""
+    assert list(collect._with_eager(iter(range(6)), {0, 2}, contextlib.nullcontext)) == list(range(6))
 
 
 PASSES = {
     "fails": ([sys.executable, "-c", "import sys; sys.exit('error: no luck')"], "exit code 1: error: no luck"),
     "is_killed": ([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], "exit code -9: no word"),
     "is_not_there": (["/no/such/program"], "No such file"),
+    "hangs": ([sys.executable, "-c", "import time; time.sleep(30)"], "it was not done after 1 s"),
 }
 
 
 @pytest.mark.parametrize(("command", "why"), PASSES.values(), ids=PASSES)
-def test_a_pass_that_fails_is_a_warning(tmp_path, command, why):
+def test_a_pass_that_fails_is_a_warning(tmp_path, monkeypatch, command, why):
+    monkeypatch.setattr(collect, "PATIENCE_S", 1 if "after 1 s" in why else 60)
     warnings = []
     assert why in run_pass("the pass", command, tmp_path, warnings.append)
     assert why in warnings[0]
     assert "report will lack" in warnings[0]
+
+
+def test_a_pass_that_succeeds_says_nothing(tmp_path):
     assert run_pass("the pass", [sys.executable, "-c", "print(1)"], tmp_path, pytest.fail) is None
 
 
-def test_a_failure_is_recorded_where_the_disk_takes_it(tmp_path):
+def test_failures_are_recorded_as_far_as_the_disk_takes_them(tmp_path):
+    """A failed record is a warning and never ends a run."""
     record_failure(tmp_path, "out of luck")
     assert read_json(tmp_path / "profile.json")["error"] == "out of luck"
     record_failure(tmp_path / "absent", "out of luck")
-
-
-def test_a_failed_record_is_a_warning_and_never_ends_a_run(tmp_path):
     (tmp_path / "records").write_text("in the way")
     warnings = []
     collection = Collection(tmp_path, torch.device("cpu"), warnings.append)

@@ -8,7 +8,7 @@ from profiling.run.log import COLUMNS, RunLog, cells, closing_lines
 
 
 class Run:
-    """A log in `out` on a clock that `spend` moves, and the warnings of it."""
+    """A log in `out` on a clock that `spend` moves, and its warnings."""
 
     def __init__(self, out, kept=None, writes=True, **facts):
         self.ns, self.warnings = 0, []
@@ -33,15 +33,25 @@ def test_times_add_up_by_dawnbench_s_rule(tmp_path):
     row, second = run.epoch(), run.epoch()
     assert (row["epoch_train_s"], row["epoch_eval_s"], row["train_s"]) == (4, 1, 6)
     assert (second["epoch_train_s"], second["train_s"], second["eval_s"]) == (4, 10, 2)
-    assert second["images_per_s"] == 250
-    s = run.log.finish("complete", 0, 100, 2000, 123)
+    assert (second["images_per_s"], len(cells(second))) == (250, len(COLUMNS))
+    s = run.log.finish("complete", 0, 100, 2000, 123 * 10**6, 456 * 10**6)
     assert (s["train_s"], s["eval_s"], s["train_plus_eval_s"], s["wall_s"]) == (10, 2, 12, 19)
     assert (s["images_per_s"], s["flops"], s["mfu"]) == (200, 2000 * 10**9, None)
     assert s["v100_normalised"] == pytest.approx(2e12 / 10 / 125e12)
     assert read_json(tmp_path / "summary.json") == s
+    text = "\n".join(closing_lines(s))
+    for words in ("50.00% after 2 epochs (copy data, n = 1)", "training 10.00 s", "123 MB in tensors, 456 MB reserved"):
+        assert words in text
+    made = s | {"data_identity": "synthetic", "epochs": 1, "peak_memory_bytes": None, "peak_reserved_bytes": None}
+    text = "\n".join(closing_lines(made))
+    for words in ("after 1 epoch (synthetic images, not CIFAR-10", "peak memory unknown"):
+        assert words in text
 
 
 def test_a_later_session_continues_the_figures(tmp_path):
+    """A link in a file's place leads nowhere."""
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "dawnbench.tsv").symlink_to(tmp_path / "victim")
     run = Run(tmp_path)
     run.log.begin({}, {})
     run.epoch()
@@ -51,19 +61,9 @@ def test_a_later_session_continues_the_figures(tmp_path):
     row = resumed.epoch()
     assert (row["epoch"], row["epoch_train_s"], row["train_s"], row["eval_s"]) == (2, 4, 8, 2)
     assert [r["epoch"] for r in read_jsonl(tmp_path / "log.jsonl")] == [1, 2]
-    assert (tmp_path / "dawnbench.tsv").read_text().splitlines() == [
-        "epoch\thours\ttop1Accuracy",
-        "1\t0.00111111\t50.00",
-        "2\t0.00222222\t50.00",
-    ]
-
-
-def test_a_link_in_the_table_s_place_leads_nowhere(tmp_path):
-    (tmp_path / "victim").write_text("mine")
-    (tmp_path / "dawnbench.tsv").symlink_to(tmp_path / "victim")
-    Run(tmp_path).epoch()
+    rows = ["epoch\thours\ttop1Accuracy", "1\t0.00111111\t50.00", "2\t0.00222222\t50.00"]
+    assert (tmp_path / "dawnbench.tsv").read_text().splitlines() == rows
     assert (tmp_path / "victim").read_text() == "mine"
-    assert (tmp_path / "dawnbench.tsv").read_text().count("\n") == 2
 
 
 def test_a_run_that_did_nothing_reports_nothing(tmp_path):
@@ -82,16 +82,6 @@ def test_a_failed_write_is_a_warning_and_a_process_that_does_not_write_writes_no
     assert len(failing.warnings) == 4
     assert all("the run goes on" in w for w in failing.warnings)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_the_lines_for_people(tmp_path):
-    run = Run(tmp_path)
-    assert len(cells(run.epoch())) == len(COLUMNS)
-    text = "\n".join(closing_lines(run.log.finish("complete", 0, 50, 1000, None)))
-    for words in ("50.00% after 1 epoch (copy data, n = 1)", "training 4.00 s", "unknown"):
-        assert words in text
-    run.log.facts["data_identity"] = "synthetic"
-    assert "not CIFAR-10" in closing_lines(run.log.finish("complete", 0, 50, 1000, 1))[0]
 
 
 PEAKS = {

@@ -1,6 +1,6 @@
 import pytest
 
-from profiling.run.repeats import aggregate, claim, claim_in_words, t_quantile
+from profiling.run.repeats import AVERAGED, SAME, aggregate, claim, claim_in_words, t_quantile, unfit
 
 
 @pytest.mark.parametrize(
@@ -25,18 +25,12 @@ def test_a_claim():
 
 
 def summary(accuracy: float, seed: int = 0, **more) -> dict:
-    same = ("preset", "data_identity", "data_source", "device", "world_size", "dtype", "ops", "ops_requested")
-    times = dict.fromkeys(("train_s", "eval_s", "train_plus_eval_s", "warmup_s", "images_per_s"), 2.0 + seed)
-    about = {"epochs": 3, "seed": seed, "git_sha": None, "test_accuracy": accuracy}
-    return {**dict.fromkeys(same, "x"), **times, **about, **more}
+    about = {"epochs": 3, "world_size": 1, "seed": seed, "git_sha": None, "test_accuracy": accuracy}
+    return {**dict.fromkeys(SAME, "x"), **dict.fromkeys(AVERAGED, 2.0 + seed), **about, **more}
 
 
 def test_an_aggregate_and_its_sentence():
-    runs = [
-        summary(0.93, 4, peak_memory_bytes=5, peak_reserved_bytes=None),
-        summary(0.95, 5, peak_memory_bytes=7, peak_reserved_bytes=None),
-        summary(0.94, 6, peak_memory_bytes=None, peak_reserved_bytes=None),
-    ]
+    runs = [summary(a, s, peak_memory_bytes=m) for a, s, m in ((0.93, 4, 5), (0.95, 5, 7), (0.94, 6, None))]
     result = aggregate(runs, 3, target=0.94, required=True, wall_s=9.0)
     assert (result["runs"], result["seeds"], result["share_at_target"]) == (3, [4, 5, 6], pytest.approx(2 / 3))
     assert (result["train_s"], result["status"], result["exit_code"]) == (7.0, "complete", 0)
@@ -47,16 +41,35 @@ def test_an_aggregate_and_its_sentence():
 
 @pytest.mark.parametrize(
     ("requested", "target", "required", "status", "code"),
-    [(1, 0.94, True, "target missed", 7), (1, 0.94, False, "complete", 0), (2, 0.94, True, "unfinished", None)],
-    ids=["missed", "missed_but_not_required", "fewer_runs_than_asked_for"],
+    [
+        (1, 0.94, True, "target missed", 7),
+        (1, 0.94, False, "complete", 0),
+        (2, 0.94, True, "unfinished", None),
+        (1, None, False, "complete", 0),
+    ],
+    ids=["missed", "missed_but_not_required", "fewer_runs_than_asked_for", "no_target"],
 )
 def test_the_status_of_an_aggregate(requested, target, required, status, code):
     result = aggregate([summary(0.9)], requested, target, required, wall_s=1.0)
     assert (result["status"], result["exit_code"]) == (status, code)
     assert (result["runs"], result["runs_requested"]) == (1, requested)
+    if target is None:
+        assert result["share_at_target"] is result["target_accuracy"] is None
+        assert claim_in_words(result) == "n = 1: mean test accuracy 90.00% (x data)"
 
 
-def test_without_a_target_none_is_counted():
-    result = aggregate([summary(0.9)], 1, None, required=False, wall_s=1.0)
-    assert result["share_at_target"] is result["target_accuracy"] is None
-    assert claim_in_words(result) == "n = 1: mean test accuracy 90.00% (x data)"
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ([], "summary is a list"),
+        ({"test_accuracy": 1.5}, "summary.test_accuracy is 1.5, expected a number from 0 to 1"),
+        ({"seed": True}, "summary.seed is true, expected a number"),
+        ({"train_s": "x"}, "summary.train_s is 'x'"),
+        ({"world_size": -1}, "summary.world_size is -1"),
+        ({"peak_memory_bytes": 0.5}, "summary.peak_memory_bytes is 0.5"),
+        ({"git_sha": []}, "summary.git_sha is a list"),
+    ],
+)
+def test_why_a_summary_cannot_be_aggregated(damage, reason):
+    assert unfit(summary(0.9)) is None
+    assert unfit(damage if damage == [] else summary(0.9) | damage).startswith(reason)

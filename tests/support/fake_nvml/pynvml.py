@@ -13,129 +13,66 @@ NVML_TEMPERATURE_GPU = 0
 NVML_GPM_METRIC_SM_UTIL, NVML_GPM_METRIC_ANY_TENSOR_UTIL, NVML_GPM_METRIC_DRAM_BW_UTIL = 2, 5, 10
 NVML_GPM_METRICS_GET_VERSION = 1
 
-UUID = "GPU-0"
-NAME = "NVIDIA H200"
-
 
 class NVMLError(Exception):
     pass
 
 
 for _name in (
-    "NotSupported",
-    "NoPermission",
-    "FunctionNotFound",
-    "LibraryNotFound",
-    "DriverNotLoaded",
-    "LibRmVersionMismatch",
-    "NotFound",
-    "InvalidArgument",
-    "GpuIsLost",
-    "Unknown",
+    *("NotSupported", "NoPermission", "FunctionNotFound", "LibraryNotFound", "DriverNotLoaded"),
+    *("LibRmVersionMismatch", "NotFound", "InvalidArgument", "GpuIsLost", "Unknown"),
 ):
     globals()[f"NVMLError_{_name}"] = type(f"NVMLError_{_name}", (NVMLError,), {})
 
 
-class c_nvmlUtilization_t(ctypes.Structure):
-    _fields_ = (("gpu", ctypes.c_uint), ("memory", ctypes.c_uint))
+def _structure(name, **fields):
+    return type(name, (ctypes.Structure,), {"_fields_": tuple(fields.items())})
 
 
-class c_nvmlMemory_t(ctypes.Structure):
-    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
-
-
-class struct_c_nvmlGpmSample_t(ctypes.Structure):
-    _fields_ = (("number", ctypes.c_uint),)
-
-
+_uint, _bytes = ctypes.c_uint, ctypes.c_ulonglong
+c_nvmlUtilization_t = _structure("c_nvmlUtilization_t", gpu=_uint, memory=_uint)
+c_nvmlMemory_t = _structure("c_nvmlMemory_t", total=_bytes, free=_bytes, used=_bytes)
+struct_c_nvmlGpmSample_t = _structure("struct_c_nvmlGpmSample_t", number=_uint)
 c_nvmlGpmSample_t = ctypes.POINTER(struct_c_nvmlGpmSample_t)
+c_nvmlGpmMetric_t = _structure("c_nvmlGpmMetric_t", metricId=_uint, nvmlReturn=_uint, value=ctypes.c_double)
+c_nvmlGpmMetricsGet_t = _structure(
+    "c_nvmlGpmMetricsGet_t",
+    **{"version": _uint, "numMetrics": _uint, "sample1": c_nvmlGpmSample_t, "sample2": c_nvmlGpmSample_t},
+    metrics=c_nvmlGpmMetric_t * 8,
+)
+c_nvmlGpmSupport_t = _structure("c_nvmlGpmSupport_t", version=_uint, isSupportedDevice=_uint)
+c_nvmlProcessInfo_v2_t = _structure("c_nvmlProcessInfo_v2_t", pid=_uint)
 
-
-class c_nvmlGpmMetric_t(ctypes.Structure):
-    _fields_ = (("metricId", ctypes.c_uint), ("nvmlReturn", ctypes.c_uint), ("value", ctypes.c_double))
-
-
-class c_nvmlGpmMetricsGet_t(ctypes.Structure):
-    _fields_ = (
-        ("version", ctypes.c_uint),
-        ("numMetrics", ctypes.c_uint),
-        ("sample1", c_nvmlGpmSample_t),
-        ("sample2", c_nvmlGpmSample_t),
-        ("metrics", c_nvmlGpmMetric_t * 8),
-    )
-
-
-class c_nvmlGpmSupport_t(ctypes.Structure):
-    _fields_ = (("version", ctypes.c_uint), ("isSupportedDevice", ctypes.c_uint))
-
-
-class c_nvmlProcessInfo_v2_t(ctypes.Structure):
-    _fields_ = (("pid", ctypes.c_uint),)
-
-
-def nvmlInit():
-    pass
-
-
-def nvmlSystemGetDriverVersion():
-    return "570.86.15"
-
-
-def nvmlDeviceGetCount():
-    return 1
-
-
-def nvmlDeviceGetHandleByIndex(index):
-    return {0: UUID}[index]
+_millijoules, _samples = itertools.count(1_000_000, 12_500), itertools.count(1)
+_answers = {
+    "nvmlInit": lambda: None,
+    "nvmlSystemGetDriverVersion": lambda: "570.86.15",
+    "nvmlDeviceGetCount": lambda: 1,
+    "nvmlDeviceGetHandleByIndex": lambda index: {0: "GPU-0"}[index],
+    "nvmlDeviceGetUUID": lambda handle: handle,
+    "nvmlDeviceGetName": lambda handle: "NVIDIA H200",
+    "nvmlDeviceGetClockInfo": lambda handle, clock: {NVML_CLOCK_SM: 1980, NVML_CLOCK_MEM: 3201}[clock],
+    "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: 0x20,
+    "nvmlDeviceGetPowerUsage": lambda handle: 512_345,
+    "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 700_000,
+    "nvmlDeviceGetTemperature": lambda handle, sensor: {NVML_TEMPERATURE_GPU: 61}[sensor],
+    "nvmlDeviceGetUtilizationRates": lambda handle: c_nvmlUtilization_t(gpu=97, memory=40),
+    "nvmlDeviceGetMemoryInfo": lambda handle: c_nvmlMemory_t(total=8 << 30, free=5 << 30, used=3 << 30),
+    "nvmlDeviceGetTotalEnergyConsumption": lambda handle: next(_millijoules),
+    "nvmlDeviceGetCudaComputeCapability": lambda handle: (9, 0),
+    "nvmlDeviceGetPersistenceMode": lambda handle: 1,
+    "nvmlDeviceGetEccMode": lambda handle: [1, 1],
+    "nvmlDeviceGetComputeRunningProcesses": lambda handle: [c_nvmlProcessInfo_v2_t(pid=os.getpid())],
+    "nvmlGpmQueryDeviceSupport": lambda handle: c_nvmlGpmSupport_t(version=1, isSupportedDevice=1),
+    "nvmlGpmSampleAlloc": lambda: c_nvmlGpmSample_t(struct_c_nvmlGpmSample_t()),
+}
+globals().update(_answers)
 
 
 def nvmlDeviceGetHandleByUUID(uuid):
-    if uuid != UUID:
+    if uuid != "GPU-0":
         raise globals()["NVMLError_NotFound"]("Not Found")
     return uuid
-
-
-_answers = {
-    "nvmlDeviceGetUUID": UUID,
-    "nvmlDeviceGetName": NAME,
-    "nvmlDeviceGetCurrentClocksEventReasons": 0x20,
-    "nvmlDeviceGetPowerUsage": 512_345,
-    "nvmlDeviceGetEnforcedPowerLimit": 700_000,
-    "nvmlDeviceGetUtilizationRates": c_nvmlUtilization_t(gpu=97, memory=40),
-    "nvmlDeviceGetMemoryInfo": c_nvmlMemory_t(total=8 << 30, free=5 << 30, used=3 << 30),
-    "nvmlDeviceGetCudaComputeCapability": (9, 0),
-    "nvmlDeviceGetPersistenceMode": 1,
-    "nvmlDeviceGetEccMode": [1, 1],
-    "nvmlDeviceGetComputeRunningProcesses": [c_nvmlProcessInfo_v2_t(pid=os.getpid())],
-}
-for _name, _answer in _answers.items():
-    globals()[_name] = lambda handle, answer=_answer: answer
-
-
-def nvmlDeviceGetClockInfo(handle, clock):
-    return {NVML_CLOCK_SM: 1980, NVML_CLOCK_MEM: 3201}[clock]
-
-
-def nvmlDeviceGetTemperature(handle, sensor):
-    return {NVML_TEMPERATURE_GPU: 61}[sensor]
-
-
-_millijoules = itertools.count(1_000_000, 12_500)
-
-
-def nvmlDeviceGetTotalEnergyConsumption(handle):
-    return next(_millijoules)
-
-
-def nvmlGpmQueryDeviceSupport(handle):
-    return c_nvmlGpmSupport_t(version=1, isSupportedDevice=1)
-
-
-def nvmlGpmSampleAlloc():
-    return c_nvmlGpmSample_t(struct_c_nvmlGpmSample_t())
-
-
-_samples = itertools.count(1)
 
 
 def nvmlGpmSampleGet(handle, sample):
