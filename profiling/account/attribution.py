@@ -5,9 +5,9 @@ category, by the order of `CATEGORIES`, and within it to the kernel that has bee
 the host did in it, until it launched the next kernel.
 
 The replay of a CUDA graph is one launch: nothing in the trace says which operation put a kernel into the graph. But the
-graph is the step, captured: its kernels are those of a step run eagerly, in that order. So operations are learned from
-the eager step, and the kernels of each replay are given them by name and order. That holds only while each replay has
-all its kernels, which `profiling.account.cross_check` verifies.
+graph is the step, captured: its kernels are those of a step run eagerly, in that order. So the
+kernels of each replay are given the operations of the eager step by name and order. That holds only while each replay
+has all its kernels, which `profiling.account.cross_check` verifies.
 """
 
 import itertools
@@ -49,26 +49,18 @@ class Attribution:
 
 
 class Idle(NamedTuple):
-    """Time within the active steps in which nothing ran on the device, by what kept it waiting; CAUSES in words.
+    """Time within the active steps in which nothing ran on the device, by what kept it waiting.
 
-    Where the next kernel had not been launched when the device ran dry, by what the host did until it was:
-
-    data_ns       made a batch, or waited for one
-    sync_ns       waited for the device: `.item()`, a synchronisation, a copy that blocks; or it was waiting when the
-                  device ran dry, so that it could not have launched anything, and made no batch since
-    optimiser_ns  was in the optimiser's step
-    launch_ns     was in another operation, or had launched the kernel, which had yet to start
-    python_ns     was in no operation
-
-    queued_ns     the next kernel had been launched before the device ran dry, and had yet to start
+    All but the last are of kernels not yet launched when the device ran dry, by what the host did until it launched.
+    A host that was waiting just then counts as waiting all along, but for a batch that it made since.
     """
 
-    data_ns: int = 0
-    sync_ns: int = 0
-    optimiser_ns: int = 0
-    launch_ns: int = 0
-    python_ns: int = 0
-    queued_ns: int = 0
+    data_ns: int = 0  # made a batch, or waited for one
+    sync_ns: int = 0  # waited for the device: `.item()`, a synchronisation, a copy that blocks
+    optimiser_ns: int = 0  # was in the optimiser's step
+    launch_ns: int = 0  # was in another operation; or had launched the kernel, which had yet to start
+    python_ns: int = 0  # was in no operation
+    queued_ns: int = 0  # had launched the kernel before the device ran dry, and it had yet to start
 
 
 CAUSES = (
@@ -142,31 +134,25 @@ def _sweep(kernels: list[Kernel], category_of: Callable[[Kernel], str]) -> Attri
                 ns[queue[0]] += end - start
                 break
     by_category = dict.fromkeys(CATEGORIES, 0)
-    for category, share in zip(categories, ns, strict=True):
-        by_category[category] += share
-    return Attribution(sum(ns), by_category, _by_kernel(order, categories, ns))
-
-
-def _by_kernel(order: list[Kernel], categories: list[str], ns: list[int]) -> dict[KernelKey, KernelTime]:
-    sums: dict[KernelKey, list[int]] = defaultdict(lambda: [0, 0, 0])
+    by_kernel: dict[KernelKey, list[int]] = defaultdict(lambda: [0, 0, 0])
     counted: set[int] = set()
     for kernel, category, share in zip(order, categories, ns, strict=True):
-        op = kernel.ops[-1] if kernel.ops else ""
-        total = sums[KernelKey(category, kernel.name, op, kernel.dims)]
+        by_category[category] += share
+        total = by_kernel[KernelKey(category, kernel.name, kernel.ops[-1] if kernel.ops else "", kernel.dims)]
         # On a CPU an operation comes in as many pieces as others are called inside of it.
         total[0] += kernel.kind != "cpu" or kernel.correlation not in counted
         total[1] += share
         total[2] += kernel.end_ns - kernel.start_ns
         if kernel.kind == "cpu":
             counted.add(kernel.correlation)
-    return {key: KernelTime(*total) for key, total in sums.items()}
+    return Attribution(sum(ns), by_category, {key: KernelTime(*total) for key, total in by_kernel.items()})
 
 
-def per_step(trace: Trace, category_of: Callable[[Kernel], str] = categorise) -> PerStep | None:
+def per_step(trace: Trace) -> PerStep | None:
     """The attribution of the kernels that were launched in the active steps; None for a trace without steps."""
     if not trace.steps:
         return None
-    return PerStep(len(trace.steps), sweep((k for k in trace.kernels if trace.step_of(k) is not None), category_of))
+    return PerStep(len(trace.steps), sweep(k for k in trace.kernels if trace.step_of(k) is not None))
 
 
 def idle(trace: Trace) -> Idle | None:
@@ -244,42 +230,31 @@ def _covered_until(intervals: list[tuple[int, int]]) -> Callable[[int], int]:
     return until
 
 
-class EagerKernel(NamedTuple):
-    """A kernel of the eager step; see `Kernel`."""
-
-    name: str
-    ops: tuple[str, ...]
-    dims: str
+_Operations = tuple[tuple[str, ...], str]  # ops and dims of a kernel
 
 
-def learn(kernels: Iterable[Kernel]) -> list[EagerKernel]:
-    """The kernels of a captured step, from the `kernels` of the same step run eagerly."""
-    eager = sorted((kernel for kernel in kernels if kernel.graph is None), key=lambda kernel: kernel.start_ns)
-    return [EagerKernel(kernel.name, kernel.ops, kernel.dims) for kernel in eager]
-
-
-def attribute_replays(kernels: Sequence[Kernel], learned: Sequence[EagerKernel]) -> list[Kernel]:
-    """`kernels`, by their start; those of replays with the operations that were `learned`.
+def attribute_replays(kernels: Sequence[Kernel], eager: Iterable[Kernel]) -> list[Kernel]:
+    """`kernels`, by their start; those of replays with the operations of the same step run eagerly, of `eager`.
 
     By name, and among kernels of one name by order: branches of a graph may run in another order than they were
     captured in. A kernel of a name that the eager step did not have is left to its name. Where the trace has the nodes
     of a graph, each is given what most replays say of it, so that two branches that changed places once do no harm.
     """
-    waiting: dict[int, dict[str, deque[EagerKernel]]] = {}
-    found: list[EagerKernel | None] = []
-    votes: dict[int, Counter[EagerKernel]] = defaultdict(Counter)
+    learned: dict[str, list[_Operations]] = defaultdict(list)
+    for kernel in sorted(eager, key=lambda kernel: kernel.start_ns):
+        if kernel.graph is None:
+            learned[kernel.name].append((kernel.ops, kernel.dims))
+    met: Counter[tuple[int, str]] = Counter()
+    votes: dict[int, Counter[_Operations]] = defaultdict(Counter)
+    found: list[_Operations | None] = []
     for kernel in kernels:
-        entry = None
-        if kernel.graph is not None:
-            if kernel.graph not in waiting:
-                waiting[kernel.graph] = defaultdict(deque)
-                for one in learned:
-                    waiting[kernel.graph][one.name].append(one)
-            if queue := waiting[kernel.graph][kernel.name]:
-                entry = queue.popleft()
-                if kernel.node is not None:
-                    votes[kernel.node][entry] += 1
+        entry, alike, at = None, learned.get(kernel.name, ()), (kernel.graph, kernel.name)
+        if kernel.graph is not None and met[at] < len(alike):
+            entry = alike[met[at]]
+            met[at] += 1
+            if kernel.node is not None:
+                votes[kernel.node][entry] += 1
         found.append(entry)
     said = {node: entries.most_common(1)[0][0] for node, entries in votes.items()}
     entries = [entry and said.get(kernel.node, entry) for kernel, entry in zip(kernels, found, strict=True)]
-    return [k._replace(ops=e.ops, dims=e.dims) if e else k for k, e in zip(kernels, entries, strict=True)]
+    return [k._replace(ops=e[0], dims=e[1]) if e else k for k, e in zip(kernels, entries, strict=True)]

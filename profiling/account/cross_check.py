@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, NamedTuple
 
-from profiling.account.attribution import attribute_replays, learn
+from profiling.account.attribution import attribute_replays
 from profiling.account.trace import Kernel, Trace, missing
 
 JITTER_NS = 1_000
@@ -109,7 +109,7 @@ def judge(trace: Trace, profile: dict[str, Any], timed_ns: float | None) -> Judg
     kept, lacks = pass_.only(believed), []
     if any(kernel.graph is not None for kernel in kept.kernels):
         if stands:
-            kept = replace(kept, kernels=attribute_replays(kept.kernels, learn(pass_.kernels[pass_.eager])))
+            kept = replace(kept, kernels=attribute_replays(kept.kernels, pass_.kernels[pass_.eager]))
         else:
             why = "" if pass_.eager is None else f" (refused: {_why(faults[pass_.eager])})"
             lacks = [f"trace incomplete: what a graph replay should hold was not learned from an eager step{why}"]
@@ -208,7 +208,10 @@ class _Pass:
         if model is None and not any(graphs.values()):
             return {}
         counts = Counter(len(kernels) for kernels in graphs.values())
-        expected = len(learn(self.kernels[model])) if model is not None else max(counts, key=lambda n: (counts[n], n))
+        if model is not None:
+            expected = sum(kernel.graph is None for kernel in self.kernels[model])
+        else:
+            expected = max(counts, key=lambda n: (counts[n], n))
         seen = Counter(node for kernels in graphs.values() for node in {k.node for k in kernels if k.node})
         nodes = {node for node, count in seen.items() if 2 * count > len(steps)}
         found = {}

@@ -125,26 +125,22 @@ def read(path: Path) -> Trace:
     kernels = list(kept.linked_kernels() if on_gpu else kept.cpu_pieces())
     kernels.sort(key=lambda kernel: (kernel.start_ns, kernel.end_ns))
     times = [launch.start_ns for _, launch in kept.launches] if on_gpu else [k.start_ns for k in kernels]
-    steps = _without_stub(sorted(kept.steps, key=lambda step: step.start_ns), times)
+    steps = sorted(kept.steps, key=lambda step: step.start_ns)
+    if steps and times and not any(steps[-1].start_ns <= time < steps[-1].end_ns for time in times):
+        steps.pop()  # a stub: the profiler ended there
     if not steps and times:  # of a program that has none: one step is all that it launched
         steps = [Step(0, min(times), max(times) + 1)]
     lost = kept.launches_without_kernels(steps) if kernels else []
-    lacks = events.lacks + kept.lacks(kernels, steps) + ([missing(len(lost))] if lost else [])
-    name = _device_name(events.properties.get("deviceProperties"), kernels)
+    lacks = events.lacks + kept.lacks(kernels) + ([missing(len(lost))] if lost else [])
+    name = _device_name(events.devices, kernels)
     return Trace(kernels, steps, sorted(kept.syncs), name, on_gpu, lacks, lost, kept.calls)
 
 
-def _without_stub(steps: list[Step], times: list[int]) -> list[Step]:
-    """Without a last step in which nothing was begun: the profiler ended there."""
-    stub = bool(steps and times) and not any(steps[-1].start_ns <= time < steps[-1].end_ns for time in times)
-    return steps[:-1] if stub else steps
-
-
-def _device_name(properties: Any, kernels: list[Kernel]) -> str | None:
+def _device_name(devices: Any, kernels: list[Kernel]) -> str | None:
     """Of the device most kernels ran on, or of the only one there is: some number devices as the driver does."""
-    entries = [entry for entry in properties if isinstance(entry, dict)] if isinstance(properties, list) else []
-    devices = Counter(kernel.device for kernel in kernels).most_common(1)
-    named = [entry for entry in entries if devices and entry.get("id") == devices[0][0]] or entries
+    entries = [entry for entry in devices if isinstance(entry, dict)] if isinstance(devices, list) else []
+    most = Counter(kernel.device for kernel in kernels).most_common(1)
+    named = [entry for entry in entries if most and entry.get("id") == most[0][0]] or entries
     name = named[0].get("name") if len(named) == 1 else None
     return _writable(name) if isinstance(name, str) and name else None
 
@@ -185,29 +181,22 @@ class _Kept:
             if step := _STEP.fullmatch(name):
                 self.steps.append(Step(int(step[1]), *_interval(event)))
             elif not _WRAPPER.match(name):
-                self._add_call(event, name, category == "user_annotation")
+                args = event.get("args", {})
+                extents, external = args.get("Input Dims"), _integer(args.get("External id", -1))
+                dims = json.dumps(extents, separators=(",", ":")) if isinstance(extents, list) and any(extents) else ""
+                dims = dims if len(dims) <= LONGEST_DIMS else ""
+                annotation = category == "user_annotation"
+                self.calls.add(self._thread(event), *_interval(event), name, dims, external, annotation)
         elif category is not None and category.endswith(("_runtime", "_driver")):
-            self._add_runtime(event, _name(event))
-
-    def _add_call(self, event: dict[str, Any], name: str, annotation: bool) -> None:
-        args = event.get("args", {})
-        extents = args.get("Input Dims")
-        dims = json.dumps(extents, separators=(",", ":")) if isinstance(extents, list) and any(extents) else ""
-        if len(dims) > LONGEST_DIMS:
-            dims = ""
-        external = _integer(args.get("External id", -1))
-        self.calls.add(self._thread(event), *_interval(event), name, dims, external, annotation)
-
-    def _add_runtime(self, event: dict[str, Any], name: str) -> None:
-        kind, waits = _runtime_call(name)
-        start, end = _interval(event)
-        if waits:
-            self.syncs.append((start, end, name))
-        if kind in ("begin capture", "end capture"):
-            self.captures.append((start, kind == "begin capture"))
-        elif kind:
-            launch = Launch(start, end, self._thread(event), event.get("pid"), kind)
-            self.launches.add(_integer(event["args"]["correlation"]), launch)
+            name, (start, end) = _name(event), _interval(event)
+            kind, waits = _runtime_call(name)
+            if waits:
+                self.syncs.append((start, end, name))
+            if kind in ("begin capture", "end capture"):
+                self.captures.append((start, kind == "begin capture"))
+            elif kind:
+                launch = Launch(start, end, self._thread(event), event.get("pid"), kind)
+                self.launches.add(_integer(event["args"]["correlation"]), launch)
 
     def _thread(self, event: dict[str, Any]) -> int:
         return self.threads.setdefault((event.get("pid"), event.get("tid")), len(self.threads))
@@ -253,7 +242,7 @@ class _Kept:
         for start, end, thread, number, scope in self.calls.pieces():
             yield Kernel(scope.ops[-1], start, end, thread, -1, "cpu", number, *scope, start)
 
-    def lacks(self, kernels: list[Kernel], steps: list[Step]) -> list[str]:
+    def lacks(self, kernels: list[Kernel]) -> list[str]:
         """What is missing of this trace, in sentences."""
         lacks = []
         if self.malformed:

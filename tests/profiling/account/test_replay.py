@@ -3,8 +3,9 @@ from dataclasses import replace
 import pytest
 from traces import BUSY, STEP_NS, US, HandMadeTrace
 
-from profiling.account.attribution import EagerKernel, attribute_replays, idle, learn, per_step
+from profiling.account.attribution import attribute_replays, idle, per_step
 from profiling.account.categories import CATEGORIES, categorise
+from profiling.account.trace import Kernel
 
 
 def test_replays_are_given_the_operations_of_the_eager_step():
@@ -16,7 +17,7 @@ def test_replays_are_given_the_operations_of_the_eager_step():
         made.graph(start + 10 * US, [(k.name, begun + k.start_ns, k.end_ns - k.start_ns) for k in eager])
     trace = made.read()
     assert {key.op for key in per_step(trace).total.by_kernel} == {""}
-    kernels = attribute_replays(trace.kernels, learn(eager))
+    kernels = attribute_replays(trace.kernels, eager)
     assert [k._replace(ops=(), dims="") for k in kernels] == trace.kernels
     wgrad = next(kernel for kernel in kernels if "wgrad" in kernel.name)
     assert (wgrad.ops[-1], wgrad.dims) == ("aten::convolution_backward", "[[64,32,16,16],[64,32,16,16],[32,32,3,3]]")
@@ -28,22 +29,29 @@ def test_replays_are_given_the_operations_of_the_eager_step():
     assert attribute_replays(eager, [CONV]) == eager
 
 
-ADD, RELU = EagerKernel("elementwise", ("aten::add",), "[[1]]"), EagerKernel("elementwise", ("aten::relu",), "[[2]]")
-CONV = EagerKernel("implicit_gemm", ("aten::conv2d",), "[[3]]")
+def ran(name: str, op: str, start: int, graph: int | None = None) -> Kernel:
+    return Kernel(name, start, start + 5, 7, 0, "kernel", 1, (op,), "[[1]]", graph=graph)
+
+
+ADD, RELU, CONV = (
+    ran("elementwise", "aten::add", 0),
+    ran("elementwise", "aten::relu", 20),
+    ran("gemm", "aten::conv2d", 10),
+)
 
 
 @pytest.mark.parametrize(
     ("names", "ops"),
     [
-        (["elementwise", "implicit_gemm", "elementwise"], ["aten::add", "aten::conv2d", "aten::relu"]),
-        (["implicit_gemm", "elementwise", "elementwise"], ["aten::conv2d", "aten::add", "aten::relu"]),
+        (["elementwise", "gemm", "elementwise"], ["aten::add", "aten::conv2d", "aten::relu"]),
+        (["gemm", "elementwise", "elementwise"], ["aten::conv2d", "aten::add", "aten::relu"]),
         (["elementwise", "winograd", "elementwise"], ["aten::add", None, "aten::relu"]),
     ],
     ids=["of_one_name_by_order", "branches_in_another_order", "name_that_the_eager_step_did_not_have"],
 )
 def test_kernels_are_matched_by_name_and_order(names, ops):
     graph = ("graph", 10, [(name, 100 * (i + 1), 10) for i, name in enumerate(names)])
-    kernels = attribute_replays(HandMadeTrace().apply(("step", 0, 0, 1_000), graph).read().kernels, [ADD, CONV, RELU])
+    kernels = attribute_replays(HandMadeTrace().apply(("step", 0, 0, 1_000), graph).read().kernels, [RELU, CONV, ADD])
     assert [kernel.ops[-1] if kernel.ops else None for kernel in kernels] == ops
     assert [categorise(kernel) for kernel in kernels].count("convolution") == 1
 
@@ -56,14 +64,11 @@ def test_node_of_a_graph_is_what_most_replays_say():
         start = number * 1_000 + 100
         made.graph(start, [("elementwise", start + 50, 10, first), ("elementwise", start + 100, 10, second)])
     kernels = attribute_replays(made.read().kernels, [ADD, RELU])
+    assert {kernel.dims for kernel in kernels} == {"[[1]]"}
     ops = {node: {kernel.ops[-1] for kernel in kernels if kernel.node == node} for node in (71, 72)}
     assert ops == {71: {"aten::add"}, 72: {"aten::relu"}}
 
 
 def test_only_eager_kernels_are_learned_from():
-    made = HandMadeTrace().apply(("step", 0, 0, 1_000), ("op", "aten::relu", 0, 50, [[2]]))
-    made.apply(
-        ("kernel", "second", 20, 300, 10), ("kernel", "first", 25, 200, 10, 20), ("graph", 100, [("third", 400, 10)])
-    )
-    relu = (("aten::relu",), "[[2]]")
-    assert learn(made.read().kernels) == [EagerKernel("first", *relu), EagerKernel("second", *relu)]
+    kernels = HandMadeTrace().apply(("step", 0, 0, 1_000), ("graph", 10, [("elementwise", 100, 10)])).read().kernels
+    assert attribute_replays(kernels, [ran("elementwise", "aten::add", 0, graph=3), RELU])[0].ops == ("aten::relu",)

@@ -12,7 +12,6 @@ from profiling.account.trace_events import TraceEvents
 EVENTS = [{"ph": "X", "name": f"kernel é {i}", "ts": "1414456661859.938", "args": {"stream": i}} for i in range(5)]
 BODY = ",\n".join(json.dumps(e, ensure_ascii=False).replace(f'"{e["ts"]}"', e["ts"]) for e in EVENTS)
 HEAD, TAIL = '{"schemaVersion": 100, "traceEvents": [\n', '\n], "deviceProperties": [{"id": 0}], "traceName": "}]"}'
-PROPERTIES = {"deviceProperties": [{"id": 0}]}
 TEXT = HEAD + BODY + TAIL
 
 
@@ -42,7 +41,7 @@ WRITTEN = {
 def test_events_come_as_they_were_written(path, content):
     events, said = read(path, content)
     assert (events, said.lacks) == (EVENTS, [])
-    assert said.properties == ({} if content == WRITTEN["bare_array"] else PROPERTIES)
+    assert said.devices == (None if content == WRITTEN["bare_array"] else [{"id": 0}])
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64])
@@ -89,7 +88,7 @@ def test_what_stands_behind_a_damaged_event_is_read(path, monkeypatch, damage, w
     events, said = read(path, (HEAD + ",\n".join(written) + TAIL).encode())
     lost = {*places} if damage(texts[0]).endswith("}") else {*places, *(place + 1 for place in places)}  # the next, too
     assert events == [EVENTS[i % 5] for i in range(60) if i not in lost]
-    assert said.properties == PROPERTIES
+    assert said.devices == [{"id": 0}]
     (lack,) = said.lacks
     assert lack.startswith(f"trace incomplete: not JSON from character {len(HEAD + ',n'.join(texts[:7])) + 2:,} to ")
     assert why in lack
