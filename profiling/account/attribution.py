@@ -83,9 +83,9 @@ class PerStep(NamedTuple):
     total: Attribution
 
 
-def _divided(numbers: Iterable[int], by: int) -> list[int]:
-    """Integers that sum to the rounded sum of `numbers` / `by`."""
-    return _differences([round(total / by) for total in itertools.accumulate(numbers)])
+def apportioned(numbers: Iterable[float], times: int, over: float) -> list[int]:
+    """Each of `numbers` times `times` over `over` as an integer; they sum to their rounded sum."""
+    return _differences([round(total * times / over) for total in itertools.accumulate(numbers)])
 
 
 def _differences(sums: list[int]) -> list[int]:
@@ -103,7 +103,7 @@ def sweep(kernels: Iterable[Kernel], category_of: Callable[[Kernel], str] = cate
     by_kernel: dict[KernelKey, KernelTime] = defaultdict(lambda: KernelTime(0, 0, 0))
     for key, time in itertools.chain.from_iterable(one.by_kernel.items() for one in each):
         by_kernel[key] = KernelTime(*(a + b / len(each) for a, b in zip(by_kernel[key], time, strict=True)))
-    shares = _divided([sum(one.by_category[c] for one in each) for c in CATEGORIES], len(each))
+    shares = apportioned([sum(one.by_category[c] for one in each) for c in CATEGORIES], 1, len(each))
     return Attribution(sum(shares), dict(zip(CATEGORIES, shares, strict=True)), dict(by_kernel))
 
 
@@ -188,7 +188,7 @@ def idle(trace: Trace) -> Idle | None:
         for cause, ns in zip(Idle._fields, shares, strict=False):
             found[cause] += ns
     devices = {kernel.device for kernel in trace.kernels if trace.step_of(kernel) is not None}
-    return Idle(*_divided(found.values(), max(len(devices), 1)))
+    return Idle(*apportioned(found.values(), 1, max(len(devices), 1)))
 
 
 def doubt(trace: Trace) -> str | None:

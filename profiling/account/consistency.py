@@ -32,13 +32,12 @@ ABOVE_ROOF = 1.1
 """Rate over the roof from which a kernel is above it: the roof is the best of some windows of 50 ms or more."""
 ABOVE_SHARE = 0.02
 """Share of the busy time in such kernels from which the roof is in doubt."""
-CACHE_BYTES = 256 << 20
-"""What a kernel may find in the last-level cache and leave there without touching memory: twice the 126 MiB of a B200,
-more than twice the 96 MiB of an EPYC's die (data sheets)."""
-FASTER_CACHE = 4
-"""How much faster than memory a last-level cache may be (assumed; 2 to 3 on an H100). It has no say below LARGE_BYTES,
-where a CPU's core has a cache of its own."""
-LARGE_BYTES = 16 << 20
+CACHE_BYTES, FASTER_CACHE, LARGE_BYTES = 256 << 20, 4, 16 << 20
+"""A kernel may find so many bytes in the last-level cache and leave them there without touching memory: twice the 126
+MiB of a B200, more than twice the 96 MiB of an EPYC's die (data sheets). That cache may be so many times as fast as
+memory (assumed; 2 to 3 on an H100), which does not matter below LARGE_BYTES, where a CPU's core has its own cache."""
+TRAINING = ("preprocessing", "training")
+"""Phases that count as training, as DAWNBench has it."""
 
 
 def believed(run: "Run") -> "Run":
@@ -61,10 +60,6 @@ def believed(run: "Run") -> "Run":
         lacks.append(f"profile.json contradicts the run or its trace: {why}. The profiled pass is left out.")
         profile = {}
     return run._replace(lacks=lacks, phases=phases, steps=steps, work=work, profile=profile)
-
-
-TRAINING = ("preprocessing", "training")
-"""Phases that count as training, as DAWNBench has it."""
 
 
 def _phases_wrong(record: dict[str, Any], train_s: float) -> str:
@@ -136,6 +131,13 @@ def witness(run: "Run", judged: Judged, gaps_ns: float, steps_ns: float, scale: 
     return Witness(gaps_ns - (profiled_ns - steps_ns), alone / len(numbers))
 
 
+_NEGATIVE = {
+    "idle": "The kernels of the profiled pass took longer than the steps of the run.",
+    "conv_inefficiency": "The convolutions were faster than this device was seen to sustain: the ceiling is too low.",
+}
+"""Why a term is below zero."""
+
+
 def doubts(
     e: Evidence, terms: Sequence[Term], perturbation: float | None, seen: Witness | None, kernels: Sequence[Row]
 ) -> list[str]:
@@ -156,7 +158,8 @@ def doubts(
             )
         elif term.key not in UNEXPLAINED and share < -NEGATIVE:
             found.append(
-                f"{name[:1].upper()}{name[1:]} is {term.ns / 1e9:.3g} s, {share:.1%} of training. {_why(term)}"
+                f"{name[:1].upper()}{name[1:]} is {term.ns / 1e9:.3g} s, {share:.1%} of training. "
+                + _NEGATIVE.get(term.key, "The records do not belong together.")
             )
         elif share > 1:
             why = " The ceiling is too low." if term.key in NECESSARY else ""
@@ -173,14 +176,6 @@ def doubts(
             "gaps between kernels in the trace: one of the two is wrong. Profile it again."
         )
     return found + _above_roofs(e, kernels)
-
-
-def _why(term: Term) -> str:
-    if term.key == "idle":
-        return "The kernels of the profiled pass took longer than the steps of the run."
-    if term.key == "conv_inefficiency":
-        return "The convolutions were faster than what this device was seen to sustain: the ceiling is too low."
-    return "The records do not belong together."
 
 
 def _above_roofs(e: Evidence, kernels: Sequence[Row]) -> list[str]:

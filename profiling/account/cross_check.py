@@ -7,15 +7,15 @@ timed them all. A step that disagrees is refused by name and left out. Where too
 the eager step, if it stands; `Judged.lacks` says so, which makes the account incomplete.
 """
 
-import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, NamedTuple
 
 from profiling.account.attribution import attribute_replays
+from profiling.account.host_calls import union
 from profiling.account.trace import Kernel, Trace, missing
 
 JITTER_NS = 1_000
@@ -103,7 +103,9 @@ def judge(trace: Trace, profile: dict[str, Any], timed_ns: float | None) -> Judg
         if stands:
             lack = f"{said}. Too few are left: the kernel times are those of the one step that was run eagerly."
             return pass_.judged(pass_.only([pass_.eager]), [pass_.eager], refused, [lack], fell_back=True)
-        eager = "no step was run eagerly" if pass_.eager is None else f"the eager one too: {_why(faults[pass_.eager])}"
+        eager = (
+            "no step was run eagerly" if pass_.eager is None else f"the eager one too: {', '.join(faults[pass_.eager])}"
+        )
         lack = f"{said}; {eager}. What the device's time was made of is not known."
         return pass_.judged(None, [], refused, [*trace.lacks, lack])
     kept, lacks = pass_.only(believed), []
@@ -111,7 +113,7 @@ def judge(trace: Trace, profile: dict[str, Any], timed_ns: float | None) -> Judg
         if stands:
             kept = replace(kept, kernels=attribute_replays(kept.kernels, pass_.kernels[pass_.eager]))
         else:
-            why = "" if pass_.eager is None else f" (refused: {_why(faults[pass_.eager])})"
+            why = "" if pass_.eager is None else f" (refused: {', '.join(faults[pass_.eager])})"
             lacks = [f"trace incomplete: what a graph replay should hold was not learned from an eager step{why}"]
     return pass_.judged(replace(kept, lacks=kept.lacks + lacks), believed, refused, [])
 
@@ -168,7 +170,7 @@ class _Pass:
         every = range(len(self.trace.steps))
         found = {i: fault for i in every if (fault := self._by_itself(i))}
         if self.eager is not None and self.eager not in found:  # before others are compared with it
-            found |= dict(self._by_overlap([self.eager]))
+            found |= self._by_overlap([self.eager])
         eager = self.eager if self.eager not in found else None
         replays = [i for i in every if i != self.eager]
         alike: dict[float, list[int]] = defaultdict(list)  # an epoch's short last batch is another graph
@@ -179,7 +181,7 @@ class _Pass:
             found = self._by_count(steps, model) | found
             found |= self._by_time([i for i in steps if i not in found], model)
         # Last, so that the kernels of one step that was refused cannot spoil others.
-        return found | dict(self._by_overlap([i for i in every if i not in found]))
+        return found | self._by_overlap([i for i in every if i not in found])
 
     def _by_itself(self, i: int) -> tuple[str, str] | None:
         kernels = self.kernels[i]
@@ -243,7 +245,7 @@ class _Pass:
                 found[i] = DIFFERENT, f"{sums}; kernel by kernel {_ms(apart)} apart"
         return found
 
-    def _by_overlap(self, steps: list[int]) -> Iterator[tuple[int, tuple[str, str]]]:
+    def _by_overlap(self, steps: list[int]) -> dict[int, tuple[str, str]]:
         streams: dict[tuple[int, int], list[tuple[Kernel, int]]] = defaultdict(list)
         for i in steps:
             for kernel in self.kernels[i]:
@@ -259,13 +261,10 @@ class _Pass:
                         under[step] += overlap
                 if kernel.end_ns > latest.end_ns:
                     latest, of = kernel, i
-        for i, ns in under.items():
-            if ns > OVERLAP * _sum_ns(self.kernels[i]):
-                yield i, (OVERLAPPING, f"for {_ms(ns)} of {_ms(_sum_ns(self.kernels[i]))}")
-
-
-def _sum_ns(kernels: Iterable[Kernel]) -> int:
-    return sum(kernel.end_ns - kernel.start_ns for kernel in kernels)
+        total = {i: _by_name(self.kernels[i]).total() for i in steps}
+        return {
+            i: (OVERLAPPING, f"for {_ms(ns)} of {_ms(total[i])}") for i, ns in under.items() if ns > OVERLAP * total[i]
+        }
 
 
 def _by_name(kernels: Iterable[Kernel]) -> Counter[str]:
@@ -278,17 +277,11 @@ def _by_name(kernels: Iterable[Kernel]) -> Counter[str]:
 
 def _busy_ns(kernels: Sequence[Kernel]) -> int:
     """How long the device must have worked: kernels of one stream do not run at the same time, others may."""
-    streams: dict[tuple[int, int], int] = defaultdict(int)
+    streams: Counter[tuple[int, int]] = Counter()
     for kernel in kernels:
         streams[kernel.device, kernel.stream] += kernel.end_ns - kernel.start_ns
-    intervals = sorted((kernel.start_ns, kernel.end_ns) for kernel in kernels)
-    ends = itertools.accumulate((end for _, end in intervals), max, initial=intervals[0][0])
-    union = sum(max(0, end - max(start, before)) for (start, end), before in zip(intervals, ends, strict=False))
-    return max(union, *streams.values())
-
-
-def _why(fault: tuple[str, str]) -> str:
-    return f"{fault[0]}, {fault[1]}"
+    intervals = union((kernel.start_ns, kernel.end_ns) for kernel in kernels)
+    return max(sum(end - start for start, end in intervals), *streams.values())
 
 
 def _ms(ns: float) -> str:
