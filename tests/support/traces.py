@@ -57,19 +57,11 @@ class HandMadeTrace:
         return self.last_id
 
     def on_device(
-        self,
-        name: str,
-        start: int,
-        duration: int,
-        correlation: int,
-        stream: int = 7,
-        category: str = "kernel",
-        external: int = 0,
-        node: int = 0,
-    ) -> None:
-        """What a launch put on the device; `node` of the graph, as CUPTI numbers it, 0 if launched alone."""
-        args = {"External id": external, "device": 0, "context": 1, "stream": stream, "correlation": correlation}
-        args |= {"graph id": node >> 32, "graph node id": node}
+        self, name: str, start: int, duration: int, correlation: int, stream=7, category="kernel", **more: int
+    ):
+        """What a launch put on the device; of `more`, "graph node id" is of the graph, as CUPTI numbers it."""
+        args = {"External id": 0, "device": 0, "context": 1, "stream": stream, "correlation": correlation}
+        args |= {"graph id": more.get("graph node id", 0) >> 32, "graph node id": 0} | more
         if category == "kernel":
             args |= {"queued": 0, "registers per thread": 32, "grid": [1568, 1, 4], "block": [256, 1, 1]}
         self.event(category, name, start, duration, stream, **args)
@@ -84,7 +76,7 @@ class HandMadeTrace:
         """A graph launch and its kernels, (name, start, duration, node if it has one)."""
         correlation = self.call("cudaGraphLaunch", launch)
         for name, start, duration, *node in kernels:
-            self.on_device(name, start, duration, correlation, node=node[0] if node else 0)
+            self.on_device(name, start, duration, correlation, **({"graph node id": node[0]} if node else {}))
 
     def noise(self, count: int, text: int = 300) -> None:
         """Python frames, memory events and flow arrows, a third each: most of a trace, and of no use here."""

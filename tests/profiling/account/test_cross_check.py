@@ -9,7 +9,8 @@ from profiling.account.attribution import idle, per_step
 from profiling.account.cross_check import judge
 from profiling.account.trace import missing, read
 
-LIARS, REPLAYS = {5, 9, 17}, set(range(21)) - {EAGER}
+LIARS, EVERY = {5, 9, 17}, set(range(21))
+REPLAYS = EVERY - {EAGER}
 CONV, BN, CAST = (ns for *_, ns in PASS_KERNELS)
 BUSY_NS = CONV + BN + CAST
 
@@ -101,8 +102,10 @@ def short_batch(count):
 IMAGES = [336 if number in (8, 18) else 512 for number in range(21)]
 HONEST = {
     "jitter": (jitter, {}, 20 * 512),
-    "launched_early_on_purpose": (by(changed(1, start=lambda ns: ns - 20 * US), range(21)), {}, 20 * 512),
-    "few_steps": (lambda number, kernels: kernels, {"replays": 3}, 3 * 512),
+    "launched_early_on_purpose": (by(changed(1, start=lambda ns: ns - 20 * US), EVERY), {}, 20 * 512),
+    "few_steps": (by(None, ()), {"replays": 3}, 3 * 512),
+    "times_of_the_run_alone": (by(None, ()), {"timed_ns": 13 * MS, "step_ns": []}, 20 * 512),
+    "times_of_the_pass_alone": (by(None, ()), {"timed_ns": None}, 20 * 512),
     "short_batch_of_as_many_kernels": (short_batch(3), {"step_images": IMAGES}, 18 * 512 + 2 * 336),
     "short_batch_of_fewer": (short_batch(2), {"step_images": IMAGES}, 18 * 512 + 2 * 336),
 }
@@ -125,22 +128,27 @@ def test_jitter_of_many_short_kernels_is_no_lie():
     assert judge(made.read(), profile, 3 * MS).refused == []
 
 
-REFUSED = [pytest.param(*row, True, id=f"{name}-with_nodes") for name, row in (LIES | OF_NODES).items()]
-REFUSED += [pytest.param(*row, False, id=f"{name}-without", marks=pytest.mark.slow) for name, row in LIES.items()]
+UNLEARNED = "trace incomplete: what a graph replay should hold was not learned from an eager step"
+REFUSED = [pytest.param(*row, {}, id=f"{name}-with_nodes") for name, row in (LIES | OF_NODES).items()]
+REFUSED += [pytest.param(*row, {"nodes": False}, id=f"{n}-without", marks=pytest.mark.slow) for n, row in LIES.items()]
+WITHOUT_EAGER = ("dropped", "one_too_many", "one_doubled", "overlapping")
+REFUSED += [pytest.param(*LIES[name], {"eager": False}, id=f"{name}-without_eager_step") for name in WITHOUT_EAGER]
 
 
-@pytest.mark.parametrize(("lie", "said", "nodes"), REFUSED)
-def test_steps_that_lie_are_refused_and_no_others(tmp_path, lie, said, nodes):
-    found = judged(tmp_path, by(lie), nodes=nodes)
+@pytest.mark.parametrize(("lie", "said", "how"), REFUSED)
+def test_steps_that_lie_are_refused_and_no_others(tmp_path, lie, said, how):
+    found = judged(tmp_path, by(lie), **how)
     assert {one.step for one in found.refused} == LIARS
     assert len({one.reason for one in found.refused}) == 1
     assert all(one.detail for one in found.refused)
-    assert found.said.startswith(f"3 of 20 profiled steps refused: {said}")
-    assert (found.lacks, found.images) == ([], 17 * 512)
-    assert found.source.endswith("17 of its 20 steps")
-    step = per_step(found.trace)
-    assert (step.steps, step.total.by_category["batch norm"], step.total.busy_ns) == (17, 17 * BN, 17 * BUSY_NS)
-    assert idle(found.trace) is not None
+    total, kept = found.steps, found.steps - 3
+    assert (total, found.lacks) == ((21, [UNLEARNED]) if "eager" in how else (20, []))
+    assert found.said.startswith(f"3 of {total} profiled steps refused: {said}")
+    assert found.source.endswith(f", {kept} of its {total} steps")
+    assert found.images == kept * 512
+    steps, step = per_step(found.trace)
+    assert (steps, step.by_category["batch norm"], step.busy_ns) == (kept, kept * BN, kept * BUSY_NS)
+    assert (idle(found.trace) is None) == bool(found.lacks)
 
 
 def test_reasons_are_counted_where_there_are_several(tmp_path):
@@ -152,18 +160,57 @@ def test_reasons_are_counted_where_there_are_several(tmp_path):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("lie", [lie for lie, _ in LIES.values()], ids=LIES)
-def test_eager_step_is_taken_where_all_replays_lie(tmp_path, lie):
-    found = judged(tmp_path, by(lie, REPLAYS))
-    assert (len(found.refused), found.fell_back, found.images) == (20, True, 512)
-    assert [step.number for step in found.trace.steps] == [EAGER]
-    assert "one step run eagerly" in found.source
-    (lack,) = found.lacks
-    assert lack.startswith("20 of 20 profiled steps refused: ")
-    assert lack.endswith("Too few are left: the kernel times are those of the one step that was run eagerly.")
-    step = per_step(found.trace)
-    assert (step.steps, step.total.by_category["batch norm"], step.total.busy_ns) == (1, BN, BUSY_NS)
+ALL_REFUSED = "20 of 20 profiled steps refused: "
+NO_LENGTH = f"{ALL_REFUSED}kernels have no length (step 0: 1 of 3); "
+SLOWER = f"{ALL_REFUSED}{TOO_LONG} (step 0: 14 ms of kernels; a step without the profiler took 12 ms); the eager one"
+
+
+def verdict(name, steps, taken, lack, slow=False, **how):
+    """Of a lie about `steps`: which steps are taken, and the beginning of what the pass lacks."""
+    marks = [pytest.mark.slow] if slow else []
+    return pytest.param(by(LIES[name][0], steps), how, taken, lack, id=f"{name}_{taken}_{len(how)}", marks=marks)
+
+
+VERDICTS = [
+    *(verdict(name, REPLAYS, "eager", ALL_REFUSED, slow=name != "dropped") for name in LIES),
+    *(
+        verdict(name, {EAGER}, "replays", f"{UNLEARNED} (refused: {LIES[name][1]}")
+        for name in ("dropped", "overlapping")
+    ),
+    *(
+        verdict(name, {EAGER}, "replays", UNLEARNED, slow=True)
+        for name in ("all_dropped", "all_doubled", "one_of_seconds")
+    ),
+    verdict("zero_timestamps", {EAGER}, "replays", f"{UNLEARNED} (refused: kernels have no length"),
+    # Nothing is compared with an eager step whose kernels overlap.
+    verdict("one_doubled", {EAGER}, "replays", f"{UNLEARNED} (refused: kernels overlap on one stream"),
+    verdict("zero_timestamps", EVERY, "nothing", f"{NO_LENGTH}the eager one too: kernels have no length, 1 of 3. What"),
+    verdict("zero_timestamps", EVERY, "nothing", NO_LENGTH.replace("20", "21") + "no step was run", eager=False),
+    verdict("dropped", (), "nothing", SLOWER, timed_ns=12 * MS, step_ns=[]),
+]
+
+
+@pytest.mark.parametrize(("lie", "how", "taken", "lack"), VERDICTS)
+def test_too_few_replays_or_a_lying_eager_step_are_a_lack(tmp_path, lie, how, taken, lack):
+    found = judged(tmp_path, lie, **how)
+    assert len(found.refused) == (0 if taken == "replays" else found.steps)
+    (said,) = found.lacks
+    assert said.startswith(lack)
+    if taken == "nothing":
+        assert (found.trace, found.images, found.fell_back) == (None, 0, False)
+        assert said.endswith("What the device's time was made of is not known.")
+        return
+    steps, total = per_step(found.trace)
+    assert (found.images, total.by_category["batch norm"], total.busy_ns) == (512 * steps, BN * steps, BUSY_NS * steps)
+    assert found.fell_back == (taken == "eager")
+    if taken == "eager":
+        assert [step.number for step in found.trace.steps] == [EAGER]
+        assert "one step run eagerly" in found.source
+        assert said.endswith("Too few are left: the kernel times are those of the one step that was run eagerly.")
+    else:
+        assert steps == 20
+        assert idle(found.trace) is None
+        assert {kernel.ops for kernel in found.trace.kernels} == {()}
 
 
 def test_four_steps_are_too_few_and_five_are_not(tmp_path):
@@ -171,64 +218,16 @@ def test_four_steps_are_too_few_and_five_are_not(tmp_path):
     assert fell_back == [False, True]
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("all_dropped", "all_doubled", "one_of_seconds")]
-
-
-@pytest.mark.parametrize("name", ["dropped", "zero_timestamps", "overlapping", *SLOW])
-def test_eager_step_that_lies_teaches_nothing(tmp_path, name):
-    lie, reason = LIES[name]
-    found = judged(tmp_path, by(lie, {EAGER}))
-    assert (found.refused, found.fell_back) == ([], False)
-    (lack,) = found.lacks
-    assert lack.startswith("trace incomplete: what a graph replay should hold was not learned from an eager step (ref")
-    assert reason in lack
-    assert idle(found.trace) is None
-    assert per_step(found.trace).total.busy_ns == 20 * BUSY_NS
-    assert {kernel.ops for kernel in found.trace.kernels} == {()}
-
-
-def test_nothing_is_compared_with_an_eager_step_whose_kernels_overlap(tmp_path):
-    found = judged(tmp_path, by(LIES["one_doubled"][0], {EAGER}))
-    assert (found.refused, found.fell_back) == ([], False)
-    assert "kernels overlap on one stream" in found.lacks[0]
-
-
 def test_eager_step_that_contradicts_all_replays_is_taken_and_marked(tmp_path):
     """Nothing says which of them lies."""
     found = judged(tmp_path, by(LIES["halved"][0], {EAGER}))
     assert found.fell_back
-    assert "20 of 20 profiled steps refused: kernel times are not those of other steps" in found.lacks[0]
+    assert f"{ALL_REFUSED}{OTHER_TIMES}" in found.lacks[0]
     assert found.refused[0].detail == "14 ms in all, the eager step 7 ms; kernel by kernel 7 ms apart"
 
 
-def test_nothing_is_left_where_both_lie(tmp_path):
-    found = judged(tmp_path, by(LIES["zero_timestamps"][0], range(21)))
-    assert (found.trace, found.images, found.fell_back) == (None, 0, False)
-    assert found.lacks == [
-        "20 of 20 profiled steps refused: kernels have no length (step 0: 1 of 3); the eager one too: kernels have no "
-        "length, 1 of 3. What the device's time was made of is not known."
-    ]
-
-
-def test_replays_are_held_against_one_another_without_an_eager_step(tmp_path):
-    unlearned = "trace incomplete: what a graph replay should hold was not learned from an eager step"
-    assert judged(tmp_path, eager=False).lacks == [unlearned]
-    for name in ("dropped", "one_too_many", "one_doubled", "overlapping"):
-        lie, reason = LIES[name]
-        found = judged(tmp_path, by(lie), eager=False)
-        assert {one.step for one in found.refused} == LIARS
-        assert found.said.startswith(f"3 of 21 profiled steps refused: {reason}")
-    found = judged(tmp_path, by(LIES["zero_timestamps"][0], range(21)), eager=False)
-    assert found.trace is None
-    assert "kernels have no length (step 0: 1 of 3); no step was run eagerly." in found.lacks[0]
-
-
-def test_times_are_held_against_the_run_where_the_pass_lost_its_own(tmp_path):
-    found = judged(tmp_path, timed_ns=12 * MS, step_ns=[])
-    assert found.trace is None
-    assert {one.detail for one in found.refused} == {"14 ms of kernels; a step without the profiler took 12 ms"}
-    assert judged(tmp_path, timed_ns=13 * MS, step_ns=[]).refused == []
-    assert judged(tmp_path, timed_ns=None).refused == []
+def test_replays_have_no_operations_without_an_eager_step(tmp_path):
+    assert judged(tmp_path, eager=False).lacks == [UNLEARNED]
 
 
 def test_launch_whose_kernels_are_lost_is_a_lack_only_where_its_step_is_kept(tmp_path):

@@ -20,7 +20,7 @@ def path(tmp_path) -> Path:
 
 def orphan(start: int, external: int = 0) -> tuple:
     """A kernel without a launch."""
-    return ("on_device", "orphan", start, 10, 900, {"external": external})
+    return ("on_device", "orphan", start, 10, 900, {"External id": external})
 
 
 def call(name: str, start: int) -> tuple:

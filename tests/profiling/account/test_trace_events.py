@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from profiling.account import trace_events
 from profiling.account.trace_events import TraceEvents
 
-EVENTS = [{"ph": "X", "name": f"kernel é {i}", "ts": "1414456661859.938", "args": {"stream": i}} for i in range(5)]
+# Tabs stand in the names as they are, which JSON forbids.
+EVENTS = [{"ph": "X", "name": f"kernel é\t{i}", "ts": "1414456661859.938", "args": {"stream": i}} for i in range(5)]
 BODY = ",\n".join(json.dumps(e, ensure_ascii=False).replace(f'"{e["ts"]}"', e["ts"]) for e in EVENTS)
+BODY = BODY.replace("\\t", "\t")
 HEAD, TAIL = '{"schemaVersion": 100, "traceEvents": [\n', '\n], "deviceProperties": [{"id": 0}], "traceName": "}]"}'
 TEXT = HEAD + BODY + TAIL
 
@@ -93,11 +95,6 @@ def test_what_stands_behind_a_damaged_event_is_read(path, monkeypatch, damage, w
     assert lack.startswith(f"trace incomplete: not JSON from character {len(HEAD + ',n'.join(texts[:7])) + 2:,} to ")
     assert why in lack
     assert lack.endswith(" more places") == (len(places) > 1)
-
-
-def test_names_with_control_characters_are_read_though_json_forbids_them(path):
-    events, said = read(path, b'[{"name": "a\0b\tc\nd"}]')
-    assert (events, said.lacks) == ([{"name": "a\0b\tc\nd"}], [])
 
 
 def test_most_of_a_truncated_gzip_file_is_read(path):
