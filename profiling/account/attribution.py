@@ -1,8 +1,7 @@
-"""Where a device's time went: every nanosecond in which anything ran, and every gap between.
+"""The attribution of a device's time: every nanosecond in which anything ran, and every gap between.
 
-Concurrent kernels are not counted twice: each nanosecond of the union over all streams of a device goes to one
-category, by the order of `CATEGORIES`, and within it to the kernel that has been running longest. A gap goes to what
-the host did in it, until it launched the next kernel.
+Each nanosecond of the union over all streams of a device goes to one category, by the order of `CATEGORIES`, and in it
+to the kernel that has been running longest. A gap goes to what the host did until it launched the next kernel.
 
 The replay of a CUDA graph is one launch: nothing in the trace says which operation put a kernel into the graph. But the
 graph is the step, captured: its kernels are those of a step run eagerly, in that order. So the
@@ -77,7 +76,7 @@ LONGEST_QUEUED_NS = 1_000_000
 
 
 class PerStep(NamedTuple):
-    """How many steps were active, and the attribution of all their kernels together."""
+    """The number of active steps, and the attribution of all their kernels together."""
 
     steps: int
     total: Attribution

@@ -1,4 +1,4 @@
-"""What kind of work a kernel does, from the operations that launched it and from its name.
+"""The category of a kernel, from the operations that launched it and from its name.
 
 The operation decides where it can: the same elementwise kernel adds a shortcut or steps an optimiser. The name decides
 where an operation launches kernels of several kinds (a convolution also transposes its operands), and where none is
@@ -48,7 +48,7 @@ _Table = tuple[tuple[str, re.Pattern[str]], ...]
 
 
 def _patterns(*rows: tuple[str, str]) -> _Table:
-    """Of (category, patterns with spaces between)."""
+    """A table from (category, patterns with spaces between)."""
     return tuple((category, re.compile("|".join(patterns.split()))) for category, patterns in rows)
 
 
@@ -59,7 +59,7 @@ _CONTEXTS = _patterns(
     ("augmentation and data", rf"{AUGMENTATION}$ cifar::augment enumeratedataloader .*dataloaderiter"),
     ("optimiser and loss", r"optimizer(step|zerograd) \w*loss logsoftmax"),
 )
-"""Operations of which everything inside has their category, whatever it is; the beginnings of their names."""
+"""Operations that give their category to everything inside; the beginnings of their names."""
 
 _OPERATIONS = _patterns(
     (
@@ -78,7 +78,7 @@ _OPERATIONS = _patterns(
     ("augmentation and data", r"index indexselect pinmemory randperm"),
     ("memory-bound", r"(safe)?softmax gather scatter\w* embedding\w* (unique|searchsorted|repeatinterleave)\w*"),
 )
-"""The innermost operation that is one of these decides."""
+"""The innermost of these decides."""
 
 _PARTS = _patterns(
     (
@@ -90,7 +90,7 @@ _PARTS = _patterns(
         flip indexput indexcopy reflectionpad[123]d upsample\w+""",
     )
 )
-"""Operations that have their category only where none of those around them has another: they are parts of these."""
+"""Operations that have their category unless one around them has another: then they are parts of it."""
 
 # Kernels by what `_function` leaves of their names.
 
@@ -98,7 +98,7 @@ _COMMUNICATION = re.compile(
     r"nccl|rccl|memcpy\sptop|all_?reduce|all_?gather|reduce_?scatter|all_?(to|2)_?all|cross_device_reduce|nvshmem|deep_ep"
     r"|symm(etric)?_?mem|\bbarrier|multimem|mscclpp"
 )
-"""Whatever is around it: waiting for other processes is nobody's work."""
+"""Communication, whatever operation is around it: waiting for other processes is no operation's work."""
 
 _OF_ONE_PURPOSE = _patterns(
     ("augmentation and data", r"^augment_kernel memcpy\shtod memcpy\sdtoh"),
@@ -111,7 +111,7 @@ _OF_ONE_PURPOSE = _patterns(
         subtensoropwithcast batched_transpose transpose_?(kernel|readwrite|[34]d) direct_copy float\d*_copy_kernel""",
     ),
 )
-"""Whatever operation launched them."""
+"""Kernels of one category, whatever operation launched them."""
 
 _KERNELS = _patterns(
     ("memory-bound", r"pooling_?[fb]w (layer|group|rms)_?norm reshape_and_cache store_?kv finalize routing"),
@@ -143,8 +143,8 @@ _COMPILED_KERNELS = _patterns(
     ),
     ("memory-bound", r"^triton_[a-z]{3}_fused"),
 )
-"""Those that torch.compile writes, named after the operations in them. Only its templates multiply matrices: in the
-name of another, a product is the one whose operand it reorders or whose result it reads."""
+"""Kernels of torch.compile, named after the operations in them. Only its templates multiply matrices: another kernel
+with a product in its name reorders that product's operand or reads its result."""
 
 _FRAME = re.compile(
     r"\b(\w*elementwise_kernel\w*|reduce_kernel|kernel2?|device_kernel|kentry|trampoline_kernel)$", re.ASCII
@@ -159,7 +159,7 @@ _HOST = _patterns(
 
 
 def host_work(op: str) -> str | None:
-    """What the host does inside of `op`: "data" for a batch, "sync" with the device, "optimiser"; None is another."""
+    """The host's work inside of `op`: "data" for a batch, "sync" with the device, "optimiser", or None for another."""
     return _find(_HOST, _simplified(op), re.Pattern.match)
 
 

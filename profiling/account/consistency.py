@@ -1,8 +1,7 @@
-"""Whether a run's records can be of one run, and its account of one machine: what does not add up is said.
+"""Checks that a run's records are of one run, and that its account is possible.
 
-Idle is the steps less the kernels' busy time, so that every mistake in either ends in it: the sum of the terms proves
-nothing. `believed` holds the records against each other and leaves out those that disagree; `doubts` holds the account
-against what it cannot be.
+Idle is the steps less the kernels' busy time and takes up every mistake in either, so that the sum of the terms proves
+nothing. `believed` leaves out records that disagree with others; `doubts` names figures that cannot be.
 """
 
 import itertools
@@ -141,10 +140,7 @@ _NEGATIVE = {
 def doubts(
     e: Evidence, terms: Sequence[Term], perturbation: float | None, seen: Witness | None, kernels: Sequence[Row]
 ) -> list[str]:
-    """Sentences on what cannot be so, for the head of the report; none where the account may be right.
-
-    `kernels` are those of the profiled pass.
-    """
+    """Sentences on figures that cannot be, for the head of the report; `kernels` are those of the profiled pass."""
     found = []
     total = e.training_ns
     for term in terms if total > 0 else ():
@@ -179,7 +175,7 @@ def doubts(
 
 
 def _above_roofs(e: Evidence, kernels: Sequence[Row]) -> list[str]:
-    """Of kernels whose work this device cannot have done in their time, even with what its cache spares it."""
+    """A sentence if kernels did more than this device can in their time, even with what its cache spares it."""
     above = []
     for row in kernels:
         seconds = row.ns_per_step / row.calls_per_step / 1e9 if row.calls_per_step else 0

@@ -128,11 +128,11 @@ class _Ops:
                 self.longest[w.key, w.family] = max(self.longest[w.key, w.family], t.ns)
 
     def of(self, t: Timed) -> list[Work]:
-        """Everything that the op which launched the kernel does in a step, over all its calls."""
+        """The work in a step of the op that launched the kernel, over all its calls."""
         return self.rows.get(_key(t), [])
 
     def calls(self, t: Timed) -> int:
-        """How often that op is called in a step. A convolution's backward is two rows and one call."""
+        """The calls of that op in a step. A convolution's backward is two rows and one call."""
         return max(Counter(w.family for w in self.of(t)).values(), default=0)
 
     def named(self, t: Timed) -> list[Work]:
@@ -154,7 +154,7 @@ class _Ops:
         return self.of(t) if t.ns > enough else []
 
     def row(self, name: str, shape: str, of: Timed, calls: float, ns: float, work: Sequence[Work]) -> Row:
-        """Of `calls` a step and `ns` in all steps; `work` is what they do in a step, in all calls of the op of `of`."""
+        """A row of `calls` a step and `ns` in all steps; `work` is done in a step, in all calls of the op of `of`."""
         flops = sum(w.flops for w in work) // self.calls(of) if work else 0
         moved = sum(w.bytes for w in work) // self.calls(of) if work else 0
         per_element = PER_ELEMENT.get(work[0].family) if work and work[0].dims and not flops else None

@@ -1,4 +1,4 @@
-"""The account of a run: where every nanosecond went, from what the arithmetic needs to what the stopwatch shows.
+"""The account of a run, from what the arithmetic needs to what the stopwatch shows.
 
 Two levels. The phases of the process are exclusive and contiguous, so they sum to its wall clock by construction. The
 training phase is then cut into terms that sum to it, in integer nanoseconds:
@@ -36,7 +36,7 @@ UNKNOWN_LIMIT = 0.05
 ARTICLE_S = 256.0
 """The article's run at batch 512 on a V100, its validation included (quoted)."""
 ARTICLE_VALIDATION_S = 15.3
-"""Of the 256 s, 35 passes of 0.437 s over the test images (quoted, from the author's own log)."""
+"""Part of the 256 s: 35 passes of 0.437 s over the test images (quoted, from the author's own log)."""
 ARTICLE_IMAGES = 35 * 50_000
 
 NAMES = {
@@ -81,11 +81,11 @@ class Term:
 
     @property
     def recoverable_ns(self) -> int:
-        """What is above its floor."""
+        """The time above its floor."""
         return 0 if self.key in (*NECESSARY, *UNEXPLAINED) else max(self.ns - max(self.floor_ns, 0), 0)
 
     def to_json(self, total_ns: int) -> dict[str, Any]:
-        """With how long training would take if the term were at its floor."""
+        """As a record, with the time that training would take if the term were at its floor."""
         left, what_if = total_ns - self.recoverable_ns, ""
         if self.recoverable_ns > 0.005 * total_ns and left > 0:
             what_if = f"training takes {left / 1e9:.3g} s, {total_ns / left:.3g} times as fast"
@@ -105,7 +105,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Busy:
-    """What a profiled pass saw, for all images of the run: nanoseconds by category, and of the device's gaps.
+    """Nanoseconds by category and of the device's gaps in a profiled pass, scaled to all images of the run.
 
     `gaps` are in the order of `attribution.CAUSES`, None where the trace cannot tell, so that busy times are not
     certain either, and zeros where only the gaps are not the run's.
@@ -122,7 +122,7 @@ class Busy:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that the account of the training phase is made of; None is not known.
+    """The evidence of the training phase; None is not known.
 
     training_ns   the phase
     steps_ns      of it, from the start of each epoch's first step to the end of its last, unprofiled
@@ -142,7 +142,7 @@ class Evidence:
     busy: Busy | None
     peak_source: str = "data sheet"
     fused: bool = False
-    """Whether the kernels of batch norm do more than batch norm."""
+    """Whether other work is fused into the kernels of batch norm."""
     on_gpu: bool = True
 
 
@@ -161,7 +161,7 @@ def terms(e: Evidence) -> list[Term]:
 
 
 def _needed(e: Evidence) -> list[Term]:
-    """What the arithmetic and the convolutions' bytes need at the least."""
+    """The least that the arithmetic and the convolutions' bytes need."""
     found = []
     if e.flops and e.peak is not None:
         ideal = round(1e9 * e.flops / e.peak)

@@ -1,4 +1,4 @@
-"""What ran in a profiled pass, from the Chrome trace that torch.profiler wrote.
+"""The kernels, steps and host calls of a profiled pass, from the Chrome trace that torch.profiler wrote.
 
 A kernel finds the operation that it belongs to through its launch: the kernel's correlation id names a call of the
 CUDA or HIP runtime, and that call lies, on its thread, inside of the operations and annotations that led to it. A
@@ -108,7 +108,7 @@ class Trace:
 
 
 def missing(launches: int) -> str:
-    """What a trace lacks that has no kernels of so many launches."""
+    """The lack of a trace without the kernels of so many launches."""
     return f"trace incomplete: the kernels of {launches} launches are missing"
 
 
@@ -137,7 +137,7 @@ def read(path: Path) -> Trace:
 
 
 def _device_name(devices: Any, kernels: list[Kernel]) -> str | None:
-    """Of the device most kernels ran on, or of the only one there is: some number devices as the driver does."""
+    """Name the device that most kernels ran on, or the only one: some profilers number devices as the driver does."""
     entries = [entry for entry in devices if isinstance(entry, dict)] if isinstance(devices, list) else []
     most = Counter(kernel.device for kernel in kernels).most_common(1)
     named = [entry for entry in entries if most and entry.get("id") == most[0][0]] or entries
@@ -146,7 +146,7 @@ def _device_name(devices: Any, kernels: list[Kernel]) -> str | None:
 
 
 class _Kept:
-    """What is kept of the events, and how it hangs together."""
+    """The events that are kept, and the links between them."""
 
     def __init__(self) -> None:
         self.device_work: list[DeviceWork] = []
@@ -202,7 +202,7 @@ class _Kept:
         return self.threads.setdefault((event.get("pid"), event.get("tid")), len(self.threads))
 
     def link(self) -> None:
-        """Find the launch of all that the device did, once each; leave out what lasted longer than it can."""
+        """Find the launch of each work of the device; leave out doubles and what lasted longer than it can."""
         times = [work.start_ns for work in self.device_work]
         times += [time for _, launch in self.launches for time in (launch.start_ns, launch.end_ns)]
         longest = max(LONGEST_KERNEL_NS, max(times, default=0) - min(times, default=0))
@@ -238,12 +238,12 @@ class _Kept:
             yield Kernel(*work, correlation, *scopes[launch], launch.start_ns, graph, node)
 
     def cpu_pieces(self) -> Iterator[Kernel]:
-        """What ran where there is no device."""
+        """The pieces of operations, which are what ran where there is no device."""
         for start, end, thread, number, scope in self.calls.pieces():
             yield Kernel(scope.ops[-1], start, end, thread, -1, "cpu", number, *scope, start)
 
     def lacks(self, kernels: list[Kernel]) -> list[str]:
-        """What is missing of this trace, in sentences."""
+        """Sentences on what is missing of this trace."""
         lacks = []
         if self.malformed:
             lacks.append(f"trace incomplete: {self.malformed} events were malformed and left out")
@@ -258,7 +258,7 @@ class _Kept:
         return lacks
 
     def launches_without_kernels(self, steps: list[Step]) -> list[int]:
-        """When they began, within the steps. What is launched during a capture does not run, and is no loss."""
+        """Their starts within the steps. A launch during a capture runs nothing and is no loss."""
         ran = {(work.correlation, at) for work, at in zip(self.device_work, self.launch_of, strict=True)}
         first, last = (steps[0].start_ns, steps[-1].end_ns) if steps else (-_LATEST_NS, _LATEST_NS)
         captures = sorted(self.captures)
@@ -272,9 +272,9 @@ class _Kept:
         return lost
 
     def _kernels_without_launches(self) -> int:
-        """How many, but for those that a profiler finds running when it begins.
+        """Their number without leftovers, which a profiler finds running when it begins.
 
-        Such leftovers come before everything that was launched since, and their operation is not in the trace.
+        Leftovers come before everything that was launched since, and their operation is not in the trace.
         """
         orphans = [work for work in self.device_work if work.correlation not in self.launches]
         known = self.calls.externals_among({work.external for work in orphans}) - {-1, 0}  # what has no operation
@@ -306,7 +306,7 @@ def _name(event: dict[str, Any]) -> str:
 
 
 def _writable(text: str) -> str:
-    """Without lone surrogates, which no file could hold, and not too long."""
+    """`text` without lone surrogates, which no file could hold, and not too long."""
     return text[:LONGEST_NAME].encode("utf-8", "replace").decode()
 
 

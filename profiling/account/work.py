@@ -1,4 +1,4 @@
-"""What a training step must do, op by op: FLOPs and compulsory bytes, counted on the meta device.
+"""The FLOPs and compulsory bytes of a training step, op by op, counted on the meta device.
 
 Nothing is computed and nothing depends on the machine. A multiply-add is two FLOPs; convolutions and matrix products
 count as `FlopCounterMode` counts them, this package's kernels by their own `*_cost`. Bytes are of operands and results,
@@ -49,7 +49,7 @@ _FREE = {"detach", "empty", "empty_like", "new_empty", "_unsafe_view"}  # they m
 
 
 def as_on(device: torch.device) -> AbstractContextManager[None]:
-    """Model ops as this device runs them: some of its tiles have an activation stored, by a kernel more."""
+    """Model ops as this device runs them: some of its tiles have an activation stored by one more kernel."""
     return tiles.as_on(tiles.gpu_of(device))
 
 
@@ -82,7 +82,7 @@ class Work:
 
     @property
     def key(self) -> Dims:
-        """What it has in common with its kernels in a trace."""
+        """The key that its kernels in a trace share."""
         return Dims(family(self.op), frozenset(self.dims[:3]))
 
 

@@ -59,7 +59,7 @@ class HandMadeTrace:
     def on_device(
         self, name: str, start: int, duration: int, correlation: int, stream=7, category="kernel", **more: int
     ):
-        """What a launch put on the device; of `more`, "graph node id" is of the graph, as CUPTI numbers it."""
+        """Work that a launch put on the device; "graph node id" in `more` is the node's number by CUPTI."""
         args = {"External id": 0, "device": 0, "context": 1, "stream": stream, "correlation": correlation}
         args |= {"graph id": more.get("graph node id", 0) >> 32, "graph node id": 0} | more
         if category == "kernel":
@@ -139,7 +139,7 @@ BUSY = {
     "optimiser and loss": 50 * US,
     "augmentation and data": 30 * US,
 }
-"""What the device does in a training step; another 60 us of layout run behind others on a second stream."""
+"""The device's work in a training step; another 60 us of layout run behind others on a second stream."""
 HOST_GAP_NS, LAUNCH_GAP_NS, STEP_GAP_NS = 60 * US, 10 * US, 530 * US
 """In a step the device waits for the host, and for a kernel that is launched already; between two, for the host."""
 
@@ -185,13 +185,13 @@ def _training_step(trace: HandMadeTrace, number: int) -> None:
 
 
 PASS_STEP_NS, EAGER = 20 * MS, 2
-"""Of a `profiled_pass`: a step's length, and the index of the one that runs eagerly."""
+"""A `profiled_pass`'s length of a step, and the index of the step that runs eagerly."""
 PASS_KERNELS = (
     ("sm90_xmma_fprop_implicit_gemm_f16f16", "aten::cudnn_convolution", [[512, 64, 32, 32], [64, 64, 3, 3]], 8 * MS),
     ("cudnn::bn_fw_tr_1C11", "aten::cudnn_batch_norm", [[512, 64, 32, 32], [64]], 5 * MS),
     ("nchwToNhwcKernel", "aten::copy_", [[512, 64, 32, 32], [512, 64, 32, 32]], 1 * MS),
 )
-"""What each of its steps runs, one after another: name, operation, extents, duration."""
+"""The kernels of each of its steps, one after another: name, operation, extents, duration."""
 FIRST_NODE = 1 << 33
 
 

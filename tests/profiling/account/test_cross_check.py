@@ -65,7 +65,7 @@ OF_NODES = {
 
 
 def by(lie, steps=LIARS):
-    """What `profiled_pass` makes of a lie about `steps`."""
+    """A lie about `steps`, for `profiled_pass`."""
     return lambda number, kernels: lie(kernels) if number in steps else kernels
 
 
@@ -166,7 +166,7 @@ SLOWER = f"{ALL_REFUSED}{TOO_LONG} (step 0: 14 ms of kernels; a step without the
 
 
 def verdict(name, steps, taken, lack, slow=False, **how):
-    """Of a lie about `steps`: which steps are taken, and the beginning of what the pass lacks."""
+    """A lie about `steps`; the steps that are taken, and the beginning of what the pass lacks."""
     marks = [pytest.mark.slow] if slow else []
     return pytest.param(by(LIES[name][0], steps), how, taken, lack, id=f"{name}_{taken}_{len(how)}", marks=marks)
 

@@ -17,7 +17,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_floors_of_the_articles_run(name):
-    """Of the fused network, of its kernels as they are."""
+    """The fused floor is of the fused network's kernels as they are."""
     cuts = {cut.name: cut for cut in CUTS}
     rows = kernels(step(), cuts[name]) if name in cuts else fused_kernels(step(ops="fused"))
     for machine, expected in zip((V100, H200), EXPECTED[name], strict=True):
@@ -30,7 +30,7 @@ def test_compute_alone_needs_what_the_article_says():
 
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: cut.name)
 def test_cut_makes_the_passes_it_names(cut):
-    """Of a 64-channel layer on the largest map, whose tensors are all of one size and whose weights are small."""
+    """For a 64-channel layer on the largest map, whose tensors are all of one size and whose weights are small."""
     pass_bytes = 512 * 64 * 32 * 32 * 2
     rows = [r for r in kernels(step(), cut) if r.layer in ("64x32x32-64x3x3-s1", "512x64x32x32") and r.family != "add"]
     layers = sum(r.family == "fprop" for r in rows)

@@ -8,7 +8,7 @@ from profiling.account.host_calls import DEEPEST, HostCalls, Scope
 
 
 def calls_of(*rows: tuple) -> HostCalls:
-    """Of (start, end, name, dims if any), on thread 0."""
+    """Calls from (start, end, name, dims if any), on thread 0."""
     calls = HostCalls()
     for number, (start, end, name, *dims) in enumerate(rows):
         calls.add(0, start, end, name, *(dims or [""]), 100 + number)

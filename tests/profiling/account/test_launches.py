@@ -1,4 +1,4 @@
-"""Which launch a kernel is given where an id has several, and what a trace says of kernels that cannot be."""
+"""The launch of a kernel where an id has several, and kernels that cannot be."""
 
 import pytest
 from traces import BOOT_NS, MAIN, HandMadeTrace
@@ -12,7 +12,7 @@ STEP, KERNEL = ("step", 0, 0, 100_000), ("kernel", "k", 100, 200, 10)
 
 
 def made_of(launches: list[tuple], kernels: list[tuple]) -> Trace:
-    """Of launches (start, id, process if another) and kernels (start, id, device if another), each of 10 ns."""
+    """A trace of launches (start, id, process if another) and kernels (start, id, device if another) of 10 ns."""
     made = HandMadeTrace().apply(STEP)
     for start, number, *process in launches:
         made.event("cuda_runtime", "cudaLaunchKernel", start, 5, correlation=number)

@@ -98,11 +98,15 @@ def test_syncs_are_calls_that_wait_for_the_device(call):
     assert syncs == ([(BOOT_NS + 10, BOOT_NS + 40, call)] if call in WAITS else [])
 
 
-def test_copy_to_pageable_memory_waits():
-    name, made = "Memcpy DtoH (Device -> Pageable)", HandMadeTrace()
-    made.on_device(name, 300, 20, made.call("cudaMemcpyAsync", 10, 500), category="gpu_memcpy")
+COPIES = {"DtoH (Device -> Pageable)": True, "DtoH (Device -> Pinned)": False, "HtoD (Pageable -> Device)": False}
+
+
+@pytest.mark.parametrize(("copy", "waits"), COPIES.items())
+def test_copy_to_pageable_memory_waits(copy, waits):
+    made = HandMadeTrace()
+    made.on_device(f"Memcpy {copy}", 300, 20, made.call("cudaMemcpyAsync", 10, 500), category="gpu_memcpy")
     trace = made.read()
-    assert trace.syncs == [(BOOT_NS + 10, BOOT_NS + 510, name)]
+    assert trace.syncs == [(BOOT_NS + 10, BOOT_NS + 510, f"Memcpy {copy}")] * waits
     assert trace.kernels[0].kind == "memcpy"
 
 

@@ -48,7 +48,7 @@ def test_update_is_the_one_that_runs(ops, op, passes):
 
 @pytest.mark.parametrize("ops", OPS)
 def test_batch_is_made_by_the_ops_that_make_it(ops):
-    """By none where it comes from the host."""
+    """No op makes a batch that comes from the host."""
     made = [row for row in step("resnet9", ops=ops) if row.family == "augment"]
     assert made
     if ops == "reference":
