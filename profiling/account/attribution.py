@@ -1,13 +1,12 @@
-"""Where a device's time went: every nanosecond in which anything ran, and every gap between.
+"""The attribution of a device's time: every nanosecond in which anything ran, and every gap between.
 
-Concurrent kernels are not counted twice: each nanosecond of the union over all streams of a device goes to one
-category, by the order of `CATEGORIES`, and within it to the kernel that has been running longest. A gap goes to what
-the host did in it, until it launched the next kernel.
+Each nanosecond of the union over all streams of a device goes to one category, by the order of `CATEGORIES`, and in it
+to the kernel that has been running longest. A gap goes to what the host did until it launched the next kernel.
 
 The replay of a CUDA graph is one launch: nothing in the trace says which operation put a kernel into the graph. But the
-graph is the step, captured: its kernels are those of a step run eagerly, in that order. So operations are learned from
-the eager step, and the kernels of each replay are given them by name and order. That holds only while each replay has
-all its kernels, which `profiling.account.cross_check` verifies.
+graph is the step, captured: its kernels are those of a step run eagerly, in that order. So the
+kernels of each replay are given the operations of the eager step by name and order. That holds only while each replay
+has all its kernels, which `profiling.account.cross_check` verifies.
 """
 
 import itertools
@@ -49,26 +48,18 @@ class Attribution:
 
 
 class Idle(NamedTuple):
-    """Time within the active steps in which nothing ran on the device, by what kept it waiting; CAUSES in words.
+    """Time within the active steps in which nothing ran on the device, by what kept it waiting.
 
-    Where the next kernel had not been launched when the device ran dry, by what the host did until it was:
-
-    data_ns       made a batch, or waited for one
-    sync_ns       waited for the device: `.item()`, a synchronisation, a copy that blocks; or it was waiting when the
-                  device ran dry, so that it could not have launched anything, and made no batch since
-    optimiser_ns  was in the optimiser's step
-    launch_ns     was in another operation, or had launched the kernel, which had yet to start
-    python_ns     was in no operation
-
-    queued_ns     the next kernel had been launched before the device ran dry, and had yet to start
+    All but the last are of kernels not yet launched when the device ran dry, by what the host did until it launched.
+    A host that was waiting just then counts as waiting all along, but for a batch that it made since.
     """
 
-    data_ns: int = 0
-    sync_ns: int = 0
-    optimiser_ns: int = 0
-    launch_ns: int = 0
-    python_ns: int = 0
-    queued_ns: int = 0
+    data_ns: int = 0  # made a batch, or waited for one
+    sync_ns: int = 0  # waited for the device: `.item()`, a synchronisation, a copy that blocks
+    optimiser_ns: int = 0  # was in the optimiser's step
+    launch_ns: int = 0  # was in another operation; or had launched the kernel, which had yet to start
+    python_ns: int = 0  # was in no operation
+    queued_ns: int = 0  # had launched the kernel before the device ran dry, and it had yet to start
 
 
 CAUSES = (
@@ -85,15 +76,15 @@ LONGEST_QUEUED_NS = 1_000_000
 
 
 class PerStep(NamedTuple):
-    """How many steps were active, and the attribution of all their kernels together."""
+    """The number of active steps, and the attribution of all their kernels together."""
 
     steps: int
     total: Attribution
 
 
-def _divided(numbers: Iterable[int], by: int) -> list[int]:
-    """Integers that sum to the rounded sum of `numbers` / `by`."""
-    return _differences([round(total / by) for total in itertools.accumulate(numbers)])
+def apportioned(numbers: Iterable[float], times: int, over: float) -> list[int]:
+    """Each of `numbers` times `times` over `over` as an integer; they sum to their rounded sum."""
+    return _differences([round(total * times / over) for total in itertools.accumulate(numbers)])
 
 
 def _differences(sums: list[int]) -> list[int]:
@@ -111,7 +102,7 @@ def sweep(kernels: Iterable[Kernel], category_of: Callable[[Kernel], str] = cate
     by_kernel: dict[KernelKey, KernelTime] = defaultdict(lambda: KernelTime(0, 0, 0))
     for key, time in itertools.chain.from_iterable(one.by_kernel.items() for one in each):
         by_kernel[key] = KernelTime(*(a + b / len(each) for a, b in zip(by_kernel[key], time, strict=True)))
-    shares = _divided([sum(one.by_category[c] for one in each) for c in CATEGORIES], len(each))
+    shares = apportioned([sum(one.by_category[c] for one in each) for c in CATEGORIES], 1, len(each))
     return Attribution(sum(shares), dict(zip(CATEGORIES, shares, strict=True)), dict(by_kernel))
 
 
@@ -142,31 +133,25 @@ def _sweep(kernels: list[Kernel], category_of: Callable[[Kernel], str]) -> Attri
                 ns[queue[0]] += end - start
                 break
     by_category = dict.fromkeys(CATEGORIES, 0)
-    for category, share in zip(categories, ns, strict=True):
-        by_category[category] += share
-    return Attribution(sum(ns), by_category, _by_kernel(order, categories, ns))
-
-
-def _by_kernel(order: list[Kernel], categories: list[str], ns: list[int]) -> dict[KernelKey, KernelTime]:
-    sums: dict[KernelKey, list[int]] = defaultdict(lambda: [0, 0, 0])
+    by_kernel: dict[KernelKey, list[int]] = defaultdict(lambda: [0, 0, 0])
     counted: set[int] = set()
     for kernel, category, share in zip(order, categories, ns, strict=True):
-        op = kernel.ops[-1] if kernel.ops else ""
-        total = sums[KernelKey(category, kernel.name, op, kernel.dims)]
+        by_category[category] += share
+        total = by_kernel[KernelKey(category, kernel.name, kernel.ops[-1] if kernel.ops else "", kernel.dims)]
         # On a CPU an operation comes in as many pieces as others are called inside of it.
         total[0] += kernel.kind != "cpu" or kernel.correlation not in counted
         total[1] += share
         total[2] += kernel.end_ns - kernel.start_ns
         if kernel.kind == "cpu":
             counted.add(kernel.correlation)
-    return {key: KernelTime(*total) for key, total in sums.items()}
+    return Attribution(sum(ns), by_category, {key: KernelTime(*total) for key, total in by_kernel.items()})
 
 
-def per_step(trace: Trace, category_of: Callable[[Kernel], str] = categorise) -> PerStep | None:
+def per_step(trace: Trace) -> PerStep | None:
     """The attribution of the kernels that were launched in the active steps; None for a trace without steps."""
     if not trace.steps:
         return None
-    return PerStep(len(trace.steps), sweep((k for k in trace.kernels if trace.step_of(k) is not None), category_of))
+    return PerStep(len(trace.steps), sweep(k for k in trace.kernels if trace.step_of(k) is not None))
 
 
 def idle(trace: Trace) -> Idle | None:
@@ -177,15 +162,14 @@ def idle(trace: Trace) -> Idle | None:
     """
     if trace.lacks or not trace.steps:
         return None
-    waits = sorted((start, end) for start, end, _ in trace.syncs)
-    wait_starts = [start for start, _ in waits]
-    latest_ends = list(itertools.accumulate((end for _, end in waits), max))
+    wait_starts = [start for start, _ in trace.syncs]
+    latest_ends = list(itertools.accumulate((end for _, end in trace.syncs), max))
     data, sync, optimiser = (
         trace.calls.within(lambda op, _, work=work: host_work(op) == work) for work in ("data", "sync", "optimiser")
     )
     other = trace.calls.within(lambda op, annotation: not annotation)
     # Each includes all before it, so that a time in several goes to the first.
-    doing = list(itertools.accumulate([data, sync + waits, optimiser, other], lambda a, b: union(a + b)))
+    doing = list(itertools.accumulate([data, sync + trace.syncs, optimiser, other], lambda a, b: union(a + b)))
     until = [_covered_until(intervals) for intervals in doing]
     found = dict.fromkeys(Idle._fields, 0)
     for start, kernel in _gaps(trace):
@@ -202,7 +186,7 @@ def idle(trace: Trace) -> Idle | None:
         for cause, ns in zip(Idle._fields, shares, strict=False):
             found[cause] += ns
     devices = {kernel.device for kernel in trace.kernels if trace.step_of(kernel) is not None}
-    return Idle(*_divided(found.values(), max(len(devices), 1)))
+    return Idle(*apportioned(found.values(), 1, max(len(devices), 1)))
 
 
 def doubt(trace: Trace) -> str | None:
@@ -244,42 +228,31 @@ def _covered_until(intervals: list[tuple[int, int]]) -> Callable[[int], int]:
     return until
 
 
-class EagerKernel(NamedTuple):
-    """A kernel of the eager step; see `Kernel`."""
-
-    name: str
-    ops: tuple[str, ...]
-    dims: str
+_Operations = tuple[tuple[str, ...], str]  # ops and dims of a kernel
 
 
-def learn(kernels: Iterable[Kernel]) -> list[EagerKernel]:
-    """The kernels of a captured step, from the `kernels` of the same step run eagerly."""
-    eager = sorted((kernel for kernel in kernels if kernel.graph is None), key=lambda kernel: kernel.start_ns)
-    return [EagerKernel(kernel.name, kernel.ops, kernel.dims) for kernel in eager]
-
-
-def attribute_replays(kernels: Sequence[Kernel], learned: Sequence[EagerKernel]) -> list[Kernel]:
-    """`kernels`, by their start; those of replays with the operations that were `learned`.
+def attribute_replays(kernels: Sequence[Kernel], eager: Iterable[Kernel]) -> list[Kernel]:
+    """`kernels`, by their start; those of replays with the operations of the same step run eagerly, of `eager`.
 
     By name, and among kernels of one name by order: branches of a graph may run in another order than they were
     captured in. A kernel of a name that the eager step did not have is left to its name. Where the trace has the nodes
     of a graph, each is given what most replays say of it, so that two branches that changed places once do no harm.
     """
-    waiting: dict[int, dict[str, deque[EagerKernel]]] = {}
-    found: list[EagerKernel | None] = []
-    votes: dict[int, Counter[EagerKernel]] = defaultdict(Counter)
+    learned: dict[str, list[_Operations]] = defaultdict(list)
+    for kernel in sorted(eager, key=lambda kernel: kernel.start_ns):
+        if kernel.graph is None:
+            learned[kernel.name].append((kernel.ops, kernel.dims))
+    met: Counter[tuple[int, str]] = Counter()
+    votes: dict[int, Counter[_Operations]] = defaultdict(Counter)
+    found: list[_Operations | None] = []
     for kernel in kernels:
-        entry = None
-        if kernel.graph is not None:
-            if kernel.graph not in waiting:
-                waiting[kernel.graph] = defaultdict(deque)
-                for one in learned:
-                    waiting[kernel.graph][one.name].append(one)
-            if queue := waiting[kernel.graph][kernel.name]:
-                entry = queue.popleft()
-                if kernel.node is not None:
-                    votes[kernel.node][entry] += 1
+        entry, alike, at = None, learned.get(kernel.name, ()), (kernel.graph, kernel.name)
+        if kernel.graph is not None and met[at] < len(alike):
+            entry = alike[met[at]]
+            met[at] += 1
+            if kernel.node is not None:
+                votes[kernel.node][entry] += 1
         found.append(entry)
     said = {node: entries.most_common(1)[0][0] for node, entries in votes.items()}
     entries = [entry and said.get(kernel.node, entry) for kernel, entry in zip(kernels, found, strict=True)]
-    return [k._replace(ops=e.ops, dims=e.dims) if e else k for k, e in zip(kernels, entries, strict=True)]
+    return [k._replace(ops=e[0], dims=e[1]) if e else k for k, e in zip(kernels, entries, strict=True)]

@@ -1,22 +1,21 @@
-"""What kind of work a kernel does, from the operations that launched it and from its name.
+"""The category of a kernel, from the operations that launched it and from its name.
 
 The operation decides where it can: the same elementwise kernel adds a shortcut or steps an optimiser. The name decides
 where an operation launches kernels of several kinds (a convolution also transposes its operands), and where none is
-known. What neither tells is "unknown".
+known. A kernel that neither tells is "unknown".
 
-Names of kernels are those of cuDNN 7 to 9, cuBLAS, CUTLASS, ATen, torch.compile, MIOpen and the libraries of large
-models as they stand in published traces and tables of torch.profiler, and this project's own. What a name says is what
-its function says: template arguments only name the types that it works on.
-
-Judged on 44 traces from the test data of AMD-AGI/TraceLens and facebookresearch/HolisticTraceAnalysis (language, vision
-and recommendation models on V100 to B200 and MI210 to MI300X), by reading the name of each function of 0.05 % or more:
-at most 0.1 % of a trace's kernel time is in a category that the name contradicts. Names that say no purpose (ATen's
-elementwise and reduce kernels, fills) contradict none, nor does a matrix product contradict an optimiser's step.
+Names are those of cuDNN 7 to 9, cuBLAS, CUTLASS, ATen, torch.compile, MIOpen and the libraries of large models in
+published traces of torch.profiler, and this project's own. Template arguments only name the types that a function works
+on. In 44 traces from the test data of AMD-AGI/TraceLens and facebookresearch/HolisticTraceAnalysis (language, vision
+and recommendation models, V100 to B200 and MI210 to MI300X) at most 0.1 % of the kernel time of a trace is in a
+category that the name contradicts; a name without a purpose (elementwise, reduce, fill) contradicts none, nor a matrix
+product an optimiser's step.
 """
 
 import functools
 import re
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 from profiling.account.trace import Kernel
 
@@ -49,7 +48,7 @@ _Table = tuple[tuple[str, re.Pattern[str]], ...]
 
 
 def _patterns(*rows: tuple[str, str]) -> _Table:
-    """Of (category, patterns with spaces between)."""
+    """A table from (category, patterns with spaces between)."""
     return tuple((category, re.compile("|".join(patterns.split()))) for category, patterns in rows)
 
 
@@ -60,7 +59,7 @@ _CONTEXTS = _patterns(
     ("augmentation and data", rf"{AUGMENTATION}$ cifar::augment enumeratedataloader .*dataloaderiter"),
     ("optimiser and loss", r"optimizer(step|zerograd) \w*loss logsoftmax"),
 )
-"""Operations of which everything inside has their category, whatever it is; the beginnings of their names."""
+"""Operations that give their category to everything inside; the beginnings of their names."""
 
 _OPERATIONS = _patterns(
     (
@@ -79,7 +78,7 @@ _OPERATIONS = _patterns(
     ("augmentation and data", r"index indexselect pinmemory randperm"),
     ("memory-bound", r"(safe)?softmax gather scatter\w* embedding\w* (unique|searchsorted|repeatinterleave)\w*"),
 )
-"""The innermost operation that is one of these decides."""
+"""The innermost of these decides."""
 
 _PARTS = _patterns(
     (
@@ -91,7 +90,7 @@ _PARTS = _patterns(
         flip indexput indexcopy reflectionpad[123]d upsample\w+""",
     )
 )
-"""Operations that have their category only where none of those around them has another: they are parts of these."""
+"""Operations that have their category unless one around them has another: then they are parts of it."""
 
 # Kernels by what `_function` leaves of their names.
 
@@ -99,7 +98,7 @@ _COMMUNICATION = re.compile(
     r"nccl|rccl|memcpy\sptop|all_?reduce|all_?gather|reduce_?scatter|all_?(to|2)_?all|cross_device_reduce|nvshmem|deep_ep"
     r"|symm(etric)?_?mem|\bbarrier|multimem|mscclpp"
 )
-"""Whatever is around it: waiting for other processes is nobody's work."""
+"""Communication, whatever operation is around it: waiting for other processes is no operation's work."""
 
 _OF_ONE_PURPOSE = _patterns(
     ("augmentation and data", r"^augment_kernel memcpy\shtod memcpy\sdtoh"),
@@ -112,7 +111,7 @@ _OF_ONE_PURPOSE = _patterns(
         subtensoropwithcast batched_transpose transpose_?(kernel|readwrite|[34]d) direct_copy float\d*_copy_kernel""",
     ),
 )
-"""Whatever operation launched them."""
+"""Kernels of one category, whatever operation launched them."""
 
 _KERNELS = _patterns(
     ("memory-bound", r"pooling_?[fb]w (layer|group|rms)_?norm reshape_and_cache store_?kv finalize routing"),
@@ -144,8 +143,8 @@ _COMPILED_KERNELS = _patterns(
     ),
     ("memory-bound", r"^triton_[a-z]{3}_fused"),
 )
-"""Those that torch.compile writes, named after the operations in them. Only its templates multiply matrices: in the
-name of another, a product is the one whose operand it reorders or whose result it reads."""
+"""Kernels of torch.compile, named after the operations in them. Only its templates multiply matrices: another kernel
+with a product in its name reorders that product's operand or reads its result."""
 
 _FRAME = re.compile(
     r"\b(\w*elementwise_kernel\w*|reduce_kernel|kernel2?|device_kernel|kentry|trampoline_kernel)$", re.ASCII
@@ -160,9 +159,8 @@ _HOST = _patterns(
 
 
 def host_work(op: str) -> str | None:
-    """What the host does inside of `op`: "data" for a batch, "sync" with the device, "optimiser"; None is another."""
-    simple = _simplified(op)
-    return next((work for work, pattern in _HOST if pattern.match(simple)), None)
+    """The host's work inside of `op`: "data" for a batch, "sync" with the device, "optimiser", or None for another."""
+    return _find(_HOST, _simplified(op), re.Pattern.match)
 
 
 @functools.lru_cache(maxsize=1 << 14)
@@ -170,34 +168,17 @@ def _category(name: str, ops: tuple[str, ...]) -> str:
     kernel = _function(name).lower()
     if _COMMUNICATION.search(kernel):
         return "communication"
-    works = [_of_operation(op) for op in ops]
-    if context := next((work.context for work in works if work.context), None):
-        return context
-    if found := _find(_OF_ONE_PURPOSE, kernel):
-        return found
-    if innermost := next((work.own for work in reversed(works) if work.own), None):
-        return innermost
-    if part := next((work.part for work in works if work.part), None):
-        return part
-    return _find(_COMPILED_KERNELS if kernel.startswith("triton_") else _KERNELS, kernel) or "unknown"
-
-
-class _Work(NamedTuple):
-    """The category of an operation by each of the tables."""
-
-    context: str | None
-    own: str | None
-    part: str | None
+    contexts, own, parts = zip(*map(_of_operation, ops), strict=True) if ops else ((), (), ())
+    by_name = _find(_COMPILED_KERNELS if kernel.startswith("triton_") else _KERNELS, kernel)
+    said = (*contexts, _find(_OF_ONE_PURPOSE, kernel), *reversed(own), *parts, by_name, "unknown")
+    return next(filter(None, said))
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _of_operation(op: str) -> _Work:
-    name = _simplified(op)
-    return _Work(
-        next((category for category, pattern in _CONTEXTS if pattern.match(name)), None),
-        next((category for category, pattern in _OPERATIONS if pattern.fullmatch(name)), None),
-        next((category for category, pattern in _PARTS if pattern.fullmatch(name)), None),
-    )
+def _of_operation(op: str) -> tuple[str | None, str | None, str | None]:
+    """Its category by _CONTEXTS, by _OPERATIONS and by _PARTS."""
+    name, whole = _simplified(op), re.Pattern.fullmatch
+    return _find(_CONTEXTS, name, re.Pattern.match), _find(_OPERATIONS, name, whole), _find(_PARTS, name, whole)
 
 
 def _function(name: str) -> str:
@@ -228,8 +209,8 @@ def _function(name: str) -> str:
     return name if _FRAME.search(function.lower()) else function
 
 
-def _find(table: _Table, name: str) -> str | None:
-    return next((category for category, pattern in table if pattern.search(name)), None)
+def _find(table: _Table, name: str, matches: Callable[[re.Pattern[str], str], Any] = re.Pattern.search) -> str | None:
+    return next((category for category, pattern in table if matches(pattern, name)), None)
 
 
 def _simplified(op: str) -> str:

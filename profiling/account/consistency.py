@@ -1,8 +1,7 @@
-"""Whether a run's records can be of one run, and its account of one machine: what does not add up is said.
+"""Checks that a run's records are of one run, and that its account is possible.
 
-Idle is the steps less the kernels' busy time, so that every mistake in either ends in it: the sum of the terms proves
-nothing. `believed` holds the records against each other and leaves out those that disagree; `doubts` holds the account
-against what it cannot be.
+Idle is the steps less the kernels' busy time and takes up every mistake in either, so that the sum of the terms proves
+nothing. `believed` leaves out records that disagree with others; `doubts` names figures that cannot be.
 """
 
 import itertools
@@ -32,13 +31,12 @@ ABOVE_ROOF = 1.1
 """Rate over the roof from which a kernel is above it: the roof is the best of some windows of 50 ms or more."""
 ABOVE_SHARE = 0.02
 """Share of the busy time in such kernels from which the roof is in doubt."""
-CACHE_BYTES = 256 << 20
-"""What a kernel may find in the last-level cache and leave there without touching memory: twice the 126 MiB of a B200,
-more than twice the 96 MiB of an EPYC's die (data sheets)."""
-FASTER_CACHE = 4
-"""How much faster than memory a last-level cache may be (assumed; 2 to 3 on an H100). It has no say below LARGE_BYTES,
-where a CPU's core has a cache of its own."""
-LARGE_BYTES = 16 << 20
+CACHE_BYTES, FASTER_CACHE, LARGE_BYTES = 256 << 20, 4, 16 << 20
+"""A kernel may find so many bytes in the last-level cache and leave them there without touching memory: twice the 126
+MiB of a B200, more than twice the 96 MiB of an EPYC's die (data sheets). That cache may be so many times as fast as
+memory (assumed; 2 to 3 on an H100), which does not matter below LARGE_BYTES, where a CPU's core has its own cache."""
+TRAINING = ("preprocessing", "training")
+"""Phases that count as training, as DAWNBench has it."""
 
 
 def believed(run: "Run") -> "Run":
@@ -61,10 +59,6 @@ def believed(run: "Run") -> "Run":
         lacks.append(f"profile.json contradicts the run or its trace: {why}. The profiled pass is left out.")
         profile = {}
     return run._replace(lacks=lacks, phases=phases, steps=steps, work=work, profile=profile)
-
-
-TRAINING = ("preprocessing", "training")
-"""Phases that count as training, as DAWNBench has it."""
 
 
 def _phases_wrong(record: dict[str, Any], train_s: float) -> str:
@@ -136,13 +130,17 @@ def witness(run: "Run", judged: Judged, gaps_ns: float, steps_ns: float, scale: 
     return Witness(gaps_ns - (profiled_ns - steps_ns), alone / len(numbers))
 
 
+_NEGATIVE = {
+    "idle": "The kernels of the profiled pass took longer than the steps of the run.",
+    "conv_inefficiency": "The convolutions were faster than this device was seen to sustain: the ceiling is too low.",
+}
+"""Why a term is below zero."""
+
+
 def doubts(
     e: Evidence, terms: Sequence[Term], perturbation: float | None, seen: Witness | None, kernels: Sequence[Row]
 ) -> list[str]:
-    """Sentences on what cannot be so, for the head of the report; none where the account may be right.
-
-    `kernels` are those of the profiled pass.
-    """
+    """Sentences on figures that cannot be, for the head of the report; `kernels` are those of the profiled pass."""
     found = []
     total = e.training_ns
     for term in terms if total > 0 else ():
@@ -156,7 +154,8 @@ def doubts(
             )
         elif term.key not in UNEXPLAINED and share < -NEGATIVE:
             found.append(
-                f"{name[:1].upper()}{name[1:]} is {term.ns / 1e9:.3g} s, {share:.1%} of training. {_why(term)}"
+                f"{name[:1].upper()}{name[1:]} is {term.ns / 1e9:.3g} s, {share:.1%} of training. "
+                + _NEGATIVE.get(term.key, "The records do not belong together.")
             )
         elif share > 1:
             why = " The ceiling is too low." if term.key in NECESSARY else ""
@@ -175,16 +174,8 @@ def doubts(
     return found + _above_roofs(e, kernels)
 
 
-def _why(term: Term) -> str:
-    if term.key == "idle":
-        return "The kernels of the profiled pass took longer than the steps of the run."
-    if term.key == "conv_inefficiency":
-        return "The convolutions were faster than what this device was seen to sustain: the ceiling is too low."
-    return "The records do not belong together."
-
-
 def _above_roofs(e: Evidence, kernels: Sequence[Row]) -> list[str]:
-    """Of kernels whose work this device cannot have done in their time, even with what its cache spares it."""
+    """A sentence if kernels did more than this device can in their time, even with what its cache spares it."""
     above = []
     for row in kernels:
         seconds = row.ns_per_step / row.calls_per_step / 1e9 if row.calls_per_step else 0

@@ -1,37 +1,36 @@
-"""Which steps of a pass under the profiler can be believed, each held against whatever else is known of it.
+"""Checks of each profiled step against all else that is known of it.
 
 CUPTI, from which torch.profiler has its kernels, loses and falsifies some of a replayed graph's: dropped where a
 session begins, without a length, of wrong durations (pytorch/kineto#1165, pytorch/pytorch#192021; CUDA 12.9 and 13.0).
 Such a trace looks like any other. But a step is the same work each time, one of them was run eagerly, and CUDA events
 timed them all. A step that disagrees is refused by name and left out. Where too few are left, kernel times are those of
-the eager step, if it stands; `Judged.lacks` says so, which makes the account incomplete.
+the eager step, if it stands, and the account is incomplete.
 """
 
-import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, NamedTuple
 
-from profiling.account.attribution import attribute_replays, learn
+from profiling.account.attribution import attribute_replays
+from profiling.account.host_calls import union
 from profiling.account.trace import Kernel, Trace, missing
 
 JITTER_NS = 1_000
-"""By how much the times of a kernel may be wrong: PyTorch's own torch.cuda._annotate_cuda_graph_trace takes an overlap
-of that much on one stream for a jitter of CUPTI's timestamps, and more for a fault."""
+"""Error of a kernel's times: torch.cuda._annotate_cuda_graph_trace takes an overlap of that much on one stream for a
+jitter of CUPTI's timestamps, and more for a fault."""
 OVERLAP = 0.03
 """Share of a step's kernel time that may lie under other kernels of its stream, where it is counted once. On an H200
 cuDNN's dgrads launch their successor early (programmatic dependent launch): 1.0 to 1.6 % of a step of the reference."""
 DIFFERENCE = 0.10
-"""Of a step's kernel times, summed by name, from those of the step it is compared with, beside JITTER_NS a kernel. Work
-and clocks are the same, some milliseconds apart, and so are the times but for caches, which move them by some per cent;
-a lie that is smaller moves the account by less than what it is read for."""
+"""Difference of a step's kernel times, summed by name, from another's, beside JITTER_NS a kernel. Work and clocks are
+the same, and caches move times by some per cent; a smaller lie moves the account by less than what it is read for."""
 BEYOND_EVENTS = 0.02
-"""By how much the kernels of a step may last longer than the CUDA events around it say: the GPU's own clock, both."""
+"""Share by which the kernels of a step may outlast the CUDA events around it: both are on the GPU's own clock."""
 FEWEST = 5
-"""Steps below which what is left is no longer taken for the rule."""
+"""Believed steps below which the others are no longer taken for the exception."""
 
 LOST, SURPLUS, TWICE = "kernels are missing", "kernels are too many", "kernels are recorded twice"
 NO_LENGTH, OVERLAPPING = "kernels have no length", "kernels overlap on one stream"
@@ -39,8 +38,11 @@ TOO_LONG, APART = "kernels ran longer than the step", "kernels lie further apart
 DIFFERENT = "kernel times are not those of other steps"
 
 
+Faults = dict[int, tuple[str, str]]  # (reason, detail) of steps by their index
+
+
 class Refused(NamedTuple):
-    """A step of the profiler's number, and why: in words that other steps share, and in its own figures."""
+    """A step by the profiler's number; the reason in words that other steps share, the detail in its own figures."""
 
     step: int
     reason: str
@@ -49,7 +51,7 @@ class Refused(NamedTuple):
 
 @dataclass(frozen=True)
 class Judged:
-    """What a pass is worth.
+    """The believed steps of a pass.
 
     trace        with the believed steps and their kernels, replayed ones given their operations; None if none stands
     images       trained in those steps
@@ -68,7 +70,7 @@ class Judged:
 
     @property
     def said(self) -> str:
-        """The refused steps in a sentence's beginning, one of each reason with its figures; "" if there are none."""
+        """The beginning of a sentence on the refused steps, one of each reason with its figures; "" without any."""
         if not self.refused:
             return ""
         reasons = Counter(one.reason for one in self.refused).most_common()
@@ -78,7 +80,7 @@ class Judged:
 
     @property
     def source(self) -> str:
-        """Where the times of kernels come from."""
+        """The source of the kernels' times."""
         if self.fell_back:
             return "torch.profiler, one step run eagerly in a pass of its own, as its graph replays were refused"
         left = f", {self.steps - len(self.refused)} of its {self.steps} steps" if self.refused else ""
@@ -86,34 +88,36 @@ class Judged:
 
 
 def judge(trace: Trace, profile: dict[str, Any], timed_ns: float | None) -> Judged:
-    """What can be believed of `trace`. On a CPU, where operations time themselves, all steps are.
+    """Judge the steps of `trace`. On a CPU, where operations time themselves, all are believed.
 
     `profile` is records/profile.json, `timed_ns` how long a step took without the profiler, None if that is not known.
     """
     pass_ = _Pass(trace, profile, timed_ns)
     replays = [i for i in range(len(trace.steps)) if i != pass_.eager]
     if not trace.on_gpu or not replays:
-        return pass_.judged(pass_.only(replays) if trace.steps else trace, replays, {}, [])
+        return pass_.judged(pass_.only(replays) if trace.steps else trace, replays, {})
     faults = pass_.faults()
     believed = [i for i in replays if i not in faults]
     refused = {i: faults[i] for i in replays if i in faults}
     stands = pass_.eager is not None and pass_.eager not in faults
     if refused and len(believed) < FEWEST:
-        said = pass_.judged(None, believed, refused, []).said
+        said = pass_.judged(None, believed, refused).said
         if stands:
             lack = f"{said}. Too few are left: the kernel times are those of the one step that was run eagerly."
-            return pass_.judged(pass_.only([pass_.eager]), [pass_.eager], refused, [lack], fell_back=True)
-        eager = "no step was run eagerly" if pass_.eager is None else f"the eager one too: {_why(faults[pass_.eager])}"
+            return pass_.judged(pass_.only([pass_.eager]), [pass_.eager], refused, lack, fell_back=True)
+        eager = "no step was run eagerly"
+        if pass_.eager is not None:
+            eager = f"the eager one too: {', '.join(faults[pass_.eager])}"
         lack = f"{said}; {eager}. What the device's time was made of is not known."
-        return pass_.judged(None, [], refused, [*trace.lacks, lack])
-    kept, lacks = pass_.only(believed), []
+        return pass_.judged(None, [], refused, *trace.lacks, lack)
+    kept, lack = pass_.only(believed), []
     if any(kernel.graph is not None for kernel in kept.kernels):
         if stands:
-            kept = replace(kept, kernels=attribute_replays(kept.kernels, learn(pass_.kernels[pass_.eager])))
+            kept = replace(kept, kernels=attribute_replays(kept.kernels, pass_.kernels[pass_.eager]))
         else:
-            why = "" if pass_.eager is None else f" (refused: {_why(faults[pass_.eager])})"
-            lacks = [f"trace incomplete: what a graph replay should hold was not learned from an eager step{why}"]
-    return pass_.judged(replace(kept, lacks=kept.lacks + lacks), believed, refused, [])
+            why = "" if pass_.eager is None else f" (refused: {', '.join(faults[pass_.eager])})"
+            lack = [f"trace incomplete: what a graph replay should hold was not learned from an eager step{why}"]
+    return pass_.judged(replace(kept, lacks=kept.lacks + lack), believed, refused)
 
 
 class _Pass:
@@ -122,9 +126,9 @@ class _Pass:
     def __init__(self, trace: Trace, profile: dict[str, Any], timed_ns: float | None):
         count = len(trace.steps)
         self.trace, self.timed_ns = trace, timed_ns
-        self.recorded = profile["step_images"]
-        aligned = len(self.recorded) == len(profile["step_ns"]) == count
-        self.images = self.recorded if aligned else [sum(self.recorded) / max(len(self.recorded), 1)] * count
+        images = profile["step_images"]
+        aligned = len(images) == len(profile["step_ns"]) == count
+        self.images = images if aligned else [sum(images) / max(len(images), 1)] * count
         self.event_ns = profile["step_ns"] if aligned else [None] * count
         eager = profile["eager_step"]
         self.eager = eager if eager in range(count) else None
@@ -134,15 +138,9 @@ class _Pass:
                 self.kernels[index].append(kernel)
 
     def judged(
-        self,
-        trace: Trace | None,
-        believed: Sequence[int],
-        refused: dict[int, tuple[str, str]],
-        lacks: list[str],
-        fell_back: bool = False,
+        self, trace: Trace | None, believed: Sequence[int], refused: Faults, *lacks: str, fell_back=False
     ) -> Judged:
         steps = self.trace.steps
-        lacks = [*(trace.lacks if trace else []), *lacks]
         return Judged(
             trace=trace,
             images=sum(self.images[i] for i in believed),
@@ -150,7 +148,7 @@ class _Pass:
             refused=[Refused(steps[i].number, *fault) for i, fault in sorted(refused.items())],
             eager_step=None if self.eager is None else steps[self.eager].number,
             fell_back=fell_back,
-            lacks=lacks,
+            lacks=[*(trace.lacks if trace else ()), *lacks],
         )
 
     def only(self, indices: Sequence[int]) -> Trace:
@@ -163,12 +161,12 @@ class _Pass:
         lacks += [missing(len(inside))] if inside else []
         return replace(trace, kernels=kept, steps=[trace.steps[i] for i in indices], lacks=lacks, lost=inside)
 
-    def faults(self) -> dict[int, tuple[str, str]]:
-        """Of each step that cannot be believed: (why, its figures)."""
+    def faults(self) -> Faults:
+        """(reason, detail) of each step that cannot be believed."""
         every = range(len(self.trace.steps))
         found = {i: fault for i in every if (fault := self._by_itself(i))}
         if self.eager is not None and self.eager not in found:  # before others are compared with it
-            found |= dict(self._by_overlap([self.eager]))
+            found |= self._by_overlap([self.eager])
         eager = self.eager if self.eager not in found else None
         replays = [i for i in every if i != self.eager]
         alike: dict[float, list[int]] = defaultdict(list)  # an epoch's short last batch is another graph
@@ -179,7 +177,7 @@ class _Pass:
             found = self._by_count(steps, model) | found
             found |= self._by_time([i for i in steps if i not in found], model)
         # Last, so that the kernels of one step that was refused cannot spoil others.
-        return found | dict(self._by_overlap([i for i in every if i not in found]))
+        return found | self._by_overlap([i for i in every if i not in found])
 
     def _by_itself(self, i: int) -> tuple[str, str] | None:
         kernels = self.kernels[i]
@@ -202,13 +200,16 @@ class _Pass:
             return TOO_LONG, f"{_ms(busy)} of kernels; a step without the profiler took {_ms(self.timed_ns)}"
         return None
 
-    def _by_count(self, steps: list[int], model: int | None) -> dict[int, tuple[str, str]]:
+    def _by_count(self, steps: list[int], model: int | None) -> Faults:
         """Against the kernels of the eager step `model`, and the nodes that most replays of the graph have."""
         graphs = {i: [kernel for kernel in self.kernels[i] if kernel.graph is not None] for i in steps}
         if model is None and not any(graphs.values()):
             return {}
         counts = Counter(len(kernels) for kernels in graphs.values())
-        expected = len(learn(self.kernels[model])) if model is not None else max(counts, key=lambda n: (counts[n], n))
+        if model is not None:
+            expected = sum(kernel.graph is None for kernel in self.kernels[model])
+        else:
+            expected = max(counts, key=lambda n: (counts[n], n))
         seen = Counter(node for kernels in graphs.values() for node in {k.node for k in kernels if k.node})
         nodes = {node for node, count in seen.items() if 2 * count > len(steps)}
         found = {}
@@ -224,7 +225,7 @@ class _Pass:
                 found[i] = SURPLUS, detail
         return found
 
-    def _by_time(self, steps: list[int], model: int | None) -> dict[int, tuple[str, str]]:
+    def _by_time(self, steps: list[int], model: int | None) -> Faults:
         """Kernel times by name against those of `model`, or against the medians of `steps`."""
         times = {i: _by_name(self.kernels[i]) for i in steps}
         names = set().union(*times.values())
@@ -240,7 +241,7 @@ class _Pass:
                 found[i] = DIFFERENT, f"{sums}; kernel by kernel {_ms(apart)} apart"
         return found
 
-    def _by_overlap(self, steps: list[int]) -> Iterator[tuple[int, tuple[str, str]]]:
+    def _by_overlap(self, steps: list[int]) -> Faults:
         streams: dict[tuple[int, int], list[tuple[Kernel, int]]] = defaultdict(list)
         for i in steps:
             for kernel in self.kernels[i]:
@@ -256,13 +257,10 @@ class _Pass:
                         under[step] += overlap
                 if kernel.end_ns > latest.end_ns:
                     latest, of = kernel, i
-        for i, ns in under.items():
-            if ns > OVERLAP * _sum_ns(self.kernels[i]):
-                yield i, (OVERLAPPING, f"for {_ms(ns)} of {_ms(_sum_ns(self.kernels[i]))}")
-
-
-def _sum_ns(kernels: Iterable[Kernel]) -> int:
-    return sum(kernel.end_ns - kernel.start_ns for kernel in kernels)
+        total = {i: _by_name(self.kernels[i]).total() for i in steps}
+        return {
+            i: (OVERLAPPING, f"for {_ms(ns)} of {_ms(total[i])}") for i, ns in under.items() if ns > OVERLAP * total[i]
+        }
 
 
 def _by_name(kernels: Iterable[Kernel]) -> Counter[str]:
@@ -274,18 +272,12 @@ def _by_name(kernels: Iterable[Kernel]) -> Counter[str]:
 
 
 def _busy_ns(kernels: Sequence[Kernel]) -> int:
-    """How long the device must have worked: kernels of one stream do not run at the same time, others may."""
-    streams: dict[tuple[int, int], int] = defaultdict(int)
+    """The least time in which the device can have done these: kernels of one stream do not run at the same time."""
+    streams: Counter[tuple[int, int]] = Counter()
     for kernel in kernels:
         streams[kernel.device, kernel.stream] += kernel.end_ns - kernel.start_ns
-    intervals = sorted((kernel.start_ns, kernel.end_ns) for kernel in kernels)
-    ends = itertools.accumulate((end for _, end in intervals), max, initial=intervals[0][0])
-    union = sum(max(0, end - max(start, before)) for (start, end), before in zip(intervals, ends, strict=False))
-    return max(union, *streams.values())
-
-
-def _why(fault: tuple[str, str]) -> str:
-    return f"{fault[0]}, {fault[1]}"
+    intervals = union((kernel.start_ns, kernel.end_ns) for kernel in kernels)
+    return max(sum(end - start for start, end in intervals), *streams.values())
 
 
 def _ms(ns: float) -> str:

@@ -32,16 +32,14 @@ class Fusion:
 
     passes       of a conv-BN-ReLU layer, forward and backward, with 6 for the convolution itself
     elementwise  passes of each elementwise family over its activation; a family that is not named is part of another
-    dgrad        passes that dgrad makes over its result's size on top of its own (the ReLU's mask)
-    of_dy        whether dgrad and wgrad read the batch norm's input to make dy of dz as they load it
+    prologues    whether dgrad reads the ReLU's mask too, and dgrad and wgrad the batch norm's input, to make dy of dz
     """
 
     name: str
     passes: int
     elementwise: dict[str, int]
     says: str
-    dgrad: int = 0
-    of_dy: bool = False
+    prologues: bool = False
 
 
 CUTS = (
@@ -69,8 +67,7 @@ CUTS = (
         {},
         "convolution 6, its prologues and epilogues doing all the rest: dgrad reads the mask's operand too, dgrad and "
         "wgrad each make dy as they load it, one pass more; shortcuts cost nothing",
-        dgrad=1,
-        of_dy=True,
+        prologues=True,
     ),
 )
 """Derived from the ops of the network in eager PyTorch."""
@@ -83,14 +80,21 @@ FUSED_SAYS = (
 
 
 def kernels(rows: Sequence[Work], fusion: Fusion) -> list[Work]:
-    """What remains of `rows`, a step of the reference network, in this cut: each kernel with its bytes."""
+    """The kernels with their bytes that remain in this cut of `rows`, a step of the reference network."""
     kept = []
     for row in rows:
         name = "add backward" if row.family == "add" and row.backward else row.family
         if name in fusion.elementwise:
             kept.append(replace(row, bytes=row.bytes * fusion.elementwise[name] // _NATURAL[name]))
         elif row.family in _COUNTED:
-            kept.append(replace(row, bytes=row.bytes + _extra(row, fusion)))
+            extra = 0
+            if fusion.prologues and row.family in ("dgrad", "wgrad"):
+                dy, x, w = (math.prod(extents) for extents in row.dims[:3])
+                masked = (
+                    row.family == "dgrad" and row.dims[2][2] > 1
+                )  # a projection's input is masked in the other branch
+                extra = row.bytes // (dy + x + w) * (dy + x * masked)
+            kept.append(replace(row, bytes=row.bytes + extra))
     return kept
 
 
@@ -98,16 +102,6 @@ def fused_kernels(rows: Sequence[Work]) -> list[Work]:
     """The kernels of a step of the fused network, `rows`, that the other cuts count too."""
     ours = ("bn_stats", "bn_finalize", "bn_apply", "bn_backward_reduce", "bn_coefficients", "bn_backward_apply")
     return [row for row in rows if row.family in (*_COUNTED, *ours)]
-
-
-def _extra(row: Work, fusion: Fusion) -> int:
-    """Bytes that a gradient's kernel moves besides the convolution's own operands and result."""
-    if row.family not in ("dgrad", "wgrad"):
-        return 0
-    dy, x, w = (math.prod(extents) for extents in row.dims[:3])
-    behind_relu = row.dims[2][2] > 1  # a projection's input is masked in the other branch
-    mask = fusion.dgrad * x if row.family == "dgrad" and behind_relu else 0
-    return row.bytes // (dy + x + w) * (mask + (dy if fusion.of_dy else 0))
 
 
 def floor_ns(rows: Sequence[Work], flops_per_s: float, bytes_per_s: float) -> float:

@@ -1,4 +1,4 @@
-"""What the host was doing: the operations and annotations of each thread, which lie inside of one another."""
+"""The host's operations and annotations by thread, which lie inside of one another."""
 
 import functools
 import itertools
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 DEEPEST = 64
-"""So many are kept of the outermost and of the innermost of nested operations; PyTorch nests some thirty."""
+"""Nested operations kept from the outside, and as many from the inside; PyTorch nests some thirty."""
 
 
 class Scope(NamedTuple):
@@ -66,11 +66,11 @@ class HostCalls:
         return self._scopes.setdefault(scope, scope)
 
     def externals_among(self, ids: set[int]) -> set[int]:
-        """Those of `ids` that are an operation's External id."""
+        """The subset of `ids` that are an operation's External id."""
         return {i for calls in self._threads for i in calls.external if i in ids}
 
     def within(self, wanted: Callable[[str, bool], bool]) -> list[tuple[int, int]]:
-        """When any thread was inside of what is `wanted`, by its name and whether it is an annotation: disjoint."""
+        """Disjoint intervals in which any thread was inside of what is `wanted(name, whether an annotation)`."""
         keep = functools.cache(lambda name, annotation: wanted(self._texts[name], bool(annotation)))
         found: list[tuple[int, int]] = []
         for calls in self._threads:
@@ -79,7 +79,7 @@ class HostCalls:
         return union(found)
 
     def scopes(self, thread: int, times: Sequence[int]) -> Iterator[Scope]:
-        """What `thread` was inside of at each of `times`, which rise."""
+        """The scope of `thread` at each of `times`, which rise."""
         calls = self._threads[thread] if thread < len(self._threads) else _Thread()
         order, following, stack = calls.outermost_first(), 0, []
         for time in times:
@@ -91,7 +91,7 @@ class HostCalls:
             yield self._scope(calls, calls.running(stack, time))
 
     def pieces(self) -> Iterator[Piece]:
-        """Each thread's time in operations, cut where the innermost one changes. Of two that overlap, the later."""
+        """Each thread's time in operations, cut where the innermost changes; the later of two that overlap has it."""
         before = 0
         for thread, calls in enumerate(self._threads):
             stack: list[int] = []
@@ -132,7 +132,7 @@ class _Thread:
         return sorted(range(len(self.start)), key=lambda i: (self.start[i], -self.end[i]))
 
     def running(self, stack: list[int], time: int) -> list[int]:
-        """Those of `stack` that have not ended; of many the first and the last."""
+        """The operations of `stack` that have not ended; of many the first and the last."""
         if len(stack) <= 2 * DEEPEST:
             return [i for i in stack if self.end[i] > time]
         ends = range(len(stack)), range(len(stack) - 1, -1, -1)

@@ -1,4 +1,4 @@
-"""Which launch a kernel came from: the one of its correlation id, which launches of merged or long traces may share."""
+"""The launches of kernels, by correlation id, which several launches share in merged or long traces."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ class Launch(NamedTuple):
 
 
 class DeviceWork(NamedTuple):
-    """What a device did, before it is known what led to it; see `trace.Kernel`."""
+    """Work of a device before its launch is known; see `trace.Kernel`."""
 
     name: str
     start_ns: int
@@ -36,7 +36,7 @@ class Launches:
         self._by_id: dict[int, list[Launch]] = {}
 
     def add(self, correlation: int, launch: Launch) -> None:
-        """One more; a call within the last one of its id, or the same again, is that launch."""
+        """Add a launch; a call within the last one of its id, or the same again, is that launch."""
         known = self._by_id.setdefault(correlation, [])
         last = known[-1] if known else None
         if not (last and last.thread == launch.thread and last.start_ns <= launch.start_ns <= last.end_ns):
@@ -80,7 +80,7 @@ class Launches:
 
 
 def _latest(launches: list[Launch], starts: list[int]) -> Iterator[Launch]:
-    """Of each of `starts`, which rise like `launches`, the last launch before that is not taken."""
+    """The last untaken launch before each of `starts`, which rise like `launches`."""
     waiting: list[Launch] = []
     following, latest = 0, launches[0]
     for start in starts:

@@ -23,11 +23,11 @@ PER_ELEMENT = {
     "max_pool2d_with_indices": 1,
     "max_pool2d_with_indices_backward": 1,
 }
-"""FLOPs for each element of the largest operand of an op that nothing counts the FLOPs of, a comparison being one.
+"""FLOPs for each element of the largest operand of an op whose FLOPs nothing counts; a comparison is one.
 
 Batch norm's are those of `kernels.bn_stats`, `bn_apply` and `bn_backward` without ReLU: Welford's update 4, the affine
-map 2; the two sums 4, the gradient's map 5. A copy or a cast does none, so that it has no place on a roofline, and
-neither has the arithmetic of PyTorch's augmentation, much of which is on indices.
+map 2; the two sums 4, the gradient's map 5. A copy or a cast does none and has no place on a roofline, nor has the
+arithmetic of PyTorch's augmentation, much of which is on indices.
 """
 
 
@@ -83,26 +83,56 @@ class Row:
         return asdict(self)
 
 
-class _Ops:
-    """The ops of a step by what a trace shows of them."""
+def kernel_rows(timed: Sequence[Timed], work: Sequence[Work], steps: float, roofs: Roofs) -> list[Row]:
+    """A row for each kernel of `steps` profiled steps, by falling time; FLOPs and bytes where its op's are known."""
+    ops, rows = _Ops(timed, work, steps, roofs), []
+    for t in timed:
+        of_op = ops.of(t)
+        shape = of_op[0].layer if of_op else "x".join(map(str, max(_extents(t.dims), key=math.prod, default=())))
+        rows.append(ops.row(t.name, shape, t, t.calls / steps, t.ns, ops.done_by(t)))
+    return sorted(rows, key=lambda row: -row.ns_per_step)
 
-    def __init__(self, work: Sequence[Work], timed: Sequence[Timed]):
+
+def layer_rows(timed: Sequence[Timed], work: Sequence[Work], steps: float, roofs: Roofs) -> list[Row]:
+    """A row for each convolution layer and pass: all kernels of category "convolution" that its op launched.
+
+    Where dgrad and wgrad cannot be told apart they are one row, "backward".
+    """
+    ops, rows = _Ops(timed, work, steps, roofs), []
+    groups: dict[tuple[str, str], list[Timed]] = defaultdict(list)
+    for t in timed:
+        of_op = ops.of(t)
+        if t.category == "convolution" and of_op and of_op[0].family in ("fprop", "dgrad", "wgrad"):
+            families = {w.family for w in ops.named(t) or ops.done_by(t) or of_op}
+            groups[of_op[0].layer, families.pop() if len(families) == 1 else "backward"].append(t)
+    for (layer, gradient), members in groups.items():
+        first, ns = members[0], sum(t.ns for t in members)
+        done = [w for w in ops.of(first) if gradient in ("backward", w.family)]
+        rows.append(ops.row(f"{layer} {gradient}", layer, first, float(ops.calls(first)), ns, done))
+    return sorted(rows, key=lambda row: -row.ns_per_step)
+
+
+class _Ops:
+    """The ops of a step by what a trace of `steps` shows of them."""
+
+    def __init__(self, timed: Sequence[Timed], work: Sequence[Work], steps: float, roofs: Roofs):
+        self.steps, self.roofs, self.total_ns = steps, roofs, sum(t.ns for t in timed)
         self.rows: dict[Dims, list[Work]] = defaultdict(list)
         for w in work:
             self.rows[w.key].append(w)
         self.ns: dict[tuple[Dims, str], float] = defaultdict(float)
         self.longest: dict[tuple[Dims, str], float] = defaultdict(float)
         for t in timed:
-            self.ns[_key(t.op, t.dims), t.category] += t.ns
+            self.ns[_key(t), t.category] += t.ns
             for w in self.named(t):
                 self.longest[w.key, w.family] = max(self.longest[w.key, w.family], t.ns)
 
     def of(self, t: Timed) -> list[Work]:
-        """Everything that the op which launched the kernel does in a step, over all its calls."""
-        return self.rows.get(_key(t.op, t.dims), [])
+        """The work in a step of the op that launched the kernel, over all its calls."""
+        return self.rows.get(_key(t), [])
 
     def calls(self, t: Timed) -> int:
-        """How often that op is called in a step. A convolution's backward is two rows and one call."""
+        """The calls of that op in a step. A convolution's backward is two rows and one call."""
         return max(Counter(w.family for w in self.of(t)).values(), default=0)
 
     def named(self, t: Timed) -> list[Work]:
@@ -115,7 +145,7 @@ class _Ops:
         They can by their names, of which the longest kernel did the work and not, say, a reduction after it; or where
         one takes nearly all of the time. On a CPU the one of an op and its wrappers that takes most did the work.
         """
-        key, on_cpu = _key(t.op, t.dims), t.name == t.op
+        key, on_cpu = _key(t), t.name == t.op
         if named := self.named(t):
             return [w for w in named if t.ns >= self.longest[key, w.family]]
         if not on_cpu and t.category != max((c for k, c in self.ns if k == key), key=lambda c: self.ns[key, c]):
@@ -123,89 +153,40 @@ class _Ops:
         enough = (MOST if on_cpu else NEARLY_ALL) * self.ns[key, t.category]
         return self.of(t) if t.ns > enough else []
 
-
-def kernel_rows(timed: Sequence[Timed], work: Sequence[Work], steps: float, roofs: Roofs) -> list[Row]:
-    """A row for each kernel of `steps` profiled steps, by falling time; FLOPs and bytes where its op's are known."""
-    ops, total_ns = _Ops(work, timed), sum(t.ns for t in timed) / steps
-    rows = []
-    for t in timed:
-        of_op = ops.of(t)
-        shape = of_op[0].layer if of_op else _largest(t.dims)
-        per_step = (t.calls / steps, t.ns / steps)
-        rows.append(_row(t.name, t.op, t.category, shape, per_step, total_ns, ops.done_by(t), ops.calls(t), roofs))
-    return sorted(rows, key=lambda row: -row.ns_per_step)
-
-
-def layer_rows(timed: Sequence[Timed], work: Sequence[Work], steps: float, roofs: Roofs) -> list[Row]:
-    """A row for each convolution layer and pass: all kernels of category "convolution" that its op launched.
-
-    Where dgrad and wgrad cannot be told apart they are one row, "backward".
-    """
-    ops, total_ns = _Ops(work, timed), sum(t.ns for t in timed) / steps
-    groups: dict[tuple[str, str], list[Timed]] = defaultdict(list)
-    for t in timed:
-        of_op = ops.of(t)
-        if t.category == "convolution" and of_op and of_op[0].family in ("fprop", "dgrad", "wgrad"):
-            families = {w.family for w in ops.named(t) or ops.done_by(t) or of_op}
-            groups[of_op[0].layer, families.pop() if len(families) == 1 else "backward"].append(t)
-    rows = []
-    for (layer, gradient), members in groups.items():
-        first = members[0]
-        done = [w for w in ops.of(first) if gradient in ("backward", w.family)]
-        calls = ops.calls(first)
-        per_step = (float(calls), sum(t.ns for t in members) / steps)
-        name = f"{layer} {gradient}"
-        rows.append(_row(name, first.op, first.category, layer, per_step, total_ns, done, calls, roofs))
-    return sorted(rows, key=lambda row: -row.ns_per_step)
-
-
-def _row(
-    name: str,
-    op: str,
-    category: str,
-    shape: str,
-    per_step: tuple[float, float],
-    total_ns: float,
-    work: Sequence[Work],
-    work_calls: int,
-    roofs: Roofs,
-) -> Row:
-    """`per_step` is (calls, ns); `work` is what is done in a step, in `work_calls` calls of the op."""
-    calls, ns = per_step
-    flops = sum(w.flops for w in work) // work_calls if work else 0
-    per_element = PER_ELEMENT.get(work[0].family) if work and work[0].dims and not flops else None
-    if per_element:
-        flops = per_element * max(map(math.prod, work[0].dims))
-    moved = sum(w.bytes for w in work) // work_calls if work else 0
-    seconds = ns / calls / 1e9
-    needs = {}
-    if flops and roofs.flops_per_s:
-        needs["compute"] = flops / roofs.flops_per_s
-    if moved and roofs.bytes_per_s:
-        needs["memory"] = moved / roofs.bytes_per_s
-    bound = max(needs, key=needs.__getitem__) if needs else None
-    modelled = "FLOPs and bytes: modelled"
-    if per_element:
-        modelled = f"FLOPs: modelled, {per_element} for each element; bytes: modelled"
-    return Row(
-        name=name,
-        op=op,
-        category=category,
-        shape=shape,
-        calls_per_step=calls,
-        ns_per_step=ns,
-        share=ns / total_ns if total_ns else 0.0,
-        flops=flops or None,
-        bytes=moved or None,
-        flops_per_s=flops / seconds if flops and seconds else None,
-        bytes_per_s=moved / seconds if moved and seconds else None,
-        intensity=flops / moved if flops and moved else None,
-        bound=bound,
-        roof_fraction=needs[bound] / seconds if bound and seconds else None,
-        per_element=per_element,
-        status="measured",
-        source=f"time: torch.profiler; {modelled}, each operand and result once",
-    )
+    def row(self, name: str, shape: str, of: Timed, calls: float, ns: float, work: Sequence[Work]) -> Row:
+        """A row of `calls` a step and `ns` in all steps; `work` is done in a step, in all calls of the op of `of`."""
+        flops = sum(w.flops for w in work) // self.calls(of) if work else 0
+        moved = sum(w.bytes for w in work) // self.calls(of) if work else 0
+        per_element = PER_ELEMENT.get(work[0].family) if work and work[0].dims and not flops else None
+        counted = "FLOPs and bytes: modelled"
+        if per_element:
+            flops = per_element * max(map(math.prod, work[0].dims))
+            counted = f"FLOPs: modelled, {per_element} for each element; bytes: modelled"
+        seconds, needs = ns / self.steps / calls / 1e9, {}
+        if flops and self.roofs.flops_per_s:
+            needs["compute"] = flops / self.roofs.flops_per_s
+        if moved and self.roofs.bytes_per_s:
+            needs["memory"] = moved / self.roofs.bytes_per_s
+        bound = max(needs, key=needs.__getitem__) if needs else None
+        return Row(
+            name=name,
+            op=of.op,
+            category=of.category,
+            shape=shape,
+            calls_per_step=calls,
+            ns_per_step=ns / self.steps,
+            share=ns / self.total_ns if self.total_ns else 0.0,
+            flops=flops or None,
+            bytes=moved or None,
+            flops_per_s=flops / seconds if flops and seconds else None,
+            bytes_per_s=moved / seconds if moved and seconds else None,
+            intensity=flops / moved if flops and moved else None,
+            bound=bound,
+            roof_fraction=needs[bound] / seconds if bound and seconds else None,
+            per_element=per_element,
+            status="measured",
+            source=f"time: torch.profiler; {counted}, each operand and result once",
+        )
 
 
 def _extents(dims: str) -> list[tuple[int, ...]]:
@@ -215,9 +196,5 @@ def _extents(dims: str) -> list[tuple[int, ...]]:
         return []
 
 
-def _key(op: str, dims: str) -> Dims:
-    return Dims(family(op), frozenset(_extents(dims)[:3]))
-
-
-def _largest(dims: str) -> str:
-    return "x".join(map(str, max(_extents(dims), key=math.prod, default=())))
+def _key(t: Timed) -> Dims:
+    return Dims(family(t.op), frozenset(_extents(t.dims)[:3]))

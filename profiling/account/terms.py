@@ -1,4 +1,4 @@
-"""The account of a run: where every nanosecond went, from what the arithmetic needs to what the stopwatch shows.
+"""The account of a run, from what the arithmetic needs to what the stopwatch shows.
 
 Two levels. The phases of the process are exclusive and contiguous, so they sum to its wall clock by construction. The
 training phase is then cut into terms that sum to it, in integer nanoseconds:
@@ -17,14 +17,13 @@ taken from the run that was not profiled. A term may be negative and is then sho
 prove nothing.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from profiling.account import floors
-from profiling.account.attribution import CAUSES
+from profiling.account.attribution import CAUSES, apportioned
 from profiling.account.categories import categorise
 from profiling.account.trace import Kernel
 from profiling.account.work import Work
@@ -37,7 +36,7 @@ UNKNOWN_LIMIT = 0.05
 ARTICLE_S = 256.0
 """The article's run at batch 512 on a V100, its validation included (quoted)."""
 ARTICLE_VALIDATION_S = 15.3
-"""Of the 256 s, 35 passes of 0.437 s over the test images (quoted, from the author's own log)."""
+"""Part of the 256 s: 35 passes of 0.437 s over the test images (quoted, from the author's own log)."""
 ARTICLE_IMAGES = 35 * 50_000
 
 NAMES = {
@@ -82,11 +81,11 @@ class Term:
 
     @property
     def recoverable_ns(self) -> int:
-        """What is above its floor."""
+        """The time above its floor."""
         return 0 if self.key in (*NECESSARY, *UNEXPLAINED) else max(self.ns - max(self.floor_ns, 0), 0)
 
     def to_json(self, total_ns: int) -> dict[str, Any]:
-        """With how long training would take if the term were at its floor."""
+        """As a record, with the time that training would take if the term were at its floor."""
         left, what_if = total_ns - self.recoverable_ns, ""
         if self.recoverable_ns > 0.005 * total_ns and left > 0:
             what_if = f"training takes {left / 1e9:.3g} s, {total_ns / left:.3g} times as fast"
@@ -106,7 +105,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Busy:
-    """What a profiled pass saw, for all images of the run: nanoseconds by category, and of the device's gaps.
+    """Nanoseconds by category and of the device's gaps in a profiled pass, scaled to all images of the run.
 
     `gaps` are in the order of `attribution.CAUSES`, None where the trace cannot tell, so that busy times are not
     certain either, and zeros where only the gaps are not the run's.
@@ -123,7 +122,7 @@ class Busy:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that the account of the training phase is made of; None is not known.
+    """The evidence of the training phase; None is not known.
 
     training_ns   the phase
     steps_ns      of it, from the start of each epoch's first step to the end of its last, unprofiled
@@ -143,31 +142,26 @@ class Evidence:
     busy: Busy | None
     peak_source: str = "data sheet"
     fused: bool = False
-    """Whether the kernels of batch norm do more than batch norm."""
+    """Whether other work is fused into the kernels of batch norm."""
     on_gpu: bool = True
 
 
 def terms(e: Evidence) -> list[Term]:
     """The training phase in terms, in the order of the module's docstring; they sum to it."""
     found = _needed(e)
-    needed_ns = sum(t.ns for t in found)
     if e.busy is not None:
-        found += _of_categories(e, needed_ns)
-        if e.steps_ns is not None and e.busy.gaps is not None:
-            found.append(_idle(e))
-    complete = e.busy is not None and e.busy.gaps is not None and e.steps_ns is not None
-    rest = e.training_ns - sum(t.ns for t in found)
-    if complete:
-        found.append(Term("residual", rest, "measured", "the training phase less all terms above"))
+        found += _of_categories(e, sum(t.ns for t in found))
+    source = "the training phase less all terms above"
+    if complete := e.busy is not None and e.busy.gaps is not None and e.steps_ns is not None:
+        found.append(_idle(e))
     else:
-        found.append(
-            Term("unattributed", rest, "measured", "the training phase less all terms above; see what it lacks")
-        )
-    return found
+        source += "; see what it lacks"
+    rest = e.training_ns - sum(t.ns for t in found)
+    return [*found, Term("residual" if complete else "unattributed", rest, "measured", source)]
 
 
 def _needed(e: Evidence) -> list[Term]:
-    """What the arithmetic and the convolutions' bytes need at the least."""
+    """The least that the arithmetic and the convolutions' bytes need."""
     found = []
     if e.flops and e.peak is not None:
         ideal = round(1e9 * e.flops / e.peak)
@@ -189,15 +183,11 @@ def _needed(e: Evidence) -> list[Term]:
 
 
 def _of_categories(e: Evidence, needed_ns: int) -> list[Term]:
-    by_category = dict(e.busy.by_category)
+    by_category, least = dict(e.busy.by_category), _floors(e)
     convolutions = round(by_category.pop("convolution", 0))
-    text = f"convolution and matrix kernels ({convolutions / 1e9:.4g} s; {e.busy.source})"
-    if needed_ns:
-        text = f"{text}, less the terms above"
-        found = [Term("conv_inefficiency", convolutions - needed_ns, "measured", text, e.busy.note)]
-    else:
-        found = [Term("convolution", convolutions, "measured", text, e.busy.note)]
-    least = _floors(e)
+    key, less = ("conv_inefficiency", ", less the terms above") if needed_ns else ("convolution", "")
+    text = f"convolution and matrix kernels ({convolutions / 1e9:.4g} s; {e.busy.source}){less}"
+    found = [Term(key, convolutions - needed_ns, "measured", text, e.busy.note)]
     for key, ns in by_category.items():
         if round(ns):
             name = "batch norm and fused epilogues" if key == "batch norm" and e.fused else ""
@@ -225,16 +215,11 @@ def _idle(e: Evidence) -> Term:
     if not e.busy.on_gpu:
         name = "between operations: Python and dispatch"
         return Term("idle", round(sum(gaps)), "measured", f"{e.busy.source}: time inside no operation", name=name)
-    idle = e.steps_ns - round(sum(e.busy.by_category.values()))
-    total = sum(gaps)
-    parts: tuple[tuple[str, int], ...] = ()
+    idle, total = e.steps_ns - round(sum(e.busy.by_category.values())), sum(gaps)
+    text, parts = f"unprofiled steps less the kernels' busy time ({e.busy.source})", ()
     if total > 0:
-        seen = [(name, gap) for name, gap in zip(CAUSES, gaps, strict=False) if gap]
-        sums = [round(idle * so_far / total) for so_far in itertools.accumulate(gap for _, gap in seen)]
-        shares = (end - start for start, end in zip([0, *sums], [*sums[:-1], idle], strict=False))
-        parts = tuple(zip((name for name, _ in seen), shares, strict=True))
-    text = f"unprofiled steps less the kernels' busy time ({e.busy.source})"
-    if parts:
+        names, seen = zip(*((name, gap) for name, gap in zip(CAUSES, gaps, strict=False) if gap), strict=True)
+        parts = tuple(zip(names, apportioned(seen, idle, total), strict=True))
         text += "; its parts in proportion to the profiled pass's gaps"
     return Term("idle", idle, "measured", text, e.busy.note and f"less kernel times {e.busy.note}", parts)
 
@@ -249,14 +234,13 @@ def article_terms(rows: Sequence[Work], batch: int, peak: float, bandwidth: floa
     flops = ARTICLE_IMAGES * flops_per_image
     kernels = floors.kernels(rows, floors.CUTS[0])
     found = _needed(Evidence(total_ns, None, flops, kernels, steps, peak, None, bandwidth, None, "NVIDIA's data sheet"))
-    for key, families in {
-        "batch norm": ("batch norm", "relu", "relu backward", "batch norm backward"),
-        "memory-bound": ("add",),
-        "optimiser and loss": ("optimiser",),
-    }.items():
+    text = f"bytes over {bandwidth / 1e9:.4g} GB/s by eager PyTorch's passes"
+    for key, name, families in (
+        ("batch norm", "batch norm and ReLU", ("batch norm", "relu", "relu backward", "batch norm backward")),
+        ("memory-bound", "shortcuts", ("add",)),
+        ("optimiser and loss", "optimiser", ("optimiser",)),
+    ):
         ns = floors.floor_ns([k for k in kernels if k.family in families], math.inf, bandwidth)
-        text = f"bytes over {bandwidth / 1e9:.4g} GB/s by eager PyTorch's passes"
-        name = "batch norm and ReLU" if key == "batch norm" else "shortcuts" if key == "memory-bound" else "optimiser"
         found.append(Term(key, round(ns * steps), "modelled", text, name=name))
     source = "the author's log: 35 passes of 0.437 s"
     found.append(Term("validation", round(1e9 * ARTICLE_VALIDATION_S), "quoted", source))

@@ -1,4 +1,4 @@
-"""What ran in a profiled pass, from the Chrome trace that torch.profiler wrote.
+"""The kernels, steps and host calls of a profiled pass, from the Chrome trace that torch.profiler wrote.
 
 A kernel finds the operation that it belongs to through its launch: the kernel's correlation id names a call of the
 CUDA or HIP runtime, and that call lies, on its thread, inside of the operations and annotations that led to it. A
@@ -78,20 +78,18 @@ class Step(NamedTuple):
 class Trace:
     """A profiled pass.
 
-    kernels      by their start
-    steps        as the profiler marked them; where it marked none, all that was launched is one
-    syncs        (start_ns, end_ns, name) of the host's calls that wait for the device
-    device_name  of the device that ran the kernels, None if the trace does not say
-    on_gpu       whether a device beside the host was at work, even if none of its kernels were recorded
-    lacks        a sentence for everything that is missing: busy times may be too small then, and gaps too large
-    lost         starts of the launches within the steps whose kernels are missing; `missing` is their sentence
-    calls        what the host did
+    kernels  by their start
+    steps    as the profiler marked them; where it marked none, all that was launched is one
+    syncs    (start_ns, end_ns) of the host's calls that wait for the device, by their start
+    on_gpu   whether a device beside the host was at work, even if none of its kernels were recorded
+    lacks    a sentence for everything that is missing: busy times may be too small then, and gaps too large
+    lost     starts of the launches within the steps whose kernels are missing; `missing` is their sentence
+    calls    what the host did
     """
 
     kernels: list[Kernel]
     steps: list[Step]
-    syncs: list[tuple[int, int, str]]
-    device_name: str | None
+    syncs: list[tuple[int, int]]
     on_gpu: bool
     lacks: list[str]
     lost: list[int] = field(default_factory=list)
@@ -108,7 +106,7 @@ class Trace:
 
 
 def missing(launches: int) -> str:
-    """What a trace lacks that has no kernels of so many launches."""
+    """The lack of a trace without the kernels of so many launches."""
     return f"trace incomplete: the kernels of {launches} launches are missing"
 
 
@@ -125,38 +123,24 @@ def read(path: Path) -> Trace:
     kernels = list(kept.linked_kernels() if on_gpu else kept.cpu_pieces())
     kernels.sort(key=lambda kernel: (kernel.start_ns, kernel.end_ns))
     times = [launch.start_ns for _, launch in kept.launches] if on_gpu else [k.start_ns for k in kernels]
-    steps = _without_stub(sorted(kept.steps, key=lambda step: step.start_ns), times)
+    steps = sorted(kept.steps, key=lambda step: step.start_ns)
+    if steps and times and not any(steps[-1].start_ns <= time < steps[-1].end_ns for time in times):
+        steps.pop()  # a stub: the profiler ended there
     if not steps and times:  # of a program that has none: one step is all that it launched
         steps = [Step(0, min(times), max(times) + 1)]
     lost = kept.launches_without_kernels(steps) if kernels else []
-    lacks = events.lacks + kept.lacks(kernels, steps) + ([missing(len(lost))] if lost else [])
-    name = _device_name(events.properties.get("deviceProperties"), kernels)
-    return Trace(kernels, steps, sorted(kept.syncs), name, on_gpu, lacks, lost, kept.calls)
-
-
-def _without_stub(steps: list[Step], times: list[int]) -> list[Step]:
-    """Without a last step in which nothing was begun: the profiler ended there."""
-    stub = bool(steps and times) and not any(steps[-1].start_ns <= time < steps[-1].end_ns for time in times)
-    return steps[:-1] if stub else steps
-
-
-def _device_name(properties: Any, kernels: list[Kernel]) -> str | None:
-    """Of the device most kernels ran on, or of the only one there is: some number devices as the driver does."""
-    entries = [entry for entry in properties if isinstance(entry, dict)] if isinstance(properties, list) else []
-    devices = Counter(kernel.device for kernel in kernels).most_common(1)
-    named = [entry for entry in entries if devices and entry.get("id") == devices[0][0]] or entries
-    name = named[0].get("name") if len(named) == 1 else None
-    return _writable(name) if isinstance(name, str) and name else None
+    lacks = events.lacks + kept.lacks(kernels) + ([missing(len(lost))] if lost else [])
+    return Trace(kernels, steps, sorted(kept.syncs), on_gpu, lacks, lost, kept.calls)
 
 
 class _Kept:
-    """What is kept of the events, and how it hangs together."""
+    """The events that are kept, and the links between them."""
 
     def __init__(self) -> None:
         self.device_work: list[DeviceWork] = []
         self.launches = Launches()
         self.captures: list[tuple[int, bool]] = []
-        self.syncs: list[tuple[int, int, str]] = []
+        self.syncs: list[tuple[int, int]] = []
         self.steps: list[Step] = []
         self.calls = HostCalls()
         self.threads: dict[tuple[Any, Any], int] = {}
@@ -185,35 +169,28 @@ class _Kept:
             if step := _STEP.fullmatch(name):
                 self.steps.append(Step(int(step[1]), *_interval(event)))
             elif not _WRAPPER.match(name):
-                self._add_call(event, name, category == "user_annotation")
+                args = event.get("args", {})
+                extents, external = args.get("Input Dims"), _integer(args.get("External id", -1))
+                dims = json.dumps(extents, separators=(",", ":")) if isinstance(extents, list) and any(extents) else ""
+                dims = dims if len(dims) <= LONGEST_DIMS else ""
+                annotation = category == "user_annotation"
+                self.calls.add(self._thread(event), *_interval(event), name, dims, external, annotation)
         elif category is not None and category.endswith(("_runtime", "_driver")):
-            self._add_runtime(event, _name(event))
-
-    def _add_call(self, event: dict[str, Any], name: str, annotation: bool) -> None:
-        args = event.get("args", {})
-        extents = args.get("Input Dims")
-        dims = json.dumps(extents, separators=(",", ":")) if isinstance(extents, list) and any(extents) else ""
-        if len(dims) > LONGEST_DIMS:
-            dims = ""
-        external = _integer(args.get("External id", -1))
-        self.calls.add(self._thread(event), *_interval(event), name, dims, external, annotation)
-
-    def _add_runtime(self, event: dict[str, Any], name: str) -> None:
-        kind, waits = _runtime_call(name)
-        start, end = _interval(event)
-        if waits:
-            self.syncs.append((start, end, name))
-        if kind in ("begin capture", "end capture"):
-            self.captures.append((start, kind == "begin capture"))
-        elif kind:
-            launch = Launch(start, end, self._thread(event), event.get("pid"), kind)
-            self.launches.add(_integer(event["args"]["correlation"]), launch)
+            name, (start, end) = _name(event), _interval(event)
+            kind, waits = _runtime_call(name)
+            if waits:
+                self.syncs.append((start, end))
+            if kind in ("begin capture", "end capture"):
+                self.captures.append((start, kind == "begin capture"))
+            elif kind:
+                launch = Launch(start, end, self._thread(event), event.get("pid"), kind)
+                self.launches.add(_integer(event["args"]["correlation"]), launch)
 
     def _thread(self, event: dict[str, Any]) -> int:
         return self.threads.setdefault((event.get("pid"), event.get("tid")), len(self.threads))
 
     def link(self) -> None:
-        """Find the launch of all that the device did, once each; leave out what lasted longer than it can."""
+        """Find the launch of each work of the device; leave out doubles and what lasted longer than it can."""
         times = [work.start_ns for work in self.device_work]
         times += [time for _, launch in self.launches for time in (launch.start_ns, launch.end_ns)]
         longest = max(LONGEST_KERNEL_NS, max(times, default=0) - min(times, default=0))
@@ -241,7 +218,7 @@ class _Kept:
                 yield Kernel(*work, correlation, graph=graph, node=node)
                 continue
             if "DtoH" in work[0] and "Pageable" in work[0]:  # the call returns when the copy is done
-                self.syncs.append((launch.start_ns, launch.end_ns, work[0]))
+                self.syncs.append((launch.start_ns, launch.end_ns))
             graph = None
             if launch.kind == "graph":
                 first = graphs.setdefault(correlation, launch)
@@ -249,12 +226,12 @@ class _Kept:
             yield Kernel(*work, correlation, *scopes[launch], launch.start_ns, graph, node)
 
     def cpu_pieces(self) -> Iterator[Kernel]:
-        """What ran where there is no device."""
+        """The pieces of operations, which are what ran where there is no device."""
         for start, end, thread, number, scope in self.calls.pieces():
             yield Kernel(scope.ops[-1], start, end, thread, -1, "cpu", number, *scope, start)
 
-    def lacks(self, kernels: list[Kernel], steps: list[Step]) -> list[str]:
-        """What is missing of this trace, in sentences."""
+    def lacks(self, kernels: list[Kernel]) -> list[str]:
+        """Sentences on what is missing of this trace."""
         lacks = []
         if self.malformed:
             lacks.append(f"trace incomplete: {self.malformed} events were malformed and left out")
@@ -269,7 +246,7 @@ class _Kept:
         return lacks
 
     def launches_without_kernels(self, steps: list[Step]) -> list[int]:
-        """When they began, within the steps. What is launched during a capture does not run, and is no loss."""
+        """Their starts within the steps. A launch during a capture runs nothing and is no loss."""
         ran = {(work.correlation, at) for work, at in zip(self.device_work, self.launch_of, strict=True)}
         first, last = (steps[0].start_ns, steps[-1].end_ns) if steps else (-_LATEST_NS, _LATEST_NS)
         captures = sorted(self.captures)
@@ -283,9 +260,9 @@ class _Kept:
         return lost
 
     def _kernels_without_launches(self) -> int:
-        """How many, but for those that a profiler finds running when it begins.
+        """Their number without leftovers, which a profiler finds running when it begins.
 
-        Such leftovers come before everything that was launched since, and their operation is not in the trace.
+        Leftovers come before everything that was launched since, and their operation is not in the trace.
         """
         orphans = [work for work in self.device_work if work.correlation not in self.launches]
         known = self.calls.externals_among({work.external for work in orphans}) - {-1, 0}  # what has no operation
@@ -317,7 +294,7 @@ def _name(event: dict[str, Any]) -> str:
 
 
 def _writable(text: str) -> str:
-    """Without lone surrogates, which no file could hold, and not too long."""
+    """`text` without lone surrogates, which no file could hold, and not too long."""
     return text[:LONGEST_NAME].encode("utf-8", "replace").decode()
 
 

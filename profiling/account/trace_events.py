@@ -20,22 +20,18 @@ LARGEST_VALUE = 1 << 23
 _DECODER = json.JSONDecoder(parse_float=str, parse_constant=str, strict=False)
 _SEPARATORS = re.compile(r"[\s,]*")
 _NEXT_EVENT = re.compile(r'\}\s{0,64},\s{0,64}(?=\{\s{0,64}")')
-_LONGEST_BORDER = 200
-"""Characters of what it finds, and more."""
+_LONGEST_BORDER = 200  # characters of what it finds, and more
 
 
 class TraceEvents:
     """Iterate over the events of the trace at `path`, each a dict.
 
-    properties  afterwards, what the trace says of itself: the values of the top-level keys in `wanted`
-    lacks       afterwards, a sentence for everything that could not be read; what stands around it was handed over
-
+    `lacks` has afterwards a sentence for everything that could not be read; what stands around it was handed over.
     Raises OSError where the file cannot be opened or read, and nothing else whatever is in it.
     """
 
-    def __init__(self, path: Path, wanted: tuple[str, ...] = ("deviceProperties",)):
-        self.path, self.wanted = path, wanted
-        self.properties: dict[str, Any] = {}
+    def __init__(self, path: Path):
+        self.path = path
         self.lacks: list[str] = []
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -80,9 +76,7 @@ class TraceEvents:
                 found = True
                 yield from self._array(text)
                 continue
-            value = text.value()
-            if key in self.wanted:
-                self.properties[key] = value
+            text.value()
         if not found:
             self.lacks.append("trace incomplete: the file has no traceEvents")
 
@@ -113,9 +107,8 @@ class _Text:
     """A JSON text that arrives in pieces, of which as little is kept as one value needs."""
 
     def __init__(self, pieces: Iterator[str]):
-        self.pieces = pieces
-        self.buffer, self.position = "", 0
-        self.dropped = 0
+        self.pieces, self.buffer = pieces, ""
+        self.position = self.dropped = 0
 
     @property
     def read(self) -> int:
@@ -123,12 +116,10 @@ class _Text:
         return self.dropped + self.position
 
     def _more(self) -> bool:
-        piece = next(self.pieces, "")
-        if not piece:
-            return False
-        self.dropped += self.position
-        self.buffer, self.position = self.buffer[self.position :] + piece, 0
-        return True
+        if piece := next(self.pieces, ""):
+            self.dropped += self.position
+            self.buffer, self.position = self.buffer[self.position :] + piece, 0
+        return bool(piece)
 
     def next_character(self) -> str:
         """The next one that is neither space nor comma; it stays. Raises EOFError at the end."""

@@ -1,4 +1,4 @@
-"""What a training step must do, op by op: FLOPs and compulsory bytes, counted on the meta device.
+"""The FLOPs and compulsory bytes of a training step, op by op, counted on the meta device.
 
 Nothing is computed and nothing depends on the machine. A multiply-add is two FLOPs; convolutions and matrix products
 count as `FlopCounterMode` counts them, this package's kernels by their own `*_cost`. Bytes are of operands and results,
@@ -26,44 +26,30 @@ from profiling.account.categories import AUGMENTATION
 VERSION = 1
 
 FAMILIES = {
-    "convolution": "fprop",
-    "_convolution": "fprop",
-    "conv2d": "fprop",
-    "cudnn_convolution": "fprop",
-    "mkldnn_convolution": "fprop",
-    "conv_fprop": "fprop",
-    "convolution_backward": "conv backward",
-    "mkldnn_convolution_backward": "conv backward",
-    "conv_dgrad": "dgrad",
-    "conv_wgrad": "wgrad",
-    "mm": "matrix product",
-    "addmm": "matrix product",
-    "native_batch_norm": "batch norm",
-    "cudnn_batch_norm": "batch norm",
-    "miopen_batch_norm": "batch norm",
-    "native_batch_norm_backward": "batch norm backward",
-    "cudnn_batch_norm_backward": "batch norm backward",
-    "miopen_batch_norm_backward": "batch norm backward",
-    "relu": "relu",
-    "relu_": "relu",
-    "clamp_min": "relu",
-    "clamp_min_": "relu",
-    "threshold_backward": "relu backward",
-    "add": "add",
-    "add_": "add",
-    "_to_copy": "cast",
-    "copy_": "cast",
-    "_fused_sgd_": "optimiser",
-    "sgd": "optimiser",
+    op: family
+    for family, ops in {
+        "fprop": "convolution _convolution conv2d cudnn_convolution mkldnn_convolution conv_fprop",
+        "conv backward": "convolution_backward mkldnn_convolution_backward",
+        "dgrad": "conv_dgrad",
+        "wgrad": "conv_wgrad",
+        "matrix product": "mm addmm",
+        "batch norm": "native_batch_norm cudnn_batch_norm miopen_batch_norm",
+        "batch norm backward": "native_batch_norm_backward cudnn_batch_norm_backward miopen_batch_norm_backward",
+        "relu": "relu relu_ clamp_min clamp_min_",
+        "relu backward": "threshold_backward",
+        "add": "add add_",
+        "cast": "_to_copy copy_",
+        "optimiser": "_fused_sgd_ sgd",
+    }.items()
+    for op in ops.split()
 }
 """Ops of PyTorch that do the same work under different names: as counted here, and as a trace shows them."""
 
-_FREE = {"detach", "empty", "empty_like", "new_empty", "_unsafe_view"}
-"""Ops that move nothing, besides views."""
+_FREE = {"detach", "empty", "empty_like", "new_empty", "_unsafe_view"}  # they move nothing, nor do views
 
 
 def as_on(device: torch.device) -> AbstractContextManager[None]:
-    """Model ops as this device runs them: some of its tiles have an activation stored, by a kernel more."""
+    """Model ops as this device runs them: some of its tiles have an activation stored by one more kernel."""
     return tiles.as_on(tiles.gpu_of(device))
 
 
@@ -96,7 +82,7 @@ class Work:
 
     @property
     def key(self) -> Dims:
-        """What it has in common with its kernels in a trace."""
+        """The key that its kernels in a trace share."""
         return Dims(family(self.op), frozenset(self.dims[:3]))
 
 
@@ -129,10 +115,9 @@ def work_of(
 class _Meter(TorchDispatchMode):
     def __init__(self, on_op: Callable[[list[Work]], None]) -> None:
         super().__init__()
-        self.on_op = on_op
+        self.on_op, self.backward = on_op, False
         self.rows: list[Work] = []
         self.annotations: list[str] = []
-        self.backward = False
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -145,7 +130,9 @@ class _Meter(TorchDispatchMode):
         elif name == "profiler::_record_function_exit":
             self.annotations.pop()
         elif name == "aten::_fused_sgd_":  # it has no kernel for the meta device
-            self.rows.append(_fused_sgd(*args[:3]))
+            weights, gradients, momenta = args[:3]
+            moved = nbytes(*weights, *gradients, *momenta, *weights, *momenta)
+            self.rows.append(Work(name, "optimiser", "parameters", (), True, 0, moved))
             return None
         out = op(*args, **kwargs)
         rows = self._rows(op, args, kwargs, out)
@@ -162,8 +149,12 @@ class _Meter(TorchDispatchMode):
         if not operands or name in _FREE or (namespace == "aten" and op.is_view):
             return []
         dims = tuple(tuple(map(int, t.shape)) for t in operands)
-        if op is torch.ops.aten.convolution_backward.default:
-            return self._convolution_backward(args, dims)
+        if op is torch.ops.aten.convolution_backward.default:  # two kernels, if both gradients are asked for
+            dy, x, w, wanted = *args[:3], args[-1]
+            flops = 2 * dy.numel() * math.prod(w.shape[1:])
+            gradients = [gradient for gradient, is_wanted in zip(("dgrad", "wgrad"), wanted, strict=False) if is_wanted]
+            what = _layer(x.shape, w.shape, dy.shape), dims, True, flops, nbytes(dy, x, w)
+            return [Work("aten::convolution_backward", gradient, *what) for gradient in gradients]
         largest = max(operands, key=torch.numel)
         layer = "x".join(map(str, largest.shape)) or "scalar"
         if name in ("convolution", "conv_fprop"):
@@ -180,23 +171,6 @@ class _Meter(TorchDispatchMode):
             flops = count(*args, **kwargs, out_val=out) if count else 0
             moved = nbytes(*operands, *results)
         return [Work(f"{namespace}::{name}", family(name), layer, dims, self.backward, flops, moved)]
-
-    def _convolution_backward(self, args, dims) -> list[Work]:
-        """Two kernels, for the gradients that are asked for: of x and of w."""
-        dy, x, w, wanted = *args[:3], args[-1]
-        layer = _layer(x.shape, w.shape, dy.shape)
-        flops = 2 * dy.numel() * math.prod(w.shape[1:])
-        each = nbytes(dy, x, w)
-        return [
-            Work("aten::convolution_backward", gradient, layer, dims, True, flops, each)
-            for gradient, is_wanted in (("dgrad", wanted[0]), ("wgrad", wanted[1]))
-            if is_wanted
-        ]
-
-
-def _fused_sgd(weights: list[Tensor], gradients: list[Tensor], momenta: list[Tensor]) -> Work:
-    moved = nbytes(*weights, *gradients, *momenta, *weights, *momenta)
-    return Work("aten::_fused_sgd_", "optimiser", "parameters", (), True, 0, moved)
 
 
 def _layer(x, w, y) -> str:
@@ -230,6 +204,5 @@ def flops_per_image(build: Callable[[], nn.Module]) -> FlopsPerImage:
         y = network(x)
     with FlopCounterMode(display=False) as backward:
         y.sum().backward()
-    return FlopsPerImage(
-        forward.get_total_flops() // batch, (forward.get_total_flops() + backward.get_total_flops()) // batch
-    )
+    flops = forward.get_total_flops()
+    return FlopsPerImage(flops // batch, (flops + backward.get_total_flops()) // batch)
