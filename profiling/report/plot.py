@@ -59,11 +59,6 @@ def line(name: str, width: float, dash: str = "solid") -> dict[str, Any]:
     return {"color": colour(name), "width": width, "dash": dash}
 
 
-def outline(name: str, width: float | list[float]) -> dict[str, Any]:
-    """The line around a marker, or around each, which has no dash."""
-    return {"color": colour(name), "width": width}
-
-
 def trace(kind: str, **properties: Any) -> dict[str, Any]:
     """A trace that has a place in the legend only if it asks for one."""
     return {"type": kind, "showlegend": False, **properties}
