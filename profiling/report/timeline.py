@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from profiling.device.nvml import GpuSample
@@ -15,15 +16,18 @@ FIELDS = {
     "memory_clock_mhz": ("memory clock", "MHz"),
     "power_w": ("power", "W"),
     "temperature_c": ("temperature", "°C"),
-    "kernel_running": ("time in which some kernel ran", "share"),
+    "kernel_running": ("some kernel running", "share"),
     "sm_active": ("SMs active", "share"),
     "tensor_active": ("tensor cores active", "share"),
-    "dram_active": ("memory bandwidth used", "share"),
+    "dram_active": ("DRAM active", "share"),
 }
 """Fields of `GpuSample` that are drawn -> (name, unit)."""
 
 MOST_SAMPLES = 2000
 """Points that a chart needs; where there are more samples, neighbours are averaged."""
+
+GAP = 5
+"""Usual distances between a series' samples from which on a distance is a gap in its curve."""
 
 
 def timeline_record(phases: dict[str, Any] | None, telemetry: Telemetry) -> dict[str, Any]:
@@ -58,7 +62,6 @@ def timeline_chart(report: Record) -> Chart:
     if record["reason"]:
         return Chart("timeline", "Timeline", reason=record["reason"])
     samples = record["samples"]
-    times = [round(t, 4) for t in samples["t_s"]]
     panels: dict[str, list[tuple[str, list[float | None]]]] = {}
     for key, field in record["fields"].items():
         panels.setdefault(SAME.get(field["unit"], field["unit"]), []).append((field["label"], samples[key]))
@@ -73,18 +76,19 @@ def timeline_chart(report: Record) -> Chart:
         factor, shown_unit = scale(max(abs(value) for values in known for value in values), unit)
         axes[f"yaxis{number}"] = axis(
             clip(shown_unit, 12),
-            domain=[0.0 if i + 1 == len(panels) else top - height * 0.7, top],
+            domain=[0.0 if i + 1 == len(panels) else top - height * 0.66, top],
             rangemode="normal" if unit == "°C" else "tozero",
             nticks=5,
         )
-        axes[f"legend{number}"] = {"orientation": "h", "x": 0, "y": top, "yanchor": "bottom", "font": {"size": 11}}
+        axes[f"legend{number}"] = {"orientation": "h", "x": 0, "y": top, "yanchor": "bottom", "font": {"size": 10}}
         for j, ((label, values), seen) in enumerate(zip(members, known, strict=True)):
             ranges.append(cut(f"{cut(label, 40)} {show(min(seen), unit)} to {show(max(seen), unit)}", 80))
+            x, y = _curve(samples["t_s"], values)
             data.append(
                 trace(
                     "scatter",
-                    x=times,
-                    y=[None if v is None else float(f"{v * factor:.5g}") for v in values],
+                    x=x,
+                    y=[None if v is None else float(f"{v * factor:.5g}") for v in y],
                     mode="lines",
                     name=clip(label, 40),
                     line=line(f"series-{j % 4 + 1}", 1.4),
@@ -105,7 +109,19 @@ def timeline_chart(report: Record) -> Chart:
         margin=margin(left=56, top=44),
     )
     says = f"Curves of the sensors over the run: {', '.join(ranges)}."
-    return Chart("timeline", "Timeline", 130 * len(panels) + 90, data, whole, {"annotations": few}, says=says)
+    two = {"entrywidth": 0.45, "entrywidthmode": "fraction"}  # a row, or they would lie on the panel above
+    narrow = {"annotations": few} | {key: axes[key] | two for key in axes if key.startswith("legend")}
+    return Chart("timeline", "Timeline", 130 * len(panels) + 90, data, whole, narrow, says=says)
+
+
+def _curve(times: Sequence[float], values: Sequence[float | None]) -> tuple[list[float], list[float | None]]:
+    """The samples that have a value: activity is sampled at a slower pace than the rest. A long gap stays a gap."""
+    known = [(round(t, 4), value) for t, value in zip(times, values, strict=True) if value is not None]
+    usual = statistics.median(b - a for (a, _), (b, _) in pairwise(known)) if len(known) > 1 else 0.0
+    drawn: list[tuple[float, float | None]] = known[:1]
+    for (before, _), (t, value) in pairwise(known):
+        drawn += [(t, None), (t, value)] if t - before > GAP * usual else [(t, value)]
+    return [t for t, _ in drawn], [value for _, value in drawn]
 
 
 def _shades(phases: Sequence[Record]) -> tuple[list[dict], list[dict], list[dict]]:

@@ -64,8 +64,8 @@ def test_each_chart_says_what_it_shows_with_its_main_figures(whole):
         "roofline": "Roofline: FLOP/s over FLOP per byte, below 700 TFLOP/s and 4.00 TB/s; the longest, "
         "sm90_xmma_fprop_implicit_gemm_f16f16, reached 4.83 TFLOP/s at 288 FLOP/B, 0.690 % of its roof.",
         "timeline": "Curves of the sensors over the run: SM clock 1,464 MHz to 1,464 MHz, memory clock 3,201 MHz to "
-        "3,201 MHz, power 612 W to 612 W, temperature 56.0 °C to 56.0 °C, time in which some kernel ran 100 % to 100 "
-        "%, SMs active 93.0 % to 93.0 %, tensor cores active 55.0 % to 55.0 %.",
+        "3,201 MHz, power 612 W to 612 W, temperature 56.0 °C to 56.0 °C, some kernel running 100 % to 100 %, "
+        "SMs active 93.0 % to 93.0 %, tensor cores active 55.0 % to 55.0 %.",
         "loss": "Curve of the loss: epoch 1, training: 2.000; epoch 2, training: 1.000.",
         "accuracy": "Curve of the accuracy: epoch 1, training: 40.00 %; epoch 2, training: 80.00 %; epoch 1, test: "
         "45.00 %; epoch 2, test: 90.00 %.",
@@ -223,7 +223,8 @@ def test_a_long_run_is_thinned_over_its_whole_length():
 
 def test_a_panel_for_each_unit_in_which_series_are_scaled(whole):
     samples = whole["timeline"]["samples"]
-    samples["tensor_active"][0] = None
+    samples["sm_active"] = [v if i % 4 == 0 else None for i, v in enumerate(samples["sm_active"])]
+    samples["tensor_active"][9:19] = [None] * 10
     chart = timeline_chart(whole)
     assert {trace["yaxis"] for trace in chart.data} == {"y", "y2", "y3", "y4"}
     assert {trace.get("xaxis", "x") for trace in chart.data} == {"x"}
@@ -233,8 +234,9 @@ def test_a_panel_for_each_unit_in_which_series_are_scaled(whole):
         assert above[0] > below[1]
     assert axes[-1]["domain"][0] == 0
     drawn = {trace["name"]: trace["y"] for trace in chart.data}
-    assert (drawn["power"][0], drawn["SMs active"][0]) == (612.5, 93)
-    assert drawn["tensor cores active"][:2] == [None, 55], "a gap stays a gap"
+    assert drawn["power"] == [612.5] * 60
+    assert drawn["SMs active"] == [93] * 15, "a curve of the samples that have it, and not 15 points that no line joins"
+    assert drawn["tensor cores active"] == [*[55] * 9, None, *[55] * 41], "a gap stays a gap"
 
 
 def test_epochs_have_one_name_and_a_shade_each(whole):

@@ -30,6 +30,9 @@ ROWS = """Array.from(document.querySelectorAll('#chart-{} .ytick text')).map(tex
 }})"""
 
 
+PANEL_3_LEGEND_4 = (".draglayer .xy3 .nsewdrag", "g.legend4 text")
+
+
 class Tab:
     """A page of the browser, and what it complained of and asked the network for."""
 
@@ -164,6 +167,10 @@ def test_on_a_phone_the_labels_of_a_waterfall_are_whole_and_apart(browser, tmp_p
         assert not [text for text, _, _ in rows if "…" in text]
         for (above, _, bottom), (below, top, _) in itertools.pairwise(rows):
             assert bottom <= top, (above, below)
+    panel, legend = (
+        f"document.querySelector('#chart-timeline {of}').getBoundingClientRect()" for of in PANEL_3_LEGEND_4
+    )
+    assert tab.evaluate(f"{panel}.bottom <= {legend}.top"), "a legend lies on the panel above"
     names = "Array.from(document.querySelectorAll('table:not(.kernels) td.name > span'))"
     cut = f"{names}.filter(n => n.scrollWidth > n.clientWidth || n.clientHeight > 60).map(n => n.textContent)"
     assert tab.evaluate(cut) == []

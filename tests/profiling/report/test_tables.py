@@ -149,7 +149,7 @@ def test_sensors_are_of_every_stretch_of_training_and_of_nothing_between(whole, 
     found = sensors(whole)
     assert found["power"] == ["100 W", "150 W", "200 W", "measured: 2 samples of the driver"]
     assert found["SMs active"] == [*[MISSING] * 3, "unavailable: no sample"]
-    assert found["memory bandwidth used"] == [*[MISSING] * 3, "unavailable: no sample has a value of it"]
+    assert found["DRAM active"] == [*[MISSING] * 3, "unavailable: no sample has a value of it"]
     timeline["phases"] = []  # where training is not known, of the whole run
     assert sensors(whole)["power"][:3] == ["9 W", "150 W", "900 W"]
     assert sensors(bare) == {}
