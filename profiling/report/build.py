@@ -10,13 +10,13 @@ from typing import Any
 from profiling.account import analysis
 from profiling.account.figures import figures
 from profiling.account.run_folder import Run, read
+from profiling.account.timeline import timeline
 from profiling.output.errors import ReportError
 from profiling.output.files import write_json, write_text
 from profiling.output.forms import clean
 from profiling.report.html import render_html
 from profiling.report.markdown import render_markdown
 from profiling.report.sentences import assumption, headline, sentences
-from profiling.report.timeline import timeline_record
 
 VERSION = 1
 OF_SUMMARY = ("preset", "data_identity", "data_source", "device", "dtype", "ops", "step", "epochs", "steps", "seed")
@@ -56,7 +56,7 @@ def build(folder: Path) -> dict[str, Any]:
         "kernels": analysis.kernels(run, a),
         "layers": analysis.layers(a),
         "roofs": analysis.roofs(run, a),
-        "timeline": timeline_record(run.phases, run.telemetry),
+        "timeline": timeline(run.phases, run.telemetry),
         "epochs": run.epochs,
     }
     report["headline"] = headline(report)

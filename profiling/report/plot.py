@@ -82,16 +82,13 @@ def margin(left: int = 0, right: int = 12, top: int = 8, bottom: int = 44) -> di
 
 def layout(**properties: Any) -> dict[str, Any]:
     """What all charts share, and `properties`."""
+    font = {"family": FONT, "size": 12}
+    tip = {"bgcolor": colour("paper"), "bordercolor": colour("faint"), "align": "left"}
     return {
-        "font": {"family": FONT, "size": 12, "color": colour("soft")},
+        "font": font | {"color": colour("soft")},
         "paper_bgcolor": CLEAR,
         "plot_bgcolor": CLEAR,
-        "hoverlabel": {
-            "bgcolor": colour("paper"),
-            "bordercolor": colour("faint"),
-            "font": {"family": FONT, "size": 12, "color": colour("ink")},
-            "align": "left",
-        },
+        "hoverlabel": tip | {"font": font | {"color": colour("ink")}},
         "dragmode": False,
         "autosize": True,
         **properties,

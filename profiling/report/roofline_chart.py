@@ -150,12 +150,9 @@ def _roof_labels(roofs: list[Roof], left: float) -> list[dict[str, Any]]:
     """Above the highest roof, where no kernel should be: its flat part and its slope, and those below it."""
     if not roofs:
         return []
-    names = {"quoted": "data sheet"}
-    rates, bandwidths = [], []
-    for roof in reversed(roofs):
-        name = names.get(roof.status, roof.status)
-        rates.append(f"{name} {show(roof.flops_per_s, 'FLOP/s')}")
-        bandwidths.append(f"{name} {show(roof.bytes_per_s, 'B/s')}")
+    named = [("data sheet" if roof.status == "quoted" else roof.status, roof) for roof in reversed(roofs)]
+    rates = [f"{name} {show(roof.flops_per_s, 'FLOP/s')}" for name, roof in named]
+    bandwidths = [f"{name} {show(roof.bytes_per_s, 'B/s')}" for name, roof in named]
     rate, steepest = roofs[-1].flops_per_s, max(roof.bytes_per_s for roof in roofs)
     style = {"showarrow": False, "yanchor": "bottom", "xanchor": "right", "font": {"size": 11, "color": colour("soft")}}
     flat = {"x": 1, "xref": "paper", "y": math.log10(rate), "align": "right", "yshift": 2}

@@ -52,8 +52,7 @@ def headline(report: dict[str, Any]) -> str:
         measured = "measured" in ideal["name"]
         roof = "this device's measured ceiling" if measured else "the data sheet's peak"
         text += f", of which the arithmetic needs {_s(ideal['ns'])} at {roof}"
-    costs = _costs(report)
-    if costs:
+    if costs := _costs(report):
         text += f"; the largest cost is {costs[0]['name']}, {_s(costs[0]['ns'])}{_above(costs[0])}"
     return f"{text}."
 

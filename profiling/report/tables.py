@@ -188,9 +188,8 @@ def levers(report: Record) -> Table:
         f"factor, {TIMES}": [significant(record["factor"]) for record in records],
         "logarithm": _barred(shown, logs),
     }
-    cells = ("256 s / this run", significant(product), last)
-    end = _total(cells, "the product of the factors; logarithms add up", "modelled")
-    return _table(records, columns, total=end)
+    end = ("256 s / this run", significant(product), last)
+    return _table(records, columns, total=_total(end, "the product of the factors; logarithms add up", "modelled"))
 
 
 def epochs(report: Record) -> Table:
@@ -244,10 +243,10 @@ def _table(
     omitted: int = 0,
 ) -> Table:
     """A row for each record, with its status and source, of the cells that `columns` has below each heading."""
-    rows = [
-        Row(tuple(map(_cell, cells)), record["status"], record["source"], record.get("child", False))
-        for record, *cells in zip(records, *columns.values(), strict=True)
-    ]
+    rows = []
+    for record, *texts_or_cells in zip(records, *columns.values(), strict=True):
+        cells = tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in texts_or_cells)
+        rows.append(Row(cells, record["status"], record["source"], record.get("child", False)))
     return Table(tuple(columns), rows, frozenset(texts), total if rows else None, omitted)
 
 
@@ -258,10 +257,6 @@ def _shared(
     times, unit = column([*(record["ns"] for record in records), total], "ns")
     columns = {heading: _names(records), f"time, {unit}": times[:-1], "share, %": _shares(records, total)}
     return _table(records, columns, total=_total((name, times[-1], ""), source, status))
-
-
-def _cell(cell: str | Cell) -> Cell:
-    return cell if isinstance(cell, Cell) else Cell(cell)
 
 
 def _total(cells: Iterable[str], source: str, status: str = "measured") -> Row:

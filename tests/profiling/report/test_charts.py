@@ -7,12 +7,13 @@ import plotly.graph_objects as go
 import pytest
 from report_sample import strings
 
+from profiling.account.timeline import MOST_SAMPLES, timeline
 from profiling.device.nvml import GpuSample
 from profiling.report.charts import charts, learning_curve, waterfall
 from profiling.report.html import HERE
 from profiling.report.plot import PAINT, clip, escape
 from profiling.report.roofline_chart import LARGEST_POINT_PX, roofline
-from profiling.report.timeline import MOST_SAMPLES, timeline_chart, timeline_record
+from profiling.report.timeline import timeline_chart
 from profiling.run.telemetry import Telemetry
 
 S = 10**9
@@ -200,13 +201,13 @@ PHASES = {
 
 
 def test_a_timeline_is_in_seconds_from_the_runs_start():
-    found = timeline_record(PHASES, Telemetry([GpuSample(t_ns=7 * S, power_w=400.0)], {"sm_active": "no GPM"}, []))
+    found = timeline(PHASES, Telemetry([GpuSample(t_ns=7 * S, power_w=400.0)], {"sm_active": "no GPM"}, []))
     assert found["phases"][1] == {"name": "training", "start_s": 1.0, "end_s": 4.0}
     assert found["samples"] == {"t_s": [2.0], "power_w": [400.0]}
     assert found["fields"] == {"power_w": {"label": "power", "unit": "W"}}
     assert (found["unavailable"]["sm_active"], found["unavailable"]["temperature_c"]) == ("no GPM", "no sample has it")
     assert found["reason"] is None
-    nothing = timeline_record(None, Telemetry([], {}, []))
+    nothing = timeline(None, Telemetry([], {}, []))
     assert (nothing["samples"], nothing["reason"]) == ({}, "there are no samples")
 
 
@@ -215,7 +216,7 @@ def test_a_long_run_is_thinned_over_its_whole_length():
     samples = [
         GpuSample(t_ns=i, power_w=float(i), sm_active=0.5 if i % 5 == 3 else None) for i in range(9 * MOST_SAMPLES + 1)
     ]
-    drawn = timeline_record(PHASES, Telemetry(samples, {}, []))["samples"]
+    drawn = timeline(PHASES, Telemetry(samples, {}, []))["samples"]
     assert MOST_SAMPLES / 2 < len(drawn["power_w"]) <= MOST_SAMPLES
     assert drawn["power_w"][-1] > 9 * MOST_SAMPLES - 10
     assert set(drawn["sm_active"][:-1]) == {0.5}
