@@ -119,6 +119,14 @@ def test_a_contradiction_is_said_and_fails_strict(base, tmp_path, damage, said):
         command.run(run, True, terminal.Terminal(speaks=False))
 
 
+def test_strict_wants_a_small_residual_of_a_complete_account_too(base, tmp_path):
+    run = Path(shutil.copytree(base, tmp_path / "run"))
+    record("steps", epochs=starts(STEP_NS - MS // 2))(run)
+    assert build.build(run)["status"] == "complete"
+    with pytest.raises(errors.InconsistentError, match=r"leaves 3\.5% of training unexplained, expected at most 2%"):
+        command.run(run, True, terminal.Terminal(speaks=False))
+
+
 WRONG = (None, True, -1, 0.5, 10**30, 1e300, "text", [], {}, [None], [[]], {"a": 1})
 MAY_BE_NULL = {"data_source", "step", "seed", "git_sha", "test_accuracy", "train_plus_eval_s", "wall_s", "images_per_s"}
 MAY_BE_NULL |= {"peak_memory_bytes", "reference", "fused", "article", "sm_clock_mhz", "reasons", "power_capped_share"}

@@ -146,6 +146,7 @@ def test_a_point_for_each_kernel_and_layer_that_has_flops_and_bytes(whole):
     assert [t["marker"]["symbol"] for t in (convolution, norm)] == [["circle"], ["circle-open"]], (
         "modelled FLOPs: a ring"
     )
+    assert [t["marker"]["line"]["width"] for t in (convolution, norm)] == [[1], [2]]
     (layer,) = points(whole, "layers")
     assert (layer["x"], layer["marker"]["symbol"]) == ([whole["layers"][0]["intensity"]], ["diamond"])
     assert [t["visible"] for t in (convolution, norm, counted, layer)] == [True, True, True, False]
