@@ -93,6 +93,12 @@ class Run(NamedTuple):
     counters: dict[str, ncu.Measured]
     lacks: list[str]
 
+    @property
+    def training(self) -> list[tuple[int, int]]:
+        """(start_ns, end_ns) of each stretch of the training phase; none where the phases are not known."""
+        phases = self.phases["phases"] if self.phases else []
+        return [(phase["start_ns"], phase["end_ns"]) for phase in phases if phase["name"] == "training"]
+
 
 def read(folder: Path) -> Run:
     """Read a run's folder. Raises ReportError where there is no readable summary.json, or no record of a profiling."""

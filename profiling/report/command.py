@@ -9,26 +9,24 @@ not recorded, and the report says that it lacks them.
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from profiling import ROOT
 from profiling.account.terms import RESIDUAL_LIMIT
 from profiling.device import ncu
+from profiling.device.ceilings import Ceilings
 from profiling.output.errors import CommandError, InconsistentError, ReportError
 from profiling.output.files import read_json, write_json
-from profiling.report.build import residual_share, write
+from profiling.output.terminal import Terminal
+from profiling.report.build import write
 from profiling.run.collect import RECORDS, record_failure, run_pass
-
-if TYPE_CHECKING:
-    from profiling.device.ceilings import Ceilings
-    from profiling.output.terminal import Terminal
 
 PROFILE_PASS = [sys.executable, str(ROOT / "train.py"), "--profile-pass"]
 MEASURE_CEILINGS = [sys.executable, "-m", "profiling", "device"]
 ENDED = ("complete", "target missed")
 
 
-def run(folder: Path, strict: bool, terminal: "Terminal") -> int:
+def run(folder: Path, strict: bool, terminal: Terminal) -> int:
     """Write the report into `folder` and say what it says; the exit code. A page that cannot be drawn is a warning.
 
     Raises ReportError where the run cannot be read or the report not written, InconsistentError if `strict`.
@@ -37,7 +35,17 @@ def run(folder: Path, strict: bool, terminal: "Terminal") -> int:
         report, missing = write(folder)
     except OSError as error:
         raise ReportError(f"the report cannot be written to {folder}: {error}; an older one is intact") from None
-    say(report, folder / ("report.md" if missing else "report.html"), terminal)
+    for line in report["doubts"]:
+        terminal.warn(line)
+    terminal.say(report["headline"], "bold")
+    for line in (*report["sentences"], report["assumption"]):
+        terminal.say(line)
+    for line in report["lacks"]:
+        terminal.warn(line)
+    terminal.say(f"report: {folder / ('report.md' if missing else 'report.html')}")
+    trace = folder / RECORDS / "trace.json.gz"
+    if trace.exists():
+        terminal.say(f"trace: {trace}, which opens in ui.perfetto.dev")
     if missing:
         older = "; the report.html there is an older one" if (folder / "report.html").exists() else ""
         terminal.warn(f"{missing}: python -m profiling report {folder}, here or where a copy of it is{older}")
@@ -46,25 +54,11 @@ def run(folder: Path, strict: bool, terminal: "Terminal") -> int:
     return 0
 
 
-def say(report: dict[str, Any], file: Path, terminal: "Terminal") -> None:
-    """The report in sentences, the file that it is in, and where its trace can be looked at."""
-    for line in report["doubts"]:
-        terminal.warn(line)
-    terminal.say(report["headline"], "bold")
-    for line in (*report["sentences"], report["assumption"]):
-        terminal.say(line)
-    for line in report["lacks"]:
-        terminal.warn(line)
-    terminal.say(f"report: {file}")
-    trace = file.parent / RECORDS / "trace.json.gz"
-    if trace.exists():
-        terminal.say(f"trace: {trace}, which opens in ui.perfetto.dev")
-
-
 def _require_consistent(report: dict[str, Any]) -> None:
-    share = residual_share(report)
     if report["status"] != "complete":
         raise InconsistentError("the account is incomplete or in doubt; the lines above say why")
+    total = sum(t["ns"] for t in report["terms"])
+    share = next((abs(t["ns"]) / total for t in report["terms"] if t["key"] == "residual" and total), None)
     if share is None or share > RESIDUAL_LIMIT:
         seen = "no residual" if share is None else f"{share:.1%}"
         raise InconsistentError(
@@ -72,7 +66,7 @@ def _require_consistent(report: dict[str, Any]) -> None:
         )
 
 
-def collect(folder: Path, data_dir: Path | None, synthetic: bool, terminal: "Terminal") -> int:
+def collect(folder: Path, data_dir: Path | None, synthetic: bool, terminal: Terminal) -> int:
     """Profile the run in `folder` on its data, or on what is named instead; the exit code.
 
     Raises ReportError where there is no run, none that has ended, or no pass succeeds, and CommandError for a
@@ -87,9 +81,9 @@ def collect(folder: Path, data_dir: Path | None, synthetic: bool, terminal: "Ter
         raise ReportError(f"{folder} is not the folder of a run: expected its summary.json and config.json") from None
     if status not in ENDED:
         raise ReportError(f"the run in {folder} has not ended ({status}): first python train.py --resume {folder}")
-    if data_dir is None and summary.get("data_identity") == "synthetic":
-        synthetic = True
-    data = ["--synthetic"] if synthetic else ["--data-dir", str((data_dir or Path("data")).absolute())]
+    data = ["--data-dir", str((data_dir or Path("data")).absolute())]
+    if synthetic or (data_dir is None and summary.get("data_identity") == "synthetic"):
+        data = ["--synthetic"]
     error = profile(folder, device, dtype, data, terminal)
     if error:
         raise ReportError(f"the run could not be profiled: {error}")
@@ -101,15 +95,15 @@ def profile(
     device: str,
     dtype: str,
     data: list[str],
-    terminal: "Terminal",
+    terminal: Terminal,
     counters: bool = False,
-    ceilings: "Ceilings | None" = None,
+    ceilings: Ceilings | None = None,
 ) -> str | None:
     """Account for the run in `out`: a profiled pass in a fresh process, then report.html, .md and .json.
 
     `device` and `dtype` are the run's, as "cuda" and "float16"; `data` are train.py's words for its data. With
-    `counters`, Nsight Compute reads the GPU's in a pass more. Without `ceilings` this device's are measured. Whatever
-    fails is warned of and said in the report; the run stands. Returns why the profiled pass failed, None if it did not.
+    `counters`, Nsight Compute reads the GPU's in a pass more. Without `ceilings` this device's are measured. A failure
+    is warned of and said in the report; the run stands. Returns why the profiled pass failed, None if it did not.
     """
     out, folder = out.absolute(), out.absolute() / RECORDS
     with contextlib.suppress(OSError):  # the report says what could not be written

@@ -7,17 +7,18 @@ that lacks a part.
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from profiling.output.errors import CommandError, RefusedError, ReportError
 from profiling.output.files import read_json, write_text
 from profiling.output.forms import COUNT, FACT, NUMBER, Number, clean
+from profiling.output.terminal import Terminal
 from profiling.output.units import show
-
-if TYPE_CHECKING:
-    from profiling.output.terminal import Terminal
+from profiling.report.charts import difference
+from profiling.report.html import assets, template
 
 NAMED = {
     "data": ("data_identity", "data_source"),
@@ -29,7 +30,7 @@ NAMED = {
     "seed": ("seed",),
     "commit": ("git_sha", "dirty"),
 }
-"""What two runs may differ in, and the entries of `run` that say so."""
+"""Names of what two runs may differ in -> entries of `run` that say so."""
 
 FIGURES = {"test_accuracy": 4, "images_per_s": 3, "step_s": 3, "peak_memory_bytes": 3}
 """Figures that stand below the terms, and their digits."""
@@ -45,12 +46,15 @@ REPORT = {
     "environment": {str: FACT},
     "phases": [{"name": str, "ns": COUNT}],
     "terms": [{"key": str, "name": str, "ns": _NS}],
-    "figures": {str: {"label?": str, "value": (NUMBER, None), "unit": str}},
+    "figures": {str: {"label": str, "value": (NUMBER, None), "unit": str}},
 }
-"""What is asked of a report.json; see `profiling.output.forms`."""
+"""The part of a report.json that is read here; see `profiling.output.forms`."""
 
 SOFTWARE = ("python", "torch", "triton", "numpy", "gpu driver", "cpu", "cores", "threads")
-"""Entries of a report's environment that are named where they differ, by how they end."""
+"""Ends of the names of a report's environment that are compared."""
+
+BAR = 24
+"""Letters of the longest bar of a comparison in text."""
 
 
 def load(run: Path) -> dict[str, Any]:
@@ -61,7 +65,7 @@ def load(run: Path) -> dict[str, Any]:
             return read_json(path, REPORT)
         except (OSError, ValueError) as error:
             raise ReportError(f"{path} is no report: {error}; make it anew with python -m profiling report") from None
-    from profiling.report.build import build
+    from profiling.report.build import build  # imports torch, which two report.json can be compared without
 
     return build(run)
 
@@ -70,24 +74,28 @@ def compare(a: dict[str, Any], b: dict[str, Any], names: tuple[str, str] = ("A",
     """The difference of two reports as a record, B less A in nanoseconds; `names` are theirs. Raises RefusedError."""
     _require_comparable(a, b)
     of_a, of_b = (_terms(report, other) for report, other in ((a, b), (b, a)))
-    keys = list(dict.fromkeys([*of_a, *of_b]))
     rows = []
-    for key in keys:
+    for key in dict.fromkeys([*of_a, *of_b]):
         ns_a, ns_b = (terms[key]["ns"] if key in terms else 0 for terms in (of_a, of_b))
         name = (of_b.get(key) or of_a[key])["name"]
         rows.append({"key": key, "name": name, "a_ns": ns_a, "b_ns": ns_b, "difference_ns": ns_b - ns_a})
     total_a, total_b = (sum(t["ns"] for t in report["terms"]) for report in (a, b))
+    phases = [{p["name"]: p["ns"] for p in report["phases"]} for report in (a, b)]
+    said = [(name, [*(r["doubts"] or []), *r["lacks"]]) for name, r in zip(names, (a, b), strict=True)]
     result = {
         "version": 1,
         "names": list(names),
         "titles": [a["title"], b["title"]],
-        "doubts": [f"{name}: {line}" for name, r in zip(names, (a, b), strict=True) for line in _doubts(r)],
+        "doubts": [f"{name}: {line}" for name, lines in said for line in lines],
         "differs": differences(a, b),
         "a_ns": total_a,
         "b_ns": total_b,
         "difference_ns": total_b - total_a,
         "terms": sorted(rows, key=lambda row: -abs(row["difference_ns"])),
-        "phases": _phases(a, b),
+        "phases": [
+            {"name": name, "a_ns": phases[0].get(name, 0), "b_ns": phases[1].get(name, 0)}
+            for name in dict.fromkeys([*phases[0], *phases[1]])
+        ],
         "figures": _figures(a, b),
     }
     return result | {"sentence": _sentence(result), "uncertainty": _uncertainty(result)}
@@ -106,23 +114,19 @@ def _terms(report: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str,
     return terms
 
 
-def _doubts(report: dict[str, Any]) -> list[str]:
-    return [*(report.get("doubts") or []), *report["lacks"]]
-
-
 def _figures(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, str]]:
-    """What both runs know of FIGURES, in words."""
+    """The FIGURES that both runs know, in words."""
     rows = []
     for key, digits in FIGURES.items():
-        one, other = (report["figures"].get(key) or {"value": None} for report in (a, b))
-        if one["value"] is not None and other["value"] is not None:
-            words = [show(figure["value"], figure["unit"], digits) for figure in (one, other)]
-            rows.append({"name": one["label"] or key.replace("_", " "), "a": words[0], "b": words[1]})
+        pair = [report["figures"].get(key) for report in (a, b)]
+        if all(figure and figure["value"] is not None for figure in pair):
+            of_a, of_b = (show(figure["value"], figure["unit"], digits) for figure in pair)
+            rows.append({"name": pair[0]["label"], "a": of_a, "b": of_b})
     return rows
 
 
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """In what the two runs differ besides their times, one line each."""
+    """The differences of two runs besides their times, one line each."""
     lines = []
     for name, keys in NAMED.items():
         one, other = (" ".join(str(report["run"].get(key)) for key in keys) for report in (a, b))
@@ -137,20 +141,19 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 def _require_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
     for report in (a, b):
-        if report["run"].get("status") != "complete":
-            raise RefusedError(
-                f"{report['title']} ended as {report['run'].get('status')!r}; compare runs that are complete"
-            )
+        status = report["run"]["status"]
+        if status != "complete":
+            raise RefusedError(f"{report['title']} ended as {status!r}; compare runs that are complete")
         if not any(t["key"] == "residual" for t in report["terms"]):
             lacks = " ".join(report["lacks"]) or "its terms are not attributed."
             raise RefusedError(f"{report['title']} has no whole account: {lacks} Profile it again")
-    images = [report["run"].get("images") for report in (a, b)]
+    images = [report["run"]["images"] for report in (a, b)]
     if images[0] != images[1]:
         raise RefusedError(
             f"the runs trained on {images[0]:,} and {images[1]:,} images: their seconds are of different work. Train "
             "both for the same epochs"
         )
-    if a["run"].get("on_gpu") != b["run"].get("on_gpu"):
+    if a["run"]["on_gpu"] != b["run"]["on_gpu"]:
         raise RefusedError("one run is of a GPU and one of a CPU: their terms mean different things")
     identities = {report["run"].get("data_identity") for report in (a, b)}
     if "synthetic" in identities and len(identities) > 1:
@@ -159,30 +162,22 @@ def _require_comparable(a: dict[str, Any], b: dict[str, Any]) -> None:
         )
 
 
-def _phases(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
-    of_a, of_b = ({p["name"]: p["ns"] for p in report["phases"]} for report in (a, b))
-    return [
-        {"name": name, "a_ns": of_a.get(name, 0), "b_ns": of_b.get(name, 0)} for name in dict.fromkeys([*of_a, *of_b])
-    ]
-
-
 def _sentence(c: dict[str, Any]) -> str:
-    difference = c["difference_ns"]
-    (name_a, name_b), total_a, total_b = c["names"], c["a_ns"], c["b_ns"]
-    if not difference or not c["terms"] or not total_a or not total_b:
+    difference_ns, (name_a, name_b), total_a, total_b = c["difference_ns"], c["names"], c["a_ns"], c["b_ns"]
+    if not difference_ns or not total_a or not total_b:
         return "The two runs took the same time."
-    word, times = ("faster", total_a / total_b) if difference < 0 else ("slower", total_b / total_a)
-    text = f"{name_b} is {seconds(abs(difference))} s {word} than {name_a}: {seconds(total_a)} to {seconds(total_b)} s"
+    word, times = ("faster", total_a / total_b) if difference_ns < 0 else ("slower", total_b / total_a)
+    of_a, of_b = (show(ns, "ns", 4) for ns in (total_a, total_b))
+    text = f"{name_b} is {show(abs(difference_ns), 'ns')} {word} than {name_a}: {of_a} to {of_b}"
     factor = f"{times:.3g}"
     text += "" if factor == "1" else f", {factor} times {word}"
-    known = [t for t in c["terms"] if t["key"] != "residual"]
-    same = [t for t in known if t["difference_ns"] * difference > 0]
-    against = [t for t in known if t["difference_ns"] * difference < 0]
+    known = [(t["name"], t["difference_ns"]) for t in c["terms"] if t["key"] != "residual"]
+    same = next(((name, ns) for name, ns in known if ns * difference_ns > 0), None)
+    against = next(((name, ns) for name, ns in known if ns * difference_ns < 0), None)
     if same:
-        share = same[0]["difference_ns"] / difference
-        text += f"; the largest part is {same[0]['name']} ({signed(same[0]['difference_ns'])} s, {share:.0%})"
-    if against and abs(against[0]["difference_ns"]) > 0.1 * abs(difference):
-        text += f", against {against[0]['name']} ({signed(against[0]['difference_ns'])} s)"
+        text += f"; the largest part is {same[0]} ({signed(same[1])} s, {same[1] / difference_ns:.0%})"
+    if against and abs(against[1]) > 0.1 * abs(difference_ns):
+        text += f", against {against[0]} ({signed(against[1])} s)"
     return f"{text}."
 
 
@@ -192,13 +187,8 @@ def _uncertainty(c: dict[str, Any]) -> str:
     (name_a, name_b), a, b = c["names"], residual["a_ns"], residual["b_ns"]
     return (
         f"Unexplained are {signed(a)} s of {name_a} ({a / c['a_ns']:.1%}) and {signed(b)} s of {name_b} "
-        f"({b / c['b_ns']:.1%}): a term may be wrong by {seconds(abs(a) + abs(b))} s."
+        f"({b / c['b_ns']:.1%}): a term may be wrong by {show(abs(a) + abs(b), 'ns')}."
     )
-
-
-def seconds(ns: float) -> str:
-    """To the millisecond; below 10 s three digits suffice."""
-    return f"{ns / 1e9:.4g}"
 
 
 def signed(ns: float) -> str:
@@ -207,11 +197,8 @@ def signed(ns: float) -> str:
     return "0.000" if not text.strip("+-0.") else text
 
 
-BAR = 24
-
-
 def lines(c: dict[str, Any]) -> list[str]:
-    """The comparison as text: what differs, the waterfall from A to B, the phases, the figures, the sentence."""
+    """The comparison as text: its doubts and differences, the waterfall from A to B, phases, figures, the sentence."""
     largest = max([abs(t["difference_ns"]) for t in c["terms"]] + [1])
     text = [f"{letter}  {name}: {title}" for letter, name, title in zip("AB", c["names"], c["titles"], strict=True)]
     text += ["", *(f"IN DOUBT: {line}" for line in c["doubts"])]
@@ -230,21 +217,24 @@ def lines(c: dict[str, Any]) -> list[str]:
     return [*text, "", c["sentence"], c["uncertainty"]]
 
 
-def _address(run: Path, out: Path) -> str | None:
-    """Of a run's page, as seen from the comparison's in `out`; None where there is none."""
-    page = (run.parent if run.suffix == ".json" else run) / "report.html"
-    return quote(os.fsencode(os.path.relpath(page.resolve(), out.resolve().parent))) if page.exists() else None
+def render_comparison(compared: dict[str, Any], addresses: Sequence[str | None] = (None, None)) -> str:
+    """The page of what `compare` returned; `addresses` are those of the two runs' own pages."""
+    chart = difference(compared)
+    training = {"name": "training", "a_ns": compared["a_ns"], "b_ns": compared["b_ns"]}
+    phases = [phase | {"name": f"phase {phase['name']}"} for phase in compared["phases"]]
+    rows = [training, *compared["terms"], *phases]
+    return template("compare.html.jinja").render(
+        **assets([chart]), **compared, chart=chart, addresses=addresses, rows=rows, signed=signed
+    )
 
 
-def run(run_a: Path, run_b: Path, out: Path | None, as_json: bool, terminal: "Terminal") -> int:
+def run(run_a: Path, run_b: Path, out: Path | None, as_json: bool, terminal: Terminal) -> int:
     """Say how two runs differ, and draw it to `out`; the exit code. Raises ReportError, RefusedError, CommandError."""
     names = [path.parent.name if path.suffix == ".json" else path.resolve().name for path in (run_a, run_b)]
     if names[0] == names[1]:
         names = [str(run_a), str(run_b)]
     compared = compare(load(run_a), load(run_b), clean(names))
     if out is not None:
-        from profiling.report.html import render_comparison
-
         try:
             write_text(out, render_comparison(compared, [_address(run, out) for run in (run_a, run_b)]))
         except OSError as error:
@@ -254,3 +244,9 @@ def run(run_a: Path, run_b: Path, out: Path | None, as_json: bool, terminal: "Te
     for line in lines(compared):
         terminal.say(line)
     return 0
+
+
+def _address(run: Path, out: Path) -> str | None:
+    """A run's page as seen from the comparison's in `out`; None where there is none."""
+    page = (run.parent if run.suffix == ".json" else run) / "report.html"
+    return quote(os.fsencode(os.path.relpath(page.resolve(), out.resolve().parent))) if page.exists() else None

@@ -1,7 +1,7 @@
 """report.md: what the page says, as sentences and tables that can be read as they are."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from profiling.report import tables
 from profiling.report.html import data_warning, head
@@ -10,87 +10,75 @@ from profiling.report.timeline import telemetry_table
 
 KERNELS = 30
 """Kernels that are listed; report.json has them all."""
-LONGEST = 160
-"""Letters of a cell or a name."""
+LONGEST, LONG = 160, 1000
+"""Letters of a cell or a name, and of a sentence."""
 
 
 def render_markdown(report: Record) -> str:
     """The report as GitHub's Markdown; the same text for the same report, in which nothing but its own is markup."""
     lines = [f"# {escape(report['title'])}", ""]
-    if report["doubts"]:
-        lines += ["> **IN DOUBT.** These figures cannot all be right.", ""]
-        lines += [*(f"> - {escape(doubt, 1000)}" for doubt in report["doubts"]), ""]
-    lines += [f"**{escape(report['headline'], 1000)}**", ""]
+    lines += warned("**IN DOUBT.** These figures cannot all be right.", report["doubts"])
+    lines += [f"**{escape(report['headline'], LONG)}**", ""]
     lines += ["; ".join(f"{name} {escape(value)}" for name, value in head(report)), ""]
-    warning = data_warning(report)
-    if warning:
+    if warning := data_warning(report):
         lines += [f"> **{warning[0]}** {warning[1]}", ""]
-    if report["lacks"]:
-        lines += ["> **INCOMPLETE.** This account does not explain the whole run.", ""]
-        lines += [*(f"> - {escape(lack, 1000)}" for lack in report["lacks"]), ""]
-    tiles = tables.tiles(report)
-    lines += ["## Key figures", ""]
-    cells = [[tile.label, f"{tile.number} {tile.unit}", tile.status, tile.source] for tile in tiles]
-    lines += grid(["figure", "value", "status", "source"], cells, {0, 2, 3}) or ["No figure is known.", ""]
+    lines += warned("**INCOMPLETE.** This account does not explain the whole run.", report["lacks"])
+    tiles = [[tile.label, f"{tile.number} {tile.unit}", tile.status, tile.source] for tile in tables.tiles(report)]
+    lines += ["## Key figures", "", *grid(["figure", "value", "status", "source"], tiles, {0, 2, 3})]
     lines += section("From ideal to measured", tables.terms(report), "No term of this account is known.")
-    title = report["article"]["title"]
-    lines += section(escape(title), tables.article(report), "Its terms are not known.")
+    lines += section(escape(report["article"]["title"]), tables.article(report), "Its terms are not known.")
     lines += ["## What to do next", ""]
-    lines += [f"{i}. {escape(said, 1000)}" for i, said in enumerate(report["sentences"], start=1)]
-    lines += ["", escape(report["assumption"], 1000), ""]
+    lines += [f"{i}. {escape(said, LONG)}" for i, said in enumerate(report["sentences"], start=1)]
+    lines += ["", escape(report["assumption"], LONG), ""]
     lines += section("Phases of the process", tables.phases(report), "No phases were recorded.")
     lines += section("Roofs", tables.roofs(report), "No roof is known.")
-    reason = report["timeline"]["reason"] or ""
-    sensors = telemetry_table(report)
-    lines += section("Clocks, power, activity during training", sensors, f"Unavailable: {escape(reason, 1000)}.")
-    kernels = tables.kernels(report)
-    lines += section("Kernels", kernels, "No kernel was recorded.", KERNELS)
+    reasons = [
+        f"Unavailable: {escape(why or '', LONG)}." for why in (report["timeline"]["reason"], report["no_levers"])
+    ]
+    lines += section("Clocks, power, activity during training", telemetry_table(report), reasons[0])
+    lines += section("Kernels", tables.kernels(report), "No kernel was recorded.", KERNELS)
     layers = tables.kernels(report, "layers")
     lines += section("Convolution layers, pass by pass", layers, "No layer could be told apart.", KERNELS)
     lines += section("The least time, by passes over memory", tables.floors(report), "No bandwidth is known.")
-    no_levers = escape(report["no_levers"], 1000)
-    lines += section("From the article's 256 s to this run", tables.levers(report), f"Unavailable: {no_levers}.")
+    lines += section("From the article's 256 s to this run", tables.levers(report), reasons[1])
     lines += section("Learning curve", tables.epochs(report), "No epoch was logged.")
     lines += ["## What this account lacks", ""]
-    lines += [f"- {escape(lack, 1000)}" for lack in tables.lacks(report)] or ["Nothing that it knows of."]
-    lines += ["", "## Run and environment", ""]
-    facts = [list(pair) for pair in tables.environment(report)]
-    lines += grid(["name", "value"], facts, {0, 1}) or ["Not known.", ""]
+    lines += [f"- {escape(lack, LONG)}" for lack in tables.lacks(report)] or ["Nothing that it knows of."]
+    lines += ["", "## Run and environment", "", *grid(["name", "value"], tables.environment(report), {0, 1})]
     return "\n".join(lines).rstrip() + "\n"
 
 
+def warned(title: str, said: list[str]) -> list[str]:
+    """A warning and its points; nothing without points."""
+    return [f"> {title}", "", *(f"> - {escape(line, LONG)}" for line in said), ""] if said else []
+
+
 def section(title: str, table: Table, missing: str, most: int | None = None) -> list[str]:
-    """A heading and the table's first `most` rows, or what to say where it has none. `title` is Markdown."""
-    shown = table.rows[:most]
-    rows = [*shown, *filter(None, [table.total])]
-    if not rows:
+    """A heading and the table's first `most` rows, or `missing` where it has none. `title` is Markdown."""
+    if not table.rows:
         return [f"## {title}", "", missing, ""]
-    sources = list(dict.fromkeys(row.source for row in shown if row.source))
+    shown = table.rows[:most]
+    sources = list(dict.fromkeys(row.source for row in shown))
     apart = len(sources) > 1
-    columns = [*table.columns, "status", *(["source"] if apart else [])]
-    cells = [[*_cells(row), *([row.source] if apart else [])] for row in rows]
+    columns = [*table.columns, "status", "source"][: None if apart else -1]
+    cells = [[*_cells(row), row.status, row.source] for row in [*shown, *filter(None, [table.total])]]
     lines = [f"## {title}", "", *grid(columns, cells, table.texts | {len(table.columns), len(table.columns) + 1})]
     more = len(table.rows) - len(shown) + table.omitted
     lines += [f"And {more} more, in report.json.", ""] if more else []
-    return lines if apart or not sources else [*lines, f"Source: {escape(sources[0], 1000)}.", ""]
+    return lines if apart else [*lines, f"Source: {escape(sources[0], LONG)}.", ""]
 
 
-def grid(columns: Iterable[str], rows: Iterable[Iterable[str]], texts: Iterable[int]) -> list[str]:
-    """A table whose columns are as wide as their widest cell, and an empty line; nothing where there are no rows."""
-    head, body = [escape(name) for name in columns], [[escape(cell) for cell in row] for row in rows]
-    if not body:
-        return []
-    widths = [max(3, *(len(row[i]) for row in [head, *body])) for i in range(len(head))]
+def grid(columns: Sequence[str], rows: Iterable[Sequence[str]], texts: Iterable[int]) -> list[str]:
+    """A table with columns as wide as their widest cell, and an empty line. Cells beyond `columns` are left out."""
+    body = [[escape(cell) for cell in row[: len(columns)]] for row in (columns, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*body, strict=True)]
     left = set(texts)
-
-    def line(row: list[str]) -> str:
-        cells = [
-            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        return f"| {' | '.join(cells)} |"
-
-    rule = ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return [line(head), line(rule), *map(line, body), ""]
+    lines = [
+        [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        for row in body
+    ]
+    lines.insert(1, ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)])
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
 def escape(words: str, limit: int = LONGEST) -> str:
@@ -111,4 +99,4 @@ def escape(words: str, limit: int = LONGEST) -> str:
 def _cells(row: Row) -> list[str]:
     first, *others = row.cells
     name = f"{first.text} ({first.under})" if first.under else first.text
-    return ["· " + name if row.child else name, *(cell.text for cell in others), row.status]
+    return ["· " + name if row.child else name, *(cell.text for cell in others)]

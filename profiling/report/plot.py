@@ -59,11 +59,6 @@ def line(name: str, width: float, dash: str = "solid") -> dict[str, Any]:
     return {"color": colour(name), "width": width, "dash": dash}
 
 
-def outline(name: str, width: float | list[float]) -> dict[str, Any]:
-    """The line around a marker, or around each, which has no dash."""
-    return {"color": colour(name), "width": width}
-
-
 def trace(kind: str, **properties: Any) -> dict[str, Any]:
     """A trace that has a place in the legend only if it asks for one."""
     return {"type": kind, "showlegend": False, **properties}
@@ -87,16 +82,13 @@ def margin(left: int = 0, right: int = 12, top: int = 8, bottom: int = 44) -> di
 
 def layout(**properties: Any) -> dict[str, Any]:
     """What all charts share, and `properties`."""
+    font = {"family": FONT, "size": 12}
+    tip = {"bgcolor": colour("paper"), "bordercolor": colour("faint"), "align": "left"}
     return {
-        "font": {"family": FONT, "size": 12, "color": colour("soft")},
+        "font": font | {"color": colour("soft")},
         "paper_bgcolor": CLEAR,
         "plot_bgcolor": CLEAR,
-        "hoverlabel": {
-            "bgcolor": colour("paper"),
-            "bordercolor": colour("faint"),
-            "font": {"family": FONT, "size": 12, "color": colour("ink")},
-            "align": "left",
-        },
+        "hoverlabel": tip | {"font": font | {"color": colour("ink")}},
         "dragmode": False,
         "autosize": True,
         **properties,

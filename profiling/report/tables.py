@@ -1,10 +1,10 @@
 """What a report says, before it is known on what it will be written: tiles and tables of text, with their provenance.
 
-The input is what `profiling.report.build` returned: values may be null and texts hostile, but nothing else than agreed.
+The input is what `profiling.report.build` returned, in which every name may be hostile.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,61 +79,45 @@ def tiles(report: Record) -> list[Tile]:
     for key, figure in report["figures"].items():
         value, unit = figure["value"], figure["unit"]
         shown, shown_unit = split(value, unit, 4 if "accuracy" in key else 3)
-        exact = "" if value is None else f"{value!r} {unit}".strip()
-        status = "unavailable" if value is None else figure["status"]
-        found.append(
-            Tile(figure["label"], shown, shown_unit, status, figure["source"], exact, figure.get("spread") or "")
-        )
+        exact = "" if value is None else f"{value!r} {unit}"
+        label, status, source = figure["label"], figure["status"], figure["source"]
+        found.append(Tile(label, shown, shown_unit, status, source, exact, figure.get("spread", "")))
     return found
 
 
 def phases(report: Record) -> Table:
     """Level 1: phases of the process, which add up to its wall clock."""
-    records = report["phases"]
-    wall = _sum(records, "ns")
-    times, unit = column([*(phase["ns"] for phase in records), wall], "ns")
-    lines = [
-        _row(phase, "ns", Cell(phase["name"]), Cell(time), _share(phase, wall))
-        for phase, time in zip(records, times[:-1], strict=True)
-    ]
-    end = Row((Cell("process"), Cell(times[-1]), Cell("")), _status(wall), "the sum of its phases")
-    return Table(("phase", f"time, {unit}", "share, %"), lines, total=end if lines else None)
+    wall = sum(phase["ns"] for phase in report["phases"])
+    return _shared("phase", report["phases"], wall, "process", "the sum of its phases")
 
 
 def terms(report: Record) -> Table:
-    """Level 2, the terms of the training phase, those first from which most can be recovered."""
-    ordered: list[tuple[Record, Record]] = []  # a term or a part of it, and the term
+    """Level 2, the terms of the training phase, those first from which most can be recovered, each with its parts."""
+    records: list[Record] = []
     for term in sorted(report["terms"], key=lambda term: -term["recoverable_ns"]):
-        ordered += [(term, term), *((piece, term) for piece in term.get("parts", ()))]
-    total = _sum(report["terms"], "ns")
-    times, unit = column([*(record["ns"] for record, _ in ordered), total], "ns")
-    gains, _ = column([*(record.get("recoverable_ns") for record, _ in ordered), total], "ns")
-    lines = []
-    for (record, term), time, gain in zip(ordered, times[:-1], gains[:-1], strict=True):
-        cells = (
-            Cell(record["name"], record.get("note") or ""),
-            Cell(time),
-            _share(record, total),
-            Cell(gain if record.get("recoverable_ns") else ""),
-            Cell(record.get("what_if", "")),
-        )
-        lines.append(_row(term, "ns", *cells, child=record is not term))
-    end = Row((Cell("training"), Cell(times[-1]), Cell(""), Cell(""), Cell("")), _status(total), "the sum of its terms")
-    columns = ("term", f"time, {unit}", "share, %", f"recoverable, {unit}", "what if")
-    return Table(columns, lines, frozenset({0, 4}), end if lines else None)
+        same = {"status": term["status"], "source": term["source"], "child": True}
+        records += [term, *(part | same for part in term["parts"])]
+    total = sum(term["ns"] for term in report["terms"])
+    times, unit = column([*(record["ns"] for record in records), total], "ns")
+    gains, _ = column([*(record.get("recoverable_ns") for record in records), total], "ns")
+    columns = {
+        "term": _names(records),
+        f"time, {unit}": times[:-1],
+        "share, %": _shares(records, total),
+        f"recoverable, {unit}": [
+            gain if record.get("recoverable_ns") else "" for record, gain in zip(records, gains, strict=False)
+        ],
+        "what if": [record.get("what_if", "") for record in records],
+    }
+    end = _total(("training", times[-1], "", "", ""), "the sum of its terms")
+    return _table(records, columns, {0, 4}, end)
 
 
 def article(report: Record) -> Table:
     """The same terms of the article's run."""
     record = report["article"]
-    records, total = record["terms"], record["total_ns"]
-    times, unit = column([*(term["ns"] for term in records), total], "ns")
-    lines = [
-        _row(term, "ns", Cell(term["name"], term.get("note") or ""), Cell(time), _share(term, total))
-        for term, time in zip(records, times[:-1], strict=True)
-    ]
-    end = Row((Cell("training and evaluation"), Cell(times[-1]), Cell("")), "quoted", record["title"])
-    return Table(("term", f"time, {unit}", "share, %"), lines, total=end if lines else None)
+    end = ("training and evaluation", record["title"], "quoted")
+    return _shared("term", record["terms"], record["total_ns"], *end)
 
 
 def longest_first(report: Record, key: str) -> list[Record]:
@@ -142,7 +126,7 @@ def longest_first(report: Record, key: str) -> list[Record]:
 
 
 def details(record: Record) -> str:
-    """Of a kernel or a layer: its op, its shape, and what Nsight Compute counted in it."""
+    """The op of a kernel or a layer, its shape, and what Nsight Compute counted in it."""
     dram, tensor = record.get("dram_bytes"), record.get("tensor_active")
     counted = [f"{show(dram, 'B')} of DRAM counted"] if dram is not None else []
     counted += [f"tensor cores {show(tensor, 'share')} active"] if tensor is not None else []
@@ -154,100 +138,65 @@ def kernels(report: Record, key: str = "kernels") -> Table:
     """The kernels, or with "layers" the convolutions' passes, the longest first."""
     records = longest_first(report, key)
     times, time_unit = _column(records, "ns_per_step", "ns")
-    flops, flops_unit = _column(records, "flops_per_s", "FLOP/s", like=_first(records, "flops_per_s"))
-    moved, moved_unit = _column(records, "bytes_per_s", "B/s", like=_first(records, "bytes_per_s"))
-    longest = max((record["share"] for record in records), default=0)
+    flops, flops_unit = _rates(records, "flops_per_s", "FLOP/s")
+    moved, moved_unit = _rates(records, "bytes_per_s", "B/s")
     shares, _ = _column(records, "share", "share")
-    roofs, _ = _column(records, "roof_fraction", "share")
-    lines = [
-        _row(
-            record,
-            "ns_per_step",
-            Cell(record["name"], details(record)),
-            Cell(times[i]),
-            Cell(shares[i], bar=_length(record["share"], longest)),
-            Cell(_count(record["calls_per_step"])),
-            Cell(flops[i]),
-            Cell(moved[i]),
-            Cell(record.get("bound") or MISSING),
-            _of_roof(roofs[i], record["roof_fraction"]),
-            Cell(record["category"]),
-        )
-        for i, record in enumerate(records)
-    ]
-    columns = (
-        "kernel" if key == "kernels" else "layer and pass",
-        f"time a step, {time_unit}",
-        "share, %",
-        "calls a step",
-        flops_unit or "FLOP/s",
-        moved_unit or "B/s",
-        "bound",
-        "of roof, %",
-        "category",
-    )
-    return Table(columns, lines, frozenset({0, 6, 8}), omitted=len(report[key]) - len(records))
-
-
-def _of_roof(shown: str, fraction: float | None) -> Cell:
-    return Cell(shown, bar=_length(fraction, 1.0), over=fraction is not None and fraction > 1.005)
+    fractions, _ = _column(records, "roof_fraction", "share")
+    columns = {
+        "kernel" if key == "kernels" else "layer and pass": [Cell(r["name"], details(r)) for r in records],
+        f"time a step, {time_unit}": times,
+        "share, %": _barred(shares, [r["share"] for r in records]),
+        "calls a step": [_count(r["calls_per_step"]) for r in records],
+        flops_unit: flops,
+        moved_unit: moved,
+        "bound": [r["bound"] or MISSING for r in records],
+        "of roof, %": _barred(fractions, [r["roof_fraction"] for r in records], 1.0),
+        "category": [r["category"] for r in records],
+    }
+    return _table(records, columns, {0, 6, 8}, omitted=len(report[key]) - len(records))
 
 
 def roofs(report: Record) -> Table:
-    """What bounds every kernel of this device."""
-    record = report["roofs"]
-    lines = [
-        _row(row, "value", Cell(row["label"]), Cell(show(row["value"], unit)))
-        for key, unit in (("compute", "FLOP/s"), ("bandwidth", "B/s"))
-        for row in record[key]
-    ]
-    return Table(("roof", "rate"), lines)
+    """The bounds of every kernel of this device."""
+    records = [*report["roofs"]["compute"], *report["roofs"]["bandwidth"]]
+    rates = [show(record["value"], record["unit"]) for record in records]
+    return _table(records, {"roof": [record["label"] for record in records], "rate": rates})
 
 
 def floors(report: Record) -> Table:
     """What the run could take at best, by passes over memory."""
-    records = report["floors"]
+    same = {"status": "modelled", "source": "each kernel takes the longer of its arithmetic and its bytes"}
+    records = [floor | same for floor in report["floors"]]
     times, unit = _column(records, "ns", "ns")
-    longest = max((record["ns"] for record in records), default=0)
-    lines = [
-        Row(
-            (
-                Cell(record["name"]),
-                Cell(_count(record["passes"])),
-                Cell(time, bar=_length(record["ns"], longest)),
-                Cell(record["note"]),
-            ),
-            "modelled",
-            "each kernel takes the longer of its arithmetic and its bytes",
-        )
-        for record, time in zip(records, times, strict=True)
-    ]
-    return Table(("implementation", "passes", f"time, {unit}", "what it does"), lines, frozenset({0, 3}))
+    columns = {
+        "implementation": [record["name"] for record in records],
+        "passes": [_count(record["passes"]) for record in records],
+        f"time, {unit}": _barred(times, [record["ns"] for record in records]),
+        "what it does": [record["note"] for record in records],
+    }
+    return _table(records, columns, {0, 3})
 
 
 def levers(report: Record) -> Table:
     """The factors between the article's 256 s and this run, and their product."""
     records = report["levers"]
     logs = [record["log"] for record in records]
-    factors = [record["factor"] for record in records]
-    product = None if None in factors else math.prod(factors)
-    shown = [MISSING if factor is None else significant(factor) for factor in (*factors, product)]
-    shown_logs, _ = column([*logs, None if None in logs else sum(logs)], "", 3)
-    largest = max((abs(log) for log in logs if log is not None), default=0.0)
-    bars = [_length(log, largest) for log in logs]
-    lines = [
-        _row(record, "factor", Cell(record["name"]), Cell(shown[i]), Cell(shown_logs[i], bar=bars[i]))
-        for i, record in enumerate(records)
-    ]
-    cells = (Cell("256 s / this run"), Cell(shown[-1]), Cell(shown_logs[-1]))
-    end = Row(cells, _status(product, "modelled"), "the product of the factors; logarithms add up")
-    return Table(("lever", f"factor, {TIMES}", "logarithm"), lines, total=end if lines else None)
+    product = math.prod(record["factor"] for record in records)
+    *shown, last = column([*logs, sum(logs)], "", 3)[0]
+    columns = {
+        "lever": [record["name"] for record in records],
+        f"factor, {TIMES}": [significant(record["factor"]) for record in records],
+        "logarithm": _barred(shown, logs),
+    }
+    end = ("256 s / this run", significant(product), last)
+    return _table(records, columns, total=_total(end, "the product of the factors; logarithms add up", "modelled"))
 
 
 def epochs(report: Record) -> Table:
     """The learning curve."""
-    records = report["epochs"]
-    names = {  # the column, its key in the log, unit and digits
+    records = [row | {"status": "measured", "source": "the timed run's log.jsonl"} for row in report["epochs"]]
+    columns = {"epoch": [_count(record["epoch"]) for record in records]}
+    for name, (key, unit, digits) in {
         "learning rate": ("learning_rate", "", 4),
         "loss": ("train_loss", "", 4),
         "accuracy, %": ("train_accuracy", "share", 5),
@@ -255,14 +204,9 @@ def epochs(report: Record) -> Table:
         "test accuracy, %": ("test_accuracy", "share", 5),
         "images/s": ("images_per_s", "", 4),
         "training so far, s": ("train_s", "", 4),
-    }
-    values = [_column(records, *of)[0] for of in names.values()]
-    counts = [_count(record["epoch"]) for record in records]
-    lines = [
-        Row(tuple(map(Cell, cells)), "measured", "the timed run's log.jsonl")
-        for cells in zip(counts, *values, strict=True)
-    ]
-    return Table(("epoch", *names), lines, frozenset())
+    }.items():
+        columns[name], _ = _column(records, key, unit, digits)
+    return _table(records, columns, ())
 
 
 def unplaced(report: Record) -> str:
@@ -270,7 +214,7 @@ def unplaced(report: Record) -> str:
     out = [row for row in report["kernels"] if not (row["intensity"] and row["flops_per_s"])]
     if not out:
         return ""
-    share = show(_sum(out, "share"), "share")
+    share = show(sum(row["share"] for row in out), "share")
     return (
         f"Not shown are {len(out)} of {len(report['kernels'])} kernels, {share} of the time: copies and casts, which "
         "do no arithmetic, and kernels whose bytes or FLOPs are not known."
@@ -291,43 +235,70 @@ def lacks(report: Record) -> list[str]:
     return report["doubts"] + report["lacks"] + missing
 
 
-def _row(record: Record, key: str, *cells: Cell, child: bool = False) -> Row:
-    """A row about a record, which is unavailable where `record[key]` is not known."""
-    status = record["status"] if record.get(key) is not None else "unavailable"
-    return Row(cells, status, record["source"], child)
+def _table(
+    records: Sequence[Record],
+    columns: Mapping[str, Sequence[str | Cell]],
+    texts: Iterable[int] = (0,),
+    total: Row | None = None,
+    omitted: int = 0,
+) -> Table:
+    """A row for each record, with its status and source, of the cells that `columns` has below each heading."""
+    rows = []
+    for record, *texts_or_cells in zip(records, *columns.values(), strict=True):
+        cells = tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in texts_or_cells)
+        rows.append(Row(cells, record["status"], record["source"], record.get("child", False)))
+    return Table(tuple(columns), rows, frozenset(texts), total if rows else None, omitted)
 
 
-def _status(value: float | None, status: str = "measured") -> str:
-    return "unavailable" if value is None else status
+def _shared(
+    heading: str, records: Sequence[Record], total: float, name: str, source: str, status: str = "measured"
+) -> Table:
+    """Times and their shares of `total`, which stands below them as `name`."""
+    times, unit = column([*(record["ns"] for record in records), total], "ns")
+    columns = {heading: _names(records), f"time, {unit}": times[:-1], "share, %": _shares(records, total)}
+    return _table(records, columns, total=_total((name, times[-1], ""), source, status))
 
 
-def _sum(records: Sequence[Record], key: str) -> float | None:
-    """Of what is known; None where nothing is."""
-    known = [value for value in (record.get(key) for record in records) if value is not None]
-    return sum(known) if known else None
+def _total(cells: Iterable[str], source: str, status: str = "measured") -> Row:
+    return Row(tuple(map(Cell, cells)), status, source)
+
+
+def _names(records: Sequence[Record]) -> list[Cell]:
+    return [Cell(record["name"], record.get("note") or "") for record in records]
+
+
+def _shares(records: Sequence[Record], total: float) -> list[Cell]:
+    if not total:
+        return [Cell(MISSING)] * len(records)
+    shares = [record["ns"] / total for record in records]
+    return [Cell(column([share], "share")[0][0], bar=_length(share)) for share in shares]
 
 
 def _column(
     records: Sequence[Record], key: str, unit: str, digits: int = 4, like: float | None = None
 ) -> tuple[list[str], str]:
-    return column([record.get(key) for record in records], unit, digits, like)
+    return column([record[key] for record in records], unit, digits, like)
 
 
-def _first(records: Sequence[Record], key: str) -> float | None:
-    """Of the longest kernel of which it is known."""
-    return next((value for value in (record.get(key) for record in records) if value), None)
+def _rates(records: Sequence[Record], key: str, unit: str) -> tuple[list[str], str]:
+    """In the unit that suits the longest kernel that has a rate."""
+    return _column(records, key, unit, like=next((record[key] for record in records if record[key]), None))
 
 
-def _share(record: Record, total: float | None) -> Cell:
-    value = record["ns"]
-    if value is None or not total:
-        return Cell(MISSING)
-    return Cell(column([value / total], "share")[0][0], bar=_length(value, total))
+def _barred(texts: Sequence[str], values: Sequence[float | None], whole: float | None = None) -> list[Cell]:
+    """Each text with its value as a bar, relative to `whole` or to the largest; a value above `whole` is marked."""
+    whole = whole or max((abs(value) for value in values if value is not None), default=0) or 1.0
+    lengths = [None if value is None else value / whole for value in values]
+    return [
+        Cell(text, bar=_length(length), over=length is not None and length > 1.005)
+        for text, length in zip(texts, lengths, strict=True)
+    ]
 
 
-def _length(value: float | None, whole: float) -> float | None:
-    return None if value is None or value < 0 or not whole else min(value / whole, 1.0)
+def _length(share: float | None) -> float | None:
+    """Of a bar, which a negative value has none of."""
+    return None if share is None or share < 0 else min(share, 1.0)
 
 
-def _count(value: float | None) -> str:
-    return MISSING if value is None else f"{int(value):,}" if value == int(value) else significant(value)
+def _count(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) else significant(value)

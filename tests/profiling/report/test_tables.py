@@ -1,96 +1,117 @@
 import pytest
-from report_sample import MADE_UP, cpu, empty, figure, gpu, hostile
 
+from profiling.account.run_folder import EPOCH
+from profiling.output.numbers import unavailable
 from profiling.output.units import MISSING
 from profiling.report import tables
 from profiling.report.timeline import telemetry_table
 
 MINUS = "\N{MINUS SIGN}"
-TABLES = [
-    tables.phases,
-    tables.terms,
-    tables.article,
-    tables.kernels,
-    lambda report: tables.kernels(report, "layers"),
-    tables.roofs,
-    tables.floors,
-    tables.levers,
-    tables.epochs,
-    telemetry_table,
-]
+TABLES = {
+    "phases": tables.phases,
+    "terms": tables.terms,
+    "article": tables.article,
+    "kernels": tables.kernels,
+    "layers": lambda report: tables.kernels(report, "layers"),
+    "roofs": tables.roofs,
+    "floors": tables.floors,
+    "levers": tables.levers,
+    "epochs": tables.epochs,
+    "telemetry": telemetry_table,
+}
 
 
 def cells(row):
-    return [cell.text for cell in row.cells]
+    return [cell.text.replace("\xa0", " ") for cell in row.cells]
 
 
-@pytest.mark.parametrize("make", [gpu, cpu, empty, hostile], ids=lambda make: make.__name__)
-def test_tables_are_rectangular_whatever_is_missing(make):
-    report = make()
-    for table in [make_table(report) for make_table in TABLES]:
-        for row in [*table.rows, *filter(None, [table.total])]:
-            assert len(row.cells) == len(table.columns)
-            if make is empty:  # nothing known is never a zero
-                assert not [text for text in cells(row) if text.startswith("0")], cells(row)
-                assert row.status in ("unavailable", "measured" if table.columns[0] == "epoch" else "unavailable")
-        assert max(table.texts, default=-1) < len(table.columns)
-    tables.tiles(report), tables.lacks(report), tables.environment(report), tables.unplaced(report)
+def row(table, name):
+    return next(row for row in table.rows if row.cells[0].text == name)
 
 
-def test_terms_are_sorted_by_what_can_be_recovered_and_parts_stay_with_their_term():
-    table = tables.terms(gpu())
-    names = [row.cells[0].text for row in table.rows]
-    assert names[:2] == ["convolutions below their roof", "batch norm and fused epilogues"]
-    assert names.index("launching kernels") == names.index("idle") + 1
-    assert [row.child for row in table.rows][names.index("idle") :][:5] == [False, True, True, True, False]
-    gains = [float(row.cells[3].text) for row in table.rows if row.cells[3].text]
+def test_tables_are_rectangular_and_rows_say_how_their_numbers_are_known(whole, bare):
+    statuses = {"measured", "modelled", "quoted", "unavailable"}
+    for report in (whole, bare):
+        made = {name: make(report) for name, make in TABLES.items()}
+        for table in made.values():
+            for line in [*table.rows, *filter(None, [table.total])]:
+                assert len(line.cells) == len(table.columns)
+                assert line.status in statuses
+                assert line.source
+            assert max(table.texts, default=-1) < max(len(table.columns), 1)
+        assert [name for name, table in made.items() if not table.rows] == (
+            [] if report is whole else [name for name in TABLES if name != "terms"]
+        )
+
+
+def test_terms_are_sorted_by_what_can_be_recovered_and_parts_stay_with_their_term(whole):
+    whole["terms"][0]["ns"] += 10**9  # the ideal, the longest term, of which nothing can be recovered
+    whole["terms"][5] |= {"ns": -whole["terms"][5]["ns"], "recoverable_ns": 0}  # the casts
+    table = tables.terms(whole)
+    names = [line.cells[0].text for line in table.rows]
+    assert names[:5] == ["convolutions below their roof", "idle", "launching kernels", "in Python", "batch norm"]
+    assert [line.child for line in table.rows[:5]] == [False, False, True, True, False]
+    assert cells(table.rows[0])[1:4] == ["0.794", "28.2", "0.794"]
+    assert cells(row(table, "layout and casts"))[1:4] == [f"{MINUS}0.100", f"{MINUS}3.5", ""]
+    assert row(table, "layout and casts").cells[2].bar is None
+    gains = [float(line.cells[3].text) for line in table.rows if line.cells[3].text]
     assert gains == sorted(gains, reverse=True)
+    assert cells(table.total) == ["training", "2.820", "", "", ""]
 
 
-def test_terms_are_summed_with_their_sign():
-    table = tables.terms(gpu())
-    assert cells(table.total)[:2] == ["training", "9.732"]
-    row = next(row for row in table.rows if row.cells[0].text == "layout and casts")
-    assert cells(row)[1:3] == [f"{MINUS}0.014", f"{MINUS}0.1"]
-    assert row.cells[2].bar is None
+def test_phases_sum_to_the_process(whole):
+    table = tables.phases(whole)
+    assert cells(table.total) == ["process", "4.000", ""]
+    assert sum(line.cells[2].bar for line in table.rows) == pytest.approx(1)
+    assert cells(tables.phases(whole | {"phases": [whole["phases"][0] | {"ns": 0}]}).rows[0])[2] == MISSING
 
 
-def test_phases_sum_to_the_process():
-    table = tables.phases(gpu())
-    assert cells(table.total)[:2] == ["process", "31.43"]
-    assert sum(row.cells[2].bar for row in table.rows) == pytest.approx(1)
-
-
-def test_kernels_are_sorted_by_time_and_carry_their_provenance():
-    table = tables.kernels(gpu())
-    times = [float(row.cells[1].text) for row in table.rows]
-    assert times == sorted(times, reverse=True)
-    assert table.rows[0].provenance == f"measured: trace of 20 steps ({MADE_UP})"
-    assert table.rows[1].cells[0].under == "cifar::conv_dgrad · 512x32x32x64 * 64x3x3x64"
-    assert table.rows[0].cells[2].bar == 1
-    pool = next(row for row in table.rows if row.cells[0].text == "max_pool_backward_nhwc")
-    assert [pool.cells[i].text for i in (4, 6, 7)] == [MISSING] * 3
-
-    under = tables.kernels(gpu()).rows[0].cells[0].under.replace("\xa0", " ")
-    assert under.endswith("210 MB of DRAM counted · tensor cores 62.0 % active")
+def test_kernels_are_sorted_by_time_and_carry_their_provenance(whole):
+    whole["kernels"].reverse()
+    whole["kernels"][0]["roof_fraction"], whole["kernels"][1]["roof_fraction"] = 6.0, 0.9
+    whole["kernels"][0]["calls_per_step"] = 1.5
+    table = tables.kernels(whole)
+    convolution, norm, copy = table.rows
+    assert cells(convolution)[:3] == ["sm90_xmma_fprop_implicit_gemm_f16f16", "8.000", "57.1"]
+    assert convolution.cells[0].under.replace("\xa0", " ") == (
+        "aten::cudnn_convolution · 64x32x32-64x3x3-s1 · 210 MB of DRAM counted · tensor cores 62.0 % active"
+    )
+    assert convolution.provenance.startswith("measured: time: torch.profiler, a pass of its own; ")
+    assert (convolution.cells[2].bar, norm.cells[2].bar) == (1, pytest.approx(5 / 8))
+    assert cells(copy)[3:] == ["1.50", MISSING, MISSING, MISSING, "600.0", "layout and cast"]
+    assert [(line.cells[7].bar, line.cells[7].over) for line in (copy, norm)] == [(1.0, True), (0.9, False)]
     assert tables.details({"name": "aten::add", "op": "aten::add", "shape": "2x3"}) == "2x3", "no name twice"
 
 
-def test_a_report_of_thousands_of_kernels_stays_small():
-    report = gpu()
-    report["kernels"] *= 100
-    table = tables.kernels(report)
-    assert len(table.rows) == tables.MOST
-    assert len(table.rows) + table.omitted == len(report["kernels"])
-    assert tables.kernels(gpu()).omitted == 0
+def test_a_report_of_thousands_of_kernels_stays_small(whole):
+    assert tables.kernels(whole).omitted == 0
+    whole["kernels"] *= 400
+    table = tables.kernels(whole)
+    assert (len(table.rows), table.omitted) == (tables.MOST, 1200 - tables.MOST)
 
 
-def test_levers_multiply_and_their_logarithms_add_up():
-    total = cells(tables.levers(gpu()).total)
-    assert total[1:] == ["26.3", "3.27"]
-    given = {"name": "n", "status": "modelled", "source": "s"}
-    report = {"levers": [given | {"factor": 1683.2, "log": 7.43}, given | {"factor": 0.00387, "log": -5.55}]}
-    assert [cells(row)[1] for row in tables.levers(report).rows] == ["1,683", "0.00387"], "each to its own digits"
+def test_kernels_that_the_roofline_does_not_show_are_counted(whole):
+    assert tables.unplaced(whole) == (
+        "Not shown are 1 of 3 kernels, 7.14\xa0% of the time: copies and casts, which do no arithmetic, and kernels "
+        "whose bytes or FLOPs are not known."
+    )
+    assert tables.unplaced(whole | {"kernels": whole["kernels"][:2]}) == ""
+
+
+def test_levers_multiply_and_their_logarithms_add_up(whole):
+    table = tables.levers(whole)
+    assert [cells(line)[1:] for line in [*table.rows, table.total]] == [
+        ["1,248", "7.13"],
+        ["0.00864", f"{MINUS}4.75"],
+        ["7.92", "2.07"],
+        ["85.3", "4.45"],
+    ]
+    assert [line.cells[2].bar for line in table.rows] == [1, None, pytest.approx(2.0689 / 7.1292, rel=1e-4)]
+
+
+def test_an_epoch_has_a_dash_for_what_was_not_logged(whole):
+    assert set(whole["epochs"][0]) == set(EPOCH)
+    assert cells(tables.epochs(whole).rows[1]) == ["2", "0.400", "1.000", "80.00", MISSING, "90.00", "10,000", "2.000"]
 
 
 def test_the_environment_says_each_thing_once():
@@ -99,31 +120,37 @@ def test_the_environment_says_each_thing_once():
     assert tables.environment(report) == [("git sha", "a"), ("device", "GPU"), ("dirty", "yes"), ("torch", "2")]
 
 
-def test_a_bar_above_its_roof_looks_different():
-    report = gpu()
-    report["kernels"][0]["roof_fraction"], report["kernels"][1]["roof_fraction"] = 6.0, 0.9
-    first, second = (row.cells[7] for row in tables.kernels(report).rows[:2])
-    assert ((first.text, first.bar, first.over), (second.bar, second.over)) == (("600.0", 1.0, True), (0.9, False))
-
-
-def test_how_much_of_the_time_the_roofline_does_not_show():
-    report = gpu()
-    out = [row for row in report["kernels"] if row["intensity"] is None]
-    share = sum(row["share"] for row in out)
-    assert tables.unplaced(report) == (
-        f"Not shown are {len(out)} of {len(report['kernels'])} kernels, {100 * share:.3g}\xa0% of the time: copies and "
-        "casts, which do no arithmetic, and kernels whose bytes or FLOPs are not known."
-    )
-    assert tables.unplaced(report | {"kernels": [row for row in report["kernels"] if row["intensity"]]}) == ""
-
-
-def test_an_accuracy_keeps_four_digits():
-    tile = next(tile for tile in tables.tiles(gpu()) if tile.label == "test accuracy")
-    assert (tile.number, tile.unit, tile.exact) == ("94.07", "%", "0.9407 share")
-
-
-def test_what_is_unavailable_has_its_reason_and_is_lacking():
-    report = {"figures": {"mfu": figure(None, "share", "", "unknown GPU", "MFU")}, "doubts": [], "lacks": ["no trace"]}
+def test_a_figure_has_its_exact_value_or_the_reason_why_it_lacks(whole):
+    tiles = {tile.label: tile for tile in tables.tiles(whole)}
+    accuracy, step = tiles["test accuracy"], tiles["a step, median"]
+    assert (accuracy.number, accuracy.unit, accuracy.exact) == ("94.07", "%", "0.9407 share")
+    assert (step.number, step.unit, step.spread) == ("20.0", "ms", "nine in ten took 20 to 20 ms")
+    report = {
+        "figures": {"mfu": unavailable("share", "unknown GPU").to_json("MFU")},
+        "doubts": [],
+        "lacks": ["no trace"],
+    }
     (tile,) = tables.tiles(report)
-    assert (tile.number, tile.status, tile.source) == (MISSING, "unavailable", "unknown GPU")
+    assert (tile.number, tile.exact, tile.status, tile.source) == (MISSING, "", "unavailable", "unknown GPU")
     assert tables.lacks(report) == ["no trace", "MFU: unknown GPU"]
+
+
+def sensors(report) -> dict[str, list[str]]:
+    return {line.cells[0].text: [*cells(line)[1:], line.provenance] for line in telemetry_table(report).rows}
+
+
+def test_sensors_are_of_every_stretch_of_training_and_of_nothing_between(whole, bare):
+    timeline = whole["timeline"]
+    timeline["samples"] |= {
+        "t_s": [0, 1, 2, 3, 4],
+        "power_w": [9, 100, 900, 200, None],
+        "sm_active": [0.1, *[None] * 4],
+    }
+    timeline["phases"] = [{"name": "training", "start_s": s, "end_s": s + 0.5} for s in (1, 3)]
+    found = sensors(whole)
+    assert found["power"] == ["100 W", "150 W", "200 W", "measured: 2 samples of the driver"]
+    assert found["SMs active"] == [*[MISSING] * 3, "unavailable: no sample"]
+    assert found["DRAM active"] == [*[MISSING] * 3, "unavailable: no sample has a value of it"]
+    timeline["phases"] = []  # where training is not known, of the whole run
+    assert sensors(whole)["power"][:3] == ["9 W", "150 W", "900 W"]
+    assert sensors(bare) == {}
