@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +27,35 @@ def write_json(path: Path, value: Any) -> None:
     Raises ValueError naming the key of a NaN or an infinity (JSON has neither), TypeError for what JSON cannot hold and
     OSError as the system gave it; in each case the old document is intact and no temporary is left.
     """
-    _write(Path(path), (_encode(value, indent=2) + "\n").encode())
+    write_text(path, _encode(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace the text at `path`, atomically and durably. Raises OSError, the old text intact."""
-    _write(Path(path), text.encode("utf-8", errors="replace"))
+    with replacing(Path(path)) as new:
+        new.write_bytes(text.encode("utf-8", errors="replace"))
 
 
-def _write(path: Path, data: bytes) -> None:
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The name of a file to write; it replaces that at `path`, atomically and durably, unless the context raises."""
     # The name is unique, not mkstemp's, whose files only their owner may read.
     temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    if os.name != "nt":  # Windows can neither open nor sync a folder
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_bytes(path: Path, limit: int = LARGEST_BYTES) -> bytes:
@@ -141,14 +149,3 @@ def _require_finite(value: Any, key: str) -> None:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             _require_finite(item, f"{key}[{index}]")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable. Windows can neither open nor sync a folder."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
