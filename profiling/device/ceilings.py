@@ -165,13 +165,13 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
     seconds: float = 2.0,
-    batch: int = 512,
+    batch: int | None = 512,
     say: Callable[[str], None] = lambda text: None,
 ) -> Ceilings:
     """Run every candidate on `device` for about `seconds`; `say` is told each result.
 
-    Convolutions have `batch` images, on a CPU at most CPU_BATCH. fp32 is computed in TF32 where the process allows it,
-    as in its training. Sizes that do not fit into a GPU's memory are halved.
+    Convolutions have `batch` images, on a CPU at most CPU_BATCH; None leaves them out. fp32 is computed in TF32 where
+    the process allows it, as in its training. Sizes that do not fit into a GPU's memory are halved.
 
     Raises ValueError for arguments out of range and for fp16 on a CPU, which emulates it; torch.OutOfMemoryError where
     even the least size does not fit; RuntimeError where the library has no matrix product for `dtype`.
@@ -184,7 +184,8 @@ def measure(
         bench = _Bench(device, dtype, seconds, watch, say)
         before = watch.clock()
         gemm = bench.gemms()
-        convolutions = bench.convolutions(batch if device.type == "cuda" else min(batch, CPU_BATCH), lacks)
+        images = min(batch, CPU_BATCH) if batch and device.type == "cpu" else batch
+        convolutions = bench.convolutions(images, lacks) if images else []
         after, reasons = watch.hot_clock, watch.reasons()
         copy = bench.copy(COPY_BYTES[device.type])
         launch = bench.launch()
@@ -202,10 +203,10 @@ def measure(
     )
 
 
-def _check(device: torch.device, dtype: torch.dtype, seconds: float, batch: int) -> None:
+def _check(device: torch.device, dtype: torch.dtype, seconds: float, batch: int | None) -> None:
     if not (math.isfinite(seconds) and seconds > 0):
         raise ValueError(f"seconds is {seconds}, expected a positive number")
-    if batch < 1:
+    if batch is not None and batch < 1:
         raise ValueError(f"batch is {batch}, expected at least 1")
     known = (torch.float16, torch.bfloat16, torch.float32) if device.type == "cuda" else (torch.bfloat16, torch.float32)
     if dtype not in known:
