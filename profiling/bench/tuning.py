@@ -11,7 +11,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,30 +80,27 @@ class Tuned(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """An op at a layer's shape, the tiles to try, and the one in use."""
+    """An op at a layer's shape, and the tiles to try, of which the first is in use."""
 
     op: str
     shape: ConvShape
     variant: str
     candidates: tuple[Tile, ...]
-    incumbent: Tile
 
     def case(self) -> Case:
         """The case to time."""
         return FUSED[self.op][0](self.shape, self.variant)
 
 
-def select(
-    gpu: Gpu, op: str, shape: ConvShape, dtype: torch.dtype, triton: str, timings: Timings, incumbent: Tile
-) -> Entry | None:
+def select(gpu: Gpu, problem: Problem, dtype: torch.dtype, triton: str, timings: Timings) -> Entry | None:
     """The table's entry by the timings; None if no tile, or not the library, could be measured."""
     if not timings.us or timings.library_us is None:
         return None
-    best = min(timings.us, key=timings.us.__getitem__)
+    incumbent, best = problem.candidates[0], min(timings.us, key=timings.us.__getitem__)
     if incumbent in timings.us and timings.us[incumbent] <= timings.us[best] * (1 + KEEP_WITHIN):
         best = incumbent
     us, library_us = round(timings.us[best], 3), round(timings.library_us, 3)
-    return Entry(gpu.name, op, str(shape), dtype_name(dtype), triton, us, library_us, best)
+    return Entry(gpu.name, problem.op, str(problem.shape), dtype_name(dtype), triton, us, library_us, best)
 
 
 def refreshed(entries: Sequence[Entry], measured: Sequence[Entry]) -> tuple[Entry, ...]:
@@ -155,17 +152,17 @@ def tune(
     tuned, planned = Tuned([], [], list(problems)), [_problem(op, shape, dtype, backend.gpu) for op, shape in problems]
     backend.prepare(planned)
     for problem in planned:
-        op, shape, _, tried, incumbent = problem
+        op, shape, _, tried = problem
         tuned.left.pop(0)
         try:
-            timings = backend.time(problem.case(), tried, incumbent)
+            timings = backend.time(problem.case(), tried)
         except Exception as error:  # out of memory, a failure of the library's own
             timings = Timings({}, None, {None: first_line(error)})
         refused = [Refusal(op, shape, tile, reason) for tile, reason in timings.refused.items()]
         tuned.refused.extend(refused)
         for refusal in refused:
             say(str(refusal))
-        entry = select(backend.gpu, op, shape, dtype, triton, timings, incumbent)
+        entry = select(backend.gpu, problem, dtype, triton, timings)
         if entry is None:
             say(f"{op} {shape}: nothing measured, the table stays as it is")
         else:
@@ -181,8 +178,7 @@ def _problem(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> Problem
     variant = FUSED[op][1]
     if op == "conv_dgrad" and shape.R == 1:
         variant = ""  # a projection's gradient is masked where it joins that of the block's first convolution
-    tried = tuple(candidates(op, shape, dtype, gpu))
-    return Problem(op, shape, variant, tried, tiles.tile(op, shape, dtype, gpu))
+    return Problem(op, shape, variant, tuple(candidates(op, shape, dtype, gpu)))
 
 
 MOST_PROCESSES = 8
@@ -239,10 +235,10 @@ class CudaBackend:
                     one = problem._replace(candidates=(tile,))
                     self.ahead.submit(problem.case().name, compile_candidates, one, *about)
 
-    def time(self, case: Case, candidates: Sequence[Tile], incumbent: Tile) -> Timings:
+    def time(self, case: Case, candidates: Sequence[Tile]) -> Timings:
         """Check the candidates for a case, look at every right one, then time the best few and the library by the plan.
 
-        The incumbent is timed by the plan too, unless it is refused.
+        The first candidate, the tile in use, is timed by the plan too, unless it is refused.
         """
         setup = self.setup
         if self.ahead is not None:
@@ -266,7 +262,7 @@ class CudaBackend:
         timer = setup.timer.for_mode("cold")
         right = {tile: run for tile, run in runs.items() if tile not in refused}
         looked_at = _medians(interleave(right, timer, QUICK, setup.gpu), refused)
-        finalists = [*sorted(looked_at, key=looked_at.__getitem__)[:FINALISTS], incumbent]
+        finalists = [*sorted(looked_at, key=looked_at.__getitem__)[:FINALISTS], candidates[0]]
         final: dict[Any, Callable] = {tile: runs[tile] for tile in dict.fromkeys(finalists) if tile in looked_at}
         final[LIBRARY] = searching(lambda: case.hybrid(*operands), True)
         with contextlib.suppress(Exception):  # it fails again, and is refused by name, in its timing
@@ -315,8 +311,6 @@ def _with_tile(case: Case, operands: tuple, tile: Tile) -> Callable[[], Any]:
     return run
 
 
-@contextlib.contextmanager
-def forced(tile: Tile) -> Iterator[None]:
+def forced(tile: Tile) -> contextlib.AbstractContextManager[None]:
     """Let every convolution in the context take `tile`."""
-    with replaced(tiles, "tile", lambda op, shape, dtype, gpu: tile):
-        yield
+    return replaced(tiles, "tile", lambda op, shape, dtype, gpu: tile)

@@ -172,8 +172,8 @@ class Backend:
     def prepare(self, problems):
         self.prepared = [problem.case().shape for problem in problems]
 
-    def time(self, case, tried, incumbent):
-        return self.fate(case, tried, incumbent)
+    def time(self, case, tried):
+        return self.fate(case, tried)
 
 
 @pytest.fixture
@@ -204,11 +204,11 @@ def tuned(monkeypatch):
 def test_an_interrupted_tuning_keeps_what_it_measured_and_goes_on(monkeypatch, tuned):
     table, asked = [], []
 
-    def fate(case, tried, incumbent):
+    def fate(case, tried):
         if len(asked) == limit:
             raise KeyboardInterrupt
         asked.append(case.name)
-        return Timings({incumbent: 1.0}, 2.0, {tried[1]: "wrong: output 0 is off"})
+        return Timings({tried[0]: 1.0}, 2.0, {tried[1]: "wrong: output 0 is off"})
 
     tuned[0](fate)
     monkeypatch.setattr(tiles, "load", lambda: tuple(table))
@@ -222,7 +222,7 @@ def test_an_interrupted_tuning_keeps_what_it_measured_and_goes_on(monkeypatch, t
 def test_a_tuning_goes_on_in_another_process_after_a_tile_lost_the_device(tuned):
     with_fate, commands = tuned
     lost = "AcceleratorError: an illegal memory access"
-    backend = with_fate(lambda case, tried, incumbent: Timings({}, None, {incumbent: lost}, lost=True))
+    backend = with_fate(lambda case, tried: Timings({}, None, {tried[0]: lost}, lost=True))
     done = invoke("conv_wgrad", "--tune", "--quick", code=1)  # the code of the other process
     assert "1 tiles refused, 0 of them wrong" in done.stdout
     shapes = [f"--shape={shape}" for shape in backend.prepared[1:]]
