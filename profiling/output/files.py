@@ -1,8 +1,8 @@
 """Records on disk: JSON documents written whole or not at all, and JSON lines appended one row at a time.
 
-A record is JSON values under string keys; None is null, and means "not known". A reader never sees half a document:
-it is complete on the disk before it takes the old one's name. A row whose newline is missing is torn (its writer was
-killed): readers skip it and the next append removes it. One process at a time may append to a file.
+A record is JSON values under string keys; None is null, and means "not known". A document is complete on the disk
+before it takes the old one's name. A last row without a newline is torn (its writer was killed): readers skip it and
+the next append removes it. One process at a time may append to a file.
 """
 
 import contextlib
@@ -18,14 +18,14 @@ from typing import Any
 from profiling.output.forms import fit
 
 LARGEST_BYTES = 1 << 28
-"""Of a record: a day's telemetry is smaller. What is larger is not read."""
+"""The largest file that is read as a record; a day's telemetry is smaller."""
 
 
 def write_json(path: Path, value: Any) -> None:
     """Replace the document at `path` by `value`, atomically and durably.
 
-    Raises ValueError naming the key of a NaN or an infinity (JSON has neither), TypeError for what JSON cannot hold and
-    OSError as the system gave it; in each case the old document is intact and no temporary is left.
+    Raises ValueError naming the key of a NaN or an infinity, TypeError for other values that JSON lacks, and OSError as
+    the system gave it; in each case the old document is intact and no temporary is left.
     """
     write_text(path, _encode(value, indent=2) + "\n")
 
@@ -59,16 +59,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def read_bytes(path: Path, limit: int = LARGEST_BYTES) -> bytes:
-    """The file at `path`. Raises ValueError naming it where it is no regular file, or larger than `limit`, and OSError.
-
-    A pipe, a device or a folder is never waited for or read.
-    """
+    """The file at `path`. Raises ValueError naming it unless it is a regular file within `limit` bytes, and OSError."""
     require_regular(path, limit)
     return Path(path).read_bytes()
 
 
 def require_regular(path: Path, limit: int = LARGEST_BYTES) -> None:
-    """Raises as `read_bytes` does, for what it would."""
+    """Raise as `read_bytes` would; a pipe or a device is never opened."""
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):
         raise ValueError(f"{path} is not a regular file; expected a record written by this program")
@@ -86,7 +83,7 @@ def read_json(path: Path, form: Any = None) -> Any:
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Append `row` as one line, in the system's hands on return, after removing a torn last line.
+    """Remove a torn last line and append `row` as one line; the system has it on return.
 
     Raises as `write_json` does; the rows before are intact.
     """
