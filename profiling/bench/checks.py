@@ -53,18 +53,19 @@ class Check(NamedTuple):
     images: int
 
 
-class How(NamedTuple):
-    """`jobs` processes at a time, 1 being this process itself, without a time limit; `images` and `limit_s` of every
-    check; `out`, a file to append rows to. None is the default for this device, or no file."""
-
-    jobs: int | None = None
-    images: int | None = None
-    limit_s: float | None = None
-    out: Path | None = None
-
-
-def run(chosen: Sequence[Case], dtype: torch.dtype, how: How, terminal: Terminal) -> int:
+def run(
+    chosen: Sequence[Case],
+    dtype: torch.dtype,
+    terminal: Terminal,
+    out: Path | None = None,
+    jobs: int | None = None,
+    images: int | None = None,
+    limit_s: float | None = None,
+) -> int:
     """`python -m profiling bench --check`: check every case, and report each check at once, by a line and a row.
+
+    Rows are appended to `out`. `jobs` processes run at a time, 1 being this process itself, without a time limit;
+    every check has `images` images and `limit_s` seconds. None is the device's default.
 
     Returns the exit code, 1 unless all were right. Raises NoDeviceError where the kernels cannot run; KeyboardInterrupt
     and SystemExit after the verdict on the checks so far; OSError where a row cannot be written.
@@ -74,13 +75,13 @@ def run(chosen: Sequence[Case], dtype: torch.dtype, how: How, terminal: Terminal
     if reason:
         raise NoDeviceError(f"--check runs the kernels: {reason}")
     known = {case.name: case for case in chosen}
-    groups = planned(chosen, images_on(device) if how.images is None else (how.images,))
+    groups = planned(chosen, images_on(device) if images is None else (images,))
     total, found = sum(map(len, groups)), collections.Counter()
 
     def report(row: dict[str, Any]) -> None:
         found[row["status"]] += 1
-        if how.out is not None:
-            append_jsonl(how.out, row)
+        if out is not None:
+            append_jsonl(out, row)
         said = row["status"] if row["error"] is None else f"{row['status']}: {row['error']}"
         tile = f"  ({tiles.Tile(**row['tile'])})" if row["error"] and row["tile"] else ""
         terminal.say(f"{row['case']:<50} {row['batch']:>4} images  {said}{tile}")
@@ -89,13 +90,12 @@ def run(chosen: Sequence[Case], dtype: torch.dtype, how: How, terminal: Terminal
         return row(one, known, device, dtype, status, error)
 
     try:
-        if how.jobs == 1:
+        if jobs == 1:
             for one in one_after_another(groups, known, device, dtype):
                 report(one)
         else:
             command = [sys.executable, "-m", "profiling.bench.checks", dtype_name(dtype)]
-            limit_s = LIMIT_S[device.type] if how.limit_s is None else how.limit_s
-            Pool(command, how.jobs or slots(device), limit_s, report, failure).run(groups)
+            Pool(command, jobs or slots(device), limit_s or LIMIT_S[device.type], report, failure).run(groups)
     finally:
         words = ", ".join(f"{found[status]} {status}" for status in (RIGHT, WRONG, FAILED, UNKNOWN))
         terminal.say(f"{found.total()} of {total} checks of {len(chosen)} cases on {device}: {words}")

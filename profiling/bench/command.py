@@ -51,8 +51,8 @@ def run(request: Request, terminal: Terminal) -> int:
     chosen, dtype = _chosen(request), getattr(torch, request.dtype)
     with _disk_errors(request.out):
         if request.check:
-            how = checks.How(request.jobs, request.images, request.limit_s, request.out)
-            return checks.run(chosen, dtype, how, terminal)
+            options = (request.out, request.jobs, request.images, request.limit_s)
+            return checks.run(chosen, dtype, terminal, *options)
         return (_tune if request.tune else _bench)(request, chosen, dtype, terminal)
 
 
