@@ -22,6 +22,7 @@ ENVIRONMENT = {
 }
 ON_CPU = ENVIRONMENT | {"device": "cpu", "gpu": None, "cuda": None, "cudnn": None}
 MACHINE = table.machine(ENVIRONMENT)
+SETUP = Setup(torch.device("cpu"), torch.float16, 512, QUICK, CpuTimer())
 
 
 def result(us: float = 100.0, provider: str = EAGER, **changes) -> Result:
@@ -88,7 +89,16 @@ def test_foreign_files_are_refused(path, text):
         table.load(path, MACHINE)
     path.write_text('{"kind": "timing"}\n')
     with pytest.raises(ValueError, match="expected rows as `python -m profiling bench --out` writes them"):
-        table.finished(path, ENVIRONMENT, Setup(torch.device("cpu"), torch.float16, 512, QUICK, CpuTimer()))
+        table.finished(path, ENVIRONMENT, SETUP)
+
+
+def test_a_case_is_finished_with_our_last_row_of_this_commit_and_batch(path):
+    last = result(provider=OURS, mode="hot")
+    write(path, [result(mode="hot"), result(provider=OURS, mode="cold"), dataclasses.replace(last, batch=8)])
+    write(path, [last], ENVIRONMENT | {"git_sha": "def"})
+    assert table.finished(path, ENVIRONMENT, SETUP) == set()
+    write(path, [last])
+    assert table.finished(path, ENVIRONMENT, SETUP) == {last.case}
 
 
 def test_changes_compare_equal_keys_that_were_measured():
@@ -126,7 +136,7 @@ def test_heading_names_machine_and_ceilings():
     product = Ceiling("matrix product", "8192^3", 6.5e14, 6.4e14, "FLOP/s", 8, 2.0, "float16", 0.97)
     held = None, ("hardware thermal slowdown", "power cap"), (), "x"
     ceilings = Ceilings("NVIDIA H200", "float16", [product], [], copy, copy, *held)
-    setup = Setup(torch.device("cpu"), torch.float16, 512, QUICK, CpuTimer(), ceilings=ceilings)
+    setup = dataclasses.replace(SETUP, ceilings=ceilings)
     text = "\n".join(table.heading(ENVIRONMENT, setup))
     for fact in ("NVIDIA H200", "1980 MHz", "driver 570.1", "torch 2.13.0", "triton 3.6.0", "git abc", "4,300 GB/s"):
         assert fact in text, fact
