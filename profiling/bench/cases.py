@@ -8,17 +8,7 @@ import torch
 
 from kernels.augment import augment, augment_cost, augment_reference
 from kernels.conv_shape import RESNET9_LAYERS, RESNET_LAYERS
-from profiling.bench.batchnorm_cases import (
-    bn_apply_case,
-    bn_backward_apply_case,
-    bn_backward_case,
-    bn_backward_reduce_case,
-    bn_coefficients_case,
-    bn_finalize_case,
-    bn_relu_case,
-    bn_stats_add_case,
-    bn_stats_case,
-)
+from profiling.bench import batchnorm_cases as batchnorm
 from profiling.bench.case import Case, OperandFactory
 from profiling.bench.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
 
@@ -53,15 +43,15 @@ def cases() -> tuple[Case, ...]:
     return (
         augment_case(),
         *(conv_fprop_case(shape, variant) for shape in LAYERS for variant in ("", "statistics", "prologue,statistics")),
-        *(bn_stats_case(*m) for m in PLAIN + POOLED),
-        *(bn_stats_add_case(*m) for m in SUMS),
-        *(bn_finalize_case(*m) for m in PLAIN + POOLED),
-        *(bn_apply_case(*m) for m in FORWARD),
-        *(bn_relu_case(*m) for m in FORWARD),
-        *(bn_backward_reduce_case(*m) for m in BACKWARD),
-        *(bn_coefficients_case(*m) for m in BACKWARD),
-        *(bn_backward_apply_case(*m) for m in BACKWARD),
-        *(bn_backward_case(*m) for m in BACKWARD),
+        *(batchnorm.bn_stats_case(*m) for m in PLAIN + POOLED),
+        *(batchnorm.bn_stats_add_case(*m) for m in SUMS),
+        *(batchnorm.bn_finalize_case(*m) for m in PLAIN + POOLED),
+        *(batchnorm.bn_apply_case(*m) for m in FORWARD),
+        *(batchnorm.bn_relu_case(*m) for m in FORWARD),
+        *(batchnorm.bn_backward_reduce_case(*m) for m in BACKWARD),
+        *(batchnorm.bn_coefficients_case(*m) for m in BACKWARD),
+        *(batchnorm.bn_backward_apply_case(*m) for m in BACKWARD),
+        *(batchnorm.bn_backward_case(*m) for m in BACKWARD),
         *(conv_dgrad_case(shape.of_dgrad, "") for shape in LAYERS),
         *(conv_dgrad_case(shape, "mask,sums") for shape in LAYERS if shape.R > 1),
         *(conv_wgrad_case(shape, variant) for shape in LAYERS for variant in ("", "prologue")),

@@ -1,6 +1,7 @@
 """Facts of a case's kernels from their machine code: compiled for any architecture, or as the runtime here holds it."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,11 @@ def kernel_facts(
     compile_: Callable[[list[Build]], list[Facts]] = compile_all,
 ) -> list[KernelFacts]:
     """The facts of every kernel of every case on every GPU; a kernel that several cases launch is compiled once."""
-    launched = [(case, gpu, build) for case in cases for gpu in gpus for build in _builds(case, gpu, dtype)]
+    draw, launched = OperandFactory(BATCH, torch.device("cpu"), dtype, untouched=True), []
+    for case, gpu in itertools.product(cases, gpus):
+        with torch.no_grad(), launches(gpu) as recorded:
+            case.ours(*case.operands(draw))
+        launched += [(case, gpu, build) for build in unique(recorded)]
     builds = unique([build for _, _, build in launched])
     facts = dict(zip((build.key() for build in builds), compile_(builds), strict=True))
     return [_row(case, gpu, dtype, build.kernel, facts[build.key()]) for case, gpu, build in launched]
@@ -76,13 +81,6 @@ def table_gpus() -> tuple[Gpu, ...]:
     """The GPUs in the table of tiles whose architecture is known by name."""
     names = dict.fromkeys(entry.gpu for entry in tiles.load())
     return tuple(Gpu(name, c) for name in names for known, c in CAPABILITY.items() if name.startswith(known))
-
-
-def _builds(case: Case, gpu: Gpu, dtype: torch.dtype) -> list[Build]:
-    draw = OperandFactory(BATCH, torch.device("cpu"), dtype, untouched=True)
-    with torch.no_grad(), launches(gpu) as recorded:
-        case.ours(*case.operands(draw))
-    return unique(recorded)
 
 
 def _row(case: Case, gpu: Gpu, dtype: torch.dtype, kernel: str, facts: Facts) -> KernelFacts:
