@@ -108,6 +108,7 @@ def test_facts_are_equal_out_of_the_cache_and_a_matrix_instruction_has_its_warps
         (75, {}, None),
         (90, {"error": "no"}, None),
     ],
+    ids=str,
 )
 def test_blocks_per_multiprocessor(arch, changes, blocks):
     assert Facts("", arch, **{"registers": 32, "warps": 4} | changes).blocks_per_sm() == blocks

@@ -142,6 +142,7 @@ def test_ours_is_compared_with_the_best_alternative(everything_runs, monkeypatch
 @pytest.mark.parametrize(
     ("clocks", "reasons", "share"),
     [(900, ("hardware thermal slowdown",), None), (1980, ("idle",), 0.0), (1400, ("power cap",), 1.0)],
+    ids=["throttled", "idle", "power_capped"],
 )
 def test_a_throttled_gpu_gives_no_numbers_and_others_their_clocks(clocks, reasons, share):
     """An H100 does large products under its power cap, and nowhere else."""

@@ -82,7 +82,9 @@ def test_commit_and_clock_are_not_part_of_the_machine():
     assert table.machine(later) == MACHINE
 
 
-@pytest.mark.parametrize("text", ['{"schema": 2, "kind": "timing"}\n', '["a", "list"]\n', ""])
+@pytest.mark.parametrize(
+    "text", ['{"schema": 2, "kind": "timing"}\n', '["a", "list"]\n', ""], ids=["newer", "list", "none"]
+)
 def test_foreign_files_are_refused(path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"expected rows with schema 1|no timings"):

@@ -41,7 +41,9 @@ def answer(monkeypatch, capsys, app, words):
     return end.value.code, out, err
 
 
-@pytest.mark.parametrize(("app", "words", "line"), REFUSED, ids=[line[:30] for *_, line in REFUSED])
+@pytest.mark.parametrize(
+    ("app", "words", "line"), REFUSED, ids=[" ".join(words).replace(LONG, "LONG") for _, words, _ in REFUSED]
+)
 def test_a_refusal_is_one_line(monkeypatch, capsys, app, words, line):
     code, out, err = answer(monkeypatch, capsys, app, words)
     assert (code, out) == (2, "")
