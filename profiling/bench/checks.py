@@ -43,7 +43,6 @@ GPU_BYTES = 4 << 30
 """Memory of a process on a GPU: its context, and the largest case at the training batch in float64."""
 SIGNAL_S = 0.2
 """A signal to the whole group may end a process before it reaches and cancels this one; no check is at fault then."""
-Report = Callable[[dict[str, Any]], None]
 
 
 class Check(NamedTuple):
@@ -172,21 +171,18 @@ def row(
     }
 
 
+@dataclasses.dataclass(frozen=True)
 class Pool:
     """Processes that check: `command` starts one, at most `slots` run, each may be silent for `limit_s` seconds.
 
     `failure(check, status, error)` makes the row of a check that has none of its own.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        slots: int,
-        limit_s: float,
-        report: Report,
-        failure: Callable[[Check, str, str], dict[str, Any]],
-    ):
-        self.command, self.slots, self.limit_s, self.report, self.failure = command, slots, limit_s, report, failure
+    command: Sequence[str]
+    slots: int
+    limit_s: float
+    report: Callable[[dict[str, Any]], None]
+    failure: Callable[[Check, str, str], dict[str, Any]]
 
     def run(self, groups: Sequence[list[Check]]) -> None:
         """Run every check of every group; `report` gets each row at once.
