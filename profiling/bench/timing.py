@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from profiling.device.nvml import GpuSample
 
@@ -207,8 +206,10 @@ class CudaTimer:
     source, modes = "CUDA events, launch hidden behind a spin kernel", ("cold", "hot")
     LONGEST_SPIN = 1 << 30  # clock cycles, about half a second
 
-    def __init__(self, device: torch.device):
-        self.spin = 1 << 18
+    def __init__(self, device: Any):
+        import torch  # here, since `experiments steps` reads its plans before it loads torch
+
+        self.torch, self.spin = torch, 1 << 18
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self.flush = torch.empty(2 * l2_bytes, dtype=torch.uint8, device=device)
 
@@ -217,11 +218,11 @@ class CudaTimer:
         return lambda run: self._sample(run, self.flush.zero_ if mode == "cold" else run)
 
     def _sample(self, run: Callable[[], Any], before: Callable[[], Any]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
         spin = self.spin
         while spin <= self.LONGEST_SPIN:
             before()
-            torch.cuda._sleep(spin)
+            self.torch.cuda._sleep(spin)
             start.record()
             run()
             end.record()
