@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,12 +31,11 @@ import torch
 from torch import Tensor
 
 from model.errors import CheckpointError
-from model.files import read_regular
+from model.files import TEMPORARY, read_regular, write_files
 from model.run_state import RunState
 
 FORMAT = "cifar10-checkpoint"
 VERSION = 1
-TEMPORARY = ".tmp-"
 NAME = re.compile(r"checkpoint-([0-9]{8}|[1-9][0-9]{8,})\.(?:json|safetensors)")
 MOST_JSON_BYTES = 1 << 26  # of a history of 100,000 epochs
 MOST_TENSORS_BYTES = 1 << 32  # of 500 million parameters and their momentum, 70 times the article's network
@@ -88,23 +86,11 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: RunState
 
     path = folder / f"checkpoint-{step:08d}.json"
     tensors_path = path.with_suffix(".safetensors")
-    # The name is unique, not mkstemp's, whose files only their owner may read.
-    temporary = folder / f"{TEMPORARY}{secrets.token_hex(4)}.json"
-    tensors_temporary = temporary.with_suffix(".safetensors")
+    has_these_tensors = _file_sha256(tensors_path) == content["tensors_sha256"]
     try:
-        _write_and_sync(tensors_temporary, data)
-        _write_and_sync(temporary, text.encode())
-        if _file_sha256(tensors_path) == content["tensors_sha256"]:
-            tensors_temporary.unlink()
-        else:
-            os.replace(tensors_temporary, tensors_path)
-            _sync_folder(folder)
-        os.replace(temporary, path)
-        _sync_folder(folder)
+        write_files(({} if has_these_tensors else {tensors_path: data}) | {path: text.encode()})
     except BaseException:
         with contextlib.suppress(OSError):
-            tensors_temporary.unlink(missing_ok=True)
-            temporary.unlink(missing_ok=True)
             if not path.exists():
                 tensors_path.unlink(missing_ok=True)
         raise
@@ -227,24 +213,6 @@ def _file_sha256(path: Path) -> str | None:
     with contextlib.suppress(OSError):
         return hashlib.sha256(read_regular(path, MOST_TENSORS_BYTES)).hexdigest()
     return None
-
-
-def _write_and_sync(path: Path, data: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable. Windows can neither open nor sync a folder."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -1,9 +1,50 @@
-"""Reading files that anybody may have put there: regular ones only, and none longer than it can be."""
+"""Files written whole or not at all, and files read that anybody may have put there."""
 
+import contextlib
 import errno
 import os
+import secrets
 import stat
+from collections.abc import Mapping
 from pathlib import Path
+
+TEMPORARY = ".tmp-"
+"""Begins the name of a file that is being written; a writer that is killed leaves it behind."""
+
+
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Replace files of one folder atomically and durably: all are complete on the disk before the first is renamed.
+
+    They are renamed in the order of `contents`. Raises OSError as the system gave it; no temporary is left.
+    """
+    # The name is unique, not mkstemp's, whose files only their owner may read.
+    unique = f"{TEMPORARY}{secrets.token_hex(4)}"
+    temporaries = {path.with_name(f"{unique}-{path.name}"): path for path in contents}
+    try:
+        for temporary, path in temporaries.items():
+            with open(temporary, "xb") as file:
+                file.write(contents[path])
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, path in temporaries.items():
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    except BaseException:
+        for temporary in temporaries:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable. Windows can neither open nor sync a folder."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_regular(path: Path, most_bytes: int) -> bytes:

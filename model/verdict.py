@@ -25,7 +25,7 @@ from kernels.jit import INTERPRETED, PDL, triton, unavailable
 from model import ROOT
 from model.config import Config
 from model.distributed import Ranks
-from model.files import read_regular
+from model.files import read_regular, write_files
 
 COMMAND = [sys.executable, "-m", "model.probe"]
 
@@ -119,7 +119,9 @@ def _ask(asked: Config, key: dict[str, Any], say: Callable[[str], Any]) -> str |
             say(f"not compared with float64: {line}")
         if verdict.get("compared"):
             date = datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes")
-            _write(path, {"key": key, "reason": reason, "date": date})
+            with contextlib.suppress(OSError):  # a folder that cannot be written to only means to ask again
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_files({path: json.dumps({"key": key, "reason": reason, "date": date}).encode()})
     return _known[name]
 
 
@@ -161,12 +163,3 @@ def _end(process: subprocess.Popen, err: bytes) -> str:
         return "did not end within the time limit of one op"
     how = f"by {signal.Signals(-code).name}" if code and code < 0 else f"with exit code {code}"
     return f"ended the probe's process {how}" + (f" ({lines[-1]})" if lines else "")
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    """Whole or not at all; a folder that cannot be written to only means to ask again."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(record))
-        part.replace(path)

@@ -1,8 +1,8 @@
-"""The machine code of kernels for a GPU that is not there: what it says about their speed without running them.
+"""Facts about the speed of kernels from their machine code, for GPUs that are not there.
 
-`launches` runs an op with its kernel launches recorded instead of executed, so that what is compiled is what the op
-would launch: its dtypes, tile sizes, warps, and which arguments are divisible by 16. `compile_all` compiles the records
-in child processes, since a process that interprets kernels cannot compile them, and returns `Facts`.
+`launches` runs an op and records its kernel launches instead of executing them: dtypes, tile sizes, warps, and the
+arguments that 16 divides. `compile_all` compiles the records in child processes, since a process that interprets
+kernels cannot compile them, and returns `Facts`.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ class Build:
     """One kernel to compile.
 
     `module` is an import name, or the path of a source file. `signature` names the type of every argument: "*fp16",
-    "i32", "constexpr", "tensordesc<fp16[1, 8, 8, 64]>". `divisible` names those known to be divisible by 16, which a
-    launch finds out from the values, and `indivisible` those that it found not to be.
+    "i32", "constexpr", "tensordesc<fp16[1, 8, 8, 64]>". A launch found 16 to divide the arguments in `divisible`, and
+    not to divide those in `indivisible`.
     """
 
     module: str
@@ -60,23 +60,23 @@ class Build:
     options: dict[str, int] = field(default_factory=dict)  # num_warps, num_stages, ...
     arch: int = 90
     label: str = ""
-    inspect: bool = True  # False: only see whether it compiles, which takes a quarter of the time
-    programs: int = 0  # of the recorded launch, 0 where none was recorded; the code does not depend on it
-    integers: dict[str, int] = field(default_factory=dict)  # of its arguments, those that the code does not depend on
+    inspect: bool = True  # False: only see whether it compiles, in a quarter of the time
+    programs: int = 0  # of the recorded launch, else 0; the code does not depend on it
+    integers: dict[str, int] = field(default_factory=dict)  # arguments that the code does not depend on
 
     def on(self, arch: int) -> "Build":
         """The same for another architecture: 80, 90, 100."""
         return dataclasses.replace(self, arch=arch)
 
     def key(self) -> str:
-        """The same for builds that compile to the same code, whatever they are called."""
+        """Equal for builds that compile to the same code, whatever their names."""
         bare = dataclasses.replace(self, label="", programs=0, integers={})
         return json.dumps(dataclasses.asdict(bare), sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What came out. `error` is the compiler's message where nothing did; all else is then zero or empty.
+    """The result of a build. `error` is the compiler's message after a failure; the rest is then zero or empty.
 
     `sass`, `loops`, `overwritten` are `machine_code.Sass`'s; `spill_bytes` are stored and loaded, None where only the
     driver was asked; `local_bytes` is a thread's stack and local memory, `tensor_columns` a block's part of Blackwell's
@@ -120,14 +120,14 @@ class Facts:
         return min(bounds)
 
     def instructions_per_matrix_step(self) -> float | None:
-        """Instructions that a warp issues in the main loop for each matrix instruction; None without such a loop."""
+        """A warp's instructions in the main loop for each matrix instruction; None without such a loop."""
         body, matrices = self.main_loop()
         return sum(body.values()) / sum(matrices.values()) if matrices else None
 
     def macs_per_matrix_step(self) -> int | None:
         """Multiply-adds of a matrix instruction of the main loop, by its name: 64 * 128 * 16 of "HGMMA.64x128x16.F32".
 
-        The compiler may give the warps parts of the block's columns, so that it is not the block's own extent.
+        The extents may be smaller than the block's: the compiler may split its columns over the warps.
         """
         _, matrices = self.main_loop()
         shape = re.search(r"\.(\d+)x(\d+)x(\d+)", next(iter(matrices), ""))
@@ -136,7 +136,7 @@ class Facts:
     def main_loop(self) -> tuple[dict[str, int], dict[str, int]]:
         """(the loop with most matrix instructions for its length, these), both empty where there is none.
 
-        The compiler lays a loop out so that a part of it, or more than it, may end in a jump backward as well.
+        Other jumps backward may enclose a part of the main loop, or more than it.
         """
         matrix, best = MATRIX_INSTRUCTION.get(self.arch), ({}, {})
         for body in self.loops:
@@ -151,7 +151,7 @@ class Facts:
 def launches(gpu: "Gpu | None" = None) -> Iterator[list[Build]]:
     """Record every kernel launch in the context as a Build instead of executing it; tensors may be on any device.
 
-    With `gpu`, convolutions take the tile that they would take there, and the builds are for its architecture.
+    With `gpu`, convolutions take their tile for that GPU, and the builds are for its architecture.
     """
     from triton.runtime import interpreter, jit
 
@@ -165,15 +165,16 @@ def launches(gpu: "Gpu | None" = None) -> Iterator[list[Build]]:
 
     with contextlib.ExitStack() as stack:
         for owner in (interpreter.InterpretedFunction, jit.JITFunction):
-            stack.enter_context(_replaced(owner, "run", record))
-        stack.enter_context(_replaced(contract, "unavailable", lambda device: None))
+            stack.enter_context(replaced(owner, "run", record))
+        stack.enter_context(replaced(contract, "unavailable", lambda device: None))
         if gpu is not None:
             stack.enter_context(tiles.as_on(gpu))
         yield builds
 
 
 @contextlib.contextmanager
-def _replaced(owner: object, name: str, value: Callable) -> Iterator[None]:
+def replaced(owner: object, name: str, value: Callable) -> Iterator[None]:
+    """Let `owner.name` be `value` in the context."""
     original = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -182,13 +183,8 @@ def _replaced(owner: object, name: str, value: Callable) -> Iterator[None]:
         setattr(owner, name, original)
 
 
-def compiling(builds: list[Build]) -> list[bool]:
-    """Which of the builds compile at all."""
-    return [not fact.error for fact in compile_all([dataclasses.replace(build, inspect=False) for build in builds])]
-
-
 def unique(builds: list[Build]) -> list[Build]:
-    """The different ones among `builds`, in order."""
+    """`builds` without duplicates, in order."""
     return list({build.key(): build for build in builds}.values())
 
 
@@ -228,8 +224,8 @@ def _build(kernel, args: tuple, kwargs: dict) -> Build:
 def compile_all(builds: list[Build], environment: Mapping[str, str] = os.environ) -> list[Facts]:
     """Compile `builds` in as many child processes as there are processors; Facts in the same order.
 
-    The `environment` is that of the processes, but that they do not interpret. A kernel that does not compile gives
-    Facts with an `error`. RuntimeError if a child process itself fails.
+    The processes get `environment` without the interpreter. A kernel that does not compile gives Facts with an `error`.
+    Raises RuntimeError if a child process itself fails.
     """
     workers = max(1, min(os.cpu_count() or 1, 8, len(builds)))
     environment = {k: v for k, v in environment.items() if k != "TRITON_INTERPRET"}
@@ -270,7 +266,7 @@ def _compile(build: Build) -> Facts:
 
 
 def source(build: Build) -> "ASTSource":
-    """What Triton is given to compile: by this and the options it finds in its cache what a launch compiled, too."""
+    """Triton's input: with the options it is the key of Triton's cache, where a launch finds the same code."""
     from triton.compiler.compiler import ASTSource
 
     kernel = getattr(_load(build.module), build.kernel)
@@ -325,6 +321,6 @@ def _load(module: str):
 
 
 if __name__ == "__main__":
-    exchange = Path(sys.argv[1])  # the builds, and when this process is done their facts
+    exchange = Path(sys.argv[1])  # holds the builds, and afterwards their facts
     requests = [Build(**one) for one in json.loads(exchange.read_text())]
     exchange.write_text(json.dumps([dataclasses.asdict(_compile(build)) for build in requests]))

@@ -16,23 +16,17 @@ RESIDENT = 96 * 1024
 
 
 def candidates(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> list[Tile]:
-    """The tile in use, and what is worth compiling around the default: at most sixty."""
-    return list(dict.fromkeys([tiles.tile(op, shape, dtype, gpu), *around_the_default(op, shape, dtype, gpu)]))
+    """The tile in use, the default, and others around it: at most sixty.
 
-
-def around_the_default(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> list[Tile]:
-    """The default tile, and others.
-
-    Blocks and warps vary together, and beside one plain version of each pair there is one with another stage and one
-    with pointers for descriptors, for wgrad one with half the parts. fp32 has no matrix instruction, and keeps what it
-    has.
+    Blocks and warps vary together. Each pair has a plain version, one with another stage and one with pointers for
+    descriptors; for wgrad one with half the parts. fp32 has no matrix instruction, and keeps its default.
     """
-    found = [tiles.default_tile(op, shape, dtype, gpu.capability)]
+    found = [tiles.tile(op, shape, dtype, gpu), tiles.default_tile(op, shape, dtype, gpu.capability)]
     if dtype != torch.float32:
         n, k = (shape.C, shape.K) if op == "conv_dgrad" else (shape.K, shape.C)
         make = _wgrad_candidates(shape, dtype, gpu) if op == "conv_wgrad" else _candidates(n, k, shape, gpu)
         found += [form for tile in make for form in (tile, *_forms(op, tile, shape, dtype)) if _fits(form, dtype, gpu)]
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _candidates(n: int, k: int, shape: ConvShape, gpu: Gpu) -> Iterator[Tile]:
@@ -45,7 +39,7 @@ def _candidates(n: int, k: int, shape: ConvShape, gpu: Gpu) -> Iterator[Tile]:
 
 
 def _wgrad_candidates(shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> Iterator[Tile]:
-    """Blocks and taps, each with one wave of parts and with half of it; and around the default what else there is."""
+    """Blocks and taps, each with one wave of parts and with half of it; and the default with other fields varied."""
     default = tiles.default_tile("conv_wgrad", shape, dtype, gpu.capability)
     halves = gpu.capability >= (9, 0) and dtype == torch.float16
     variants = {"prologue": ("fp32", "fp16x2", "stored") if halves else ("stored",), "num_stages": (2, 3, 4)}
@@ -66,8 +60,8 @@ def _wgrad_candidates(shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> Iterato
 
 
 def _blocks(sides_m: Sequence[int], sides_n: Sequence[int], taps: int = 1) -> Iterator[tuple[int, int, int]]:
-    """(BLOCK_M, BLOCK_N, warps) with 64 to 128 registers of a thread for the accumulator, or fewer of four warps; three
-    taps may have 192."""
+    """(BLOCK_M, BLOCK_N, warps) with 64 to 128 accumulator registers a thread, or fewer with four warps; three taps may
+    have 192."""
     for block_m, block_n, warps in itertools.product(sides_m, sides_n, (4, 8)):
         registers = taps * block_m * block_n // (32 * warps)
         if 64 <= registers <= (128 if taps == 1 else 192) or (registers < 64 and warps == 4):
@@ -95,7 +89,7 @@ def _forms(op: str, tile: Tile, shape: ConvShape, dtype: torch.dtype) -> Iterato
     """For fprop and dgrad the other forms of a tile of three stages: columns of the large blocks, lines whose taps fit.
 
     fprop's columns read a stored activation; its rows and lines compute it, in fp16 where they can. At 128 channels
-    lines of 64 filters load least, and of 32 filters in one stage a multiprocessor holds two programs.
+    lines of 64 filters load least; a multiprocessor holds two programs of 32 filters in one stage.
     """
     if op == "conv_wgrad" or not tile.descriptors or tile.num_stages != 3:
         return

@@ -1,5 +1,5 @@
-"""A benchmark's parts: operands drawn at a layer's shape, one op beside PyTorch doing the same work, and whether its
-result is right, which is asked before anything is timed."""
+"""A benchmark's parts: operands at a layer's shape, one op beside PyTorch doing the same work, and the check of its
+result, which comes before any timing."""
 
 import functools
 from collections.abc import Callable
@@ -21,10 +21,10 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class OperandFactory:
-    """Makes operands: `batch` images of `dtype` on `device`, random but the same for the same seed.
+    """Makes operands: `batch` images of `dtype` on `device`, random, equal for equal seeds.
 
-    Values are off zero on average, so that sums over pixels are of values that do not cancel; and never all alike.
-    `untouched` leaves memory as it is, for launches that are only recorded.
+    Values are off zero on average, so that sums over pixels do not cancel, and never all alike. `untouched` leaves
+    memory as it is, for launches that are only recorded.
     """
 
     batch: int
@@ -45,12 +45,12 @@ class OperandFactory:
         return x.to(self.dtype).contiguous(memory_format=torch.channels_last)
 
     def gradient(self, channels: int, height: int, width: int) -> Tensor:
-        """Like an activation, 1/256 of its size: wgrad's sums over a batch's pixels are to stay below fp16's 65504."""
+        """An activation over 256: wgrad's sums over a batch's pixels stay below fp16's 65504."""
         x = self.activation(channels, height, width)
         return x if self.untouched else x / 256
 
     def weight(self, shape: ConvShape) -> Tensor:
-        """[K, C, R, R], so scaled that a convolution keeps the deviation."""
+        """[K, C, R, R], scaled to keep the deviation through a convolution."""
         w = self._normal(shape.K, shape.C, shape.R, shape.R)
         if not self.untouched:
             w *= (shape.C * shape.R**2) ** -0.5
@@ -73,7 +73,7 @@ class OperandFactory:
         return torch.randint(high, extents, generator=self._generator, device=self.device, dtype=dtype)
 
     def norm(self, x: Tensor) -> Tensor:
-        """norm [5, C] of x, with a gamma and a beta that leave about two thirds of it above zero."""
+        """norm [5, C] of x; its gamma and beta leave about two thirds of x above zero."""
         channels = x.shape[1]
         if self.untouched:
             return torch.empty(5, channels, device=self.device)
@@ -89,12 +89,12 @@ class OperandFactory:
 class Case:
     """One row of the benchmark.
 
-    operands    draws the tuple that `library`, `ours`, `hybrid` and `cost` are called with
-    library     PyTorch; returns a tensor or a tuple of what is compared. With `gradient_of` it is the forward function,
-                and what is timed is its gradient in the operands of those numbers, for dy, the last operand
-    ours        this project's op; `comparable` makes of its result what is compared, outside of the clock
-    hybrid      for a convolution: the library's, with our batch-norm kernels around it
+    operands    draws the tuple that `library`, `ours`, `hybrid` and `cost` take
+    library     PyTorch; returns the tensor or tensors to compare. With `gradient_of` it is the forward function, and
+                its gradient in the operands of those numbers is timed, for dy, the last operand
+    ours        this project's op; `comparable` converts its result to the library's form, outside of the clock
     cost        FLOPs and compulsory bytes of `ours`
+    hybrid      for a convolution: the library's, with our batch-norm kernels around it
     """
 
     op: str
@@ -114,7 +114,7 @@ class Case:
         return f"{self.op}[{self.variant}] {self.shape}" if self.variant else f"{self.op} {self.shape}"
 
     def call(self, function: Callable[..., Any], operands: tuple) -> Callable[[], Any]:
-        """What is timed of `library`, or of the same compiled: the function on the operands, or its gradient."""
+        """The call to time of `library`, eager or compiled: on the operands, or its gradient."""
         if not self.gradient_of:
             return lambda: function(*operands)
         leaves = [x.detach().requires_grad_(i in self.gradient_of) for i, x in enumerate(operands)]
@@ -123,12 +123,12 @@ class Case:
 
 
 def tensors(result: Any) -> list[Tensor]:
-    """The tensors among operands or results, in order."""
+    """The tensors among operands or results, in their order."""
     return [x for x in (result if isinstance(result, (tuple, list)) else [result]) if torch.is_tensor(x)]
 
 
 class Correctness:
-    """Whether a result of a case is right: float64's by the library, and `baseline`, PyTorch's in the same dtype."""
+    """Compares results of a case with the library's in float64; `baseline` is PyTorch's in the same dtype."""
 
     def __init__(self, case: Case, operands: tuple, dtype: torch.dtype):
         wide = tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, operands)
@@ -136,19 +136,19 @@ class Correctness:
         self.truth, self.baseline, self.dtype = tensors(case.call(case.library, wide)()), None, dtype
 
     def refusal(self, result: Any) -> str | None:
-        """What is wrong with it, None if nothing."""
+        """The fault of a result by our kernels, None if it is right."""
         return disagreement(tensors(result), self.baseline, self.truth, self.dtype)
 
     def library_refusal(self, result: Any) -> str | None:
-        """The same of a result by PyTorch, which is as accurate as it is."""
+        """The same of a result by PyTorch, which needs half of the digits."""
         return disagreement(tensors(result), None, self.truth, self.dtype)
 
 
 def verified(case: Case, device: torch.device, dtype: torch.dtype, batch: int, judge: torch.device) -> str | None:
-    """What is wrong with our kernels' result for `case` on `device`, None if nothing.
+    """The fault of our kernels' result for `case` on `device`, None if it is right.
 
-    All else is computed on `judge`: with a few images on the CPU, so that a program which watches the device sees our
-    kernels alone; where that takes minutes, on the device itself.
+    The rest is computed on `judge`: the CPU, so that a program which watches the device sees our kernels alone, or
+    the device itself where the CPU would take minutes.
     """
     operands = case.operands(OperandFactory(batch, judge, dtype))
     gate = Correctness(case, operands, dtype)
@@ -160,10 +160,10 @@ def verified(case: Case, device: torch.device, dtype: torch.dtype, batch: int, j
 def disagreement(
     result: list[Tensor], baseline: list[Tensor] | None, truth: list[Tensor], dtype: torch.dtype
 ) -> str | None:
-    """What is wrong with `result`, None if nothing.
+    """The fault of `result`, None if it is right.
 
-    Its relative L2 error against float64 may be as large as `allowed_error` has it for `baseline`, PyTorch's result
-    from the same operands. Without a baseline it must have half of the digits of `dtype`.
+    `allowed_error` bounds its relative L2 error against float64 by that of `baseline`, PyTorch's result from the same
+    operands. Without a baseline it must have half of the digits of `dtype`.
     """
     if [x.shape for x in result] != [x.shape for x in truth]:
         return f"shapes {[list(x.shape) for x in result]}, expected {[list(x.shape) for x in truth]}"
@@ -176,9 +176,9 @@ def disagreement(
     return None
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """The dtype that sums of x are taken in."""
-    return torch.promote_types(x.dtype, torch.float32)
+def with_arguments(function: Callable[..., Any], arguments: Callable[..., tuple]) -> Callable[..., Any]:
+    """`function` as one of a case's operands: `arguments` converts them."""
+    return lambda *operands: function(*arguments(*operands))
 
 
 def per_channel(v: Tensor) -> Tensor:
@@ -199,12 +199,12 @@ def moments_of(partials: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def affine_relu(x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """relu(x * scale + shift) by the library's batch norm, which casts on the fly; eager multiplication would not."""
+    """relu(x * scale + shift) by the library's batch norm, which casts on the fly, unlike eager multiplication."""
     return F.relu(F.batch_norm(x, mean, var, scale, shift, False, 0.0, EPS), inplace=True)
 
 
 def affine(d: OperandFactory, channels: int) -> tuple[Tensor, ...]:
-    """(scale, shift, mean, var) of a batch norm that is no more than its scale and shift."""
+    """(scale, shift, mean, var) of a batch norm that only scales and shifts."""
     mean = torch.zeros(channels, device=d.device)
     return d.positive(channels), d.normal(channels), mean, torch.full_like(mean, 1 - EPS)
 
@@ -225,4 +225,5 @@ def masked(dy: Tensor, x: Tensor, norm: Tensor, pool: bool) -> Tensor:
 
 
 def sums(dz: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    return dz.sum((0, 2, 3), dtype=wide(dz)), (dz * (x - per_channel(mean))).sum((0, 2, 3))
+    wide = torch.promote_types(dz.dtype, torch.float32)
+    return dz.sum((0, 2, 3), dtype=wide), (dz * (x - per_channel(mean))).sum((0, 2, 3))

@@ -1,34 +1,24 @@
-"""What is benchmarked: every op at every layer shape of both networks, at the article's widths.
+"""The benchmark's cases: every op at every layer shape of both networks, at the article's widths.
 
-A case names an op, what is fused into it (its variant) and a layer: "CxHxW-KxRxR-sSTRIDE" for a convolution, "CxHxW" of
-x for the rest.
+A case names an op, its variant (the work fused into it) and a layer: "CxHxW-KxRxR-sSTRIDE" for a convolution, "CxHxW"
+of x for the rest.
 """
-
-from collections.abc import Iterator
 
 import torch
 
 from kernels.augment import augment, augment_cost, augment_reference
 from kernels.conv_shape import RESNET9_LAYERS, RESNET_LAYERS
-from profiling.bench.batchnorm_cases import (
-    bn_apply_case,
-    bn_backward_apply_case,
-    bn_backward_case,
-    bn_backward_reduce_case,
-    bn_coefficients_case,
-    bn_finalize_case,
-    bn_relu_case,
-    bn_stats_add_case,
-    bn_stats_case,
-)
+from profiling.bench import batchnorm_cases as batchnorm
 from profiling.bench.case import Case, OperandFactory
 from profiling.bench.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
 
-# (C, side of the map) of what a batch norm sees: a block's sum, and x of a BN-ReLU alone, with pool, with residual.
+# (C, side of the map) of a block's sum, and of x of a BN-ReLU: alone, with pool, with residual.
 SUMS = ((64, 32), (128, 16), (256, 8), (256, 4))
 PLAIN = (*SUMS, (512, 4))
 POOLED = ((128, 32), (256, 16), (512, 8))
 RESIDUAL = ((128, 16), (512, 4))
+BACKWARD = (*((*m, "") for m in PLAIN), *((*m, "pool") for m in POOLED))
+FORWARD = (*BACKWARD, *((*m, "residual") for m in RESIDUAL))
 LAYERS = tuple(dict.fromkeys(RESNET_LAYERS + RESNET9_LAYERS))
 
 SHORT = (
@@ -45,7 +35,7 @@ SHORT = (
     "conv_wgrad[prologue] 64x32x32-64x3x3-s1",
     "conv_wgrad[prologue] 128x16x16-128x3x3-s1",
 )
-"""A dozen that say how our kernels compare: where the article's network spends most of a step, one of every kind."""
+"""The dozen where the article's network spends most of a step, one of every kind."""
 
 
 def cases() -> tuple[Case, ...]:
@@ -53,30 +43,19 @@ def cases() -> tuple[Case, ...]:
     return (
         augment_case(),
         *(conv_fprop_case(shape, variant) for shape in LAYERS for variant in ("", "statistics", "prologue,statistics")),
-        *(bn_stats_case(*m) for m in PLAIN + POOLED),
-        *(bn_stats_add_case(*m) for m in SUMS),
-        *(bn_finalize_case(*m) for m in PLAIN + POOLED),
-        *(bn_apply_case(*m) for m in _forward_maps()),
-        *(bn_relu_case(*m) for m in _forward_maps()),
-        *(bn_backward_reduce_case(*m) for m in _backward_maps()),
-        *(bn_coefficients_case(*m) for m in _backward_maps()),
-        *(bn_backward_apply_case(*m) for m in _backward_maps()),
-        *(bn_backward_case(*m) for m in _backward_maps()),
+        *(batchnorm.bn_stats_case(*m) for m in PLAIN + POOLED),
+        *(batchnorm.bn_stats_add_case(*m) for m in SUMS),
+        *(batchnorm.bn_finalize_case(*m) for m in PLAIN + POOLED),
+        *(batchnorm.bn_apply_case(*m) for m in FORWARD),
+        *(batchnorm.bn_relu_case(*m) for m in FORWARD),
+        *(batchnorm.bn_backward_reduce_case(*m) for m in BACKWARD),
+        *(batchnorm.bn_coefficients_case(*m) for m in BACKWARD),
+        *(batchnorm.bn_backward_apply_case(*m) for m in BACKWARD),
+        *(batchnorm.bn_backward_case(*m) for m in BACKWARD),
         *(conv_dgrad_case(shape.of_dgrad, "") for shape in LAYERS),
         *(conv_dgrad_case(shape, "mask,sums") for shape in LAYERS if shape.R > 1),
         *(conv_wgrad_case(shape, variant) for shape in LAYERS for variant in ("", "prologue")),
     )
-
-
-def _forward_maps() -> Iterator[tuple[int, int, str]]:
-    yield from ((c, size, "") for c, size in PLAIN)
-    yield from ((c, size, "pool") for c, size in POOLED)
-    yield from ((c, size, "residual") for c, size in RESIDUAL)
-
-
-def _backward_maps() -> Iterator[tuple[int, int, str]]:
-    yield from ((c, size, "") for c, size in PLAIN)
-    yield from ((c, size, "pool") for c, size in POOLED)
 
 
 def augment_case() -> Case:

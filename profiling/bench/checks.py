@@ -1,9 +1,9 @@
-"""Every kernel of the benchmark run once and held against float64, without being timed: does anything compute wrong?
+"""Every kernel of the benchmark run once and compared with float64, untimed.
 
 Compiling takes most of the time, and a kernel that faults or hangs takes its process with it. So each op's variant has
-a process of its own, as many at a time as there are slots; one that dies costs the check that it died in, and a new
-process goes on behind that; one that says nothing for too long is killed, and its other checks are not begun. This
-module, run as a program, is such a process: checks come in on stdin, and a row for each goes out on stdout.
+a process of its own, a bounded number at a time. A process that dies costs the check that it died in, and a new one
+goes on behind that; a process that is silent for too long is killed, and its other checks are not begun. This module,
+run as a program, is such a process: it reads checks from stdin and writes a row for each to stdout.
 """
 
 import asyncio
@@ -38,12 +38,11 @@ from profiling.output.terminal import Terminal
 SCHEMA = 1
 RIGHT, WRONG, FAILED, UNKNOWN = "right", "wrong", "failed", "unknown"
 LIMIT_S = {"cuda": 90.0, "cpu": 1800.0}
-"""Between two results, the start of a process and its compiling included; the interpreter takes minutes for one."""
+"""Between two results, with a process's start and compiling; the interpreter may take minutes for one."""
 GPU_BYTES = 4 << 30
-"""That a process needs on a GPU: its context, and the largest case at the training batch in float64."""
+"""Memory of a process on a GPU: its context, and the largest case at the training batch in float64."""
 SIGNAL_S = 0.2
-"""A signal to the whole group ends a process before it reaches this one, where it cancels, and nobody is to blame."""
-Report = Callable[[dict[str, Any]], None]
+"""A signal to the whole group may end a process before it reaches and cancels this one; no check is at fault then."""
 
 
 class Check(NamedTuple):
@@ -53,34 +52,35 @@ class Check(NamedTuple):
     images: int
 
 
-class How(NamedTuple):
-    """`jobs` processes at a time, one being this process itself, without a limit of time; `images` and `limit_s` are
-    those of every check; `out` is a file to append rows to. None is the default for this device, or no file."""
+def run(
+    chosen: Sequence[Case],
+    dtype: torch.dtype,
+    terminal: Terminal,
+    out: Path | None = None,
+    jobs: int | None = None,
+    images: int | None = None,
+    limit_s: float | None = None,
+) -> int:
+    """`python -m profiling bench --check`: check every case, and report each check at once, by a line and a row.
 
-    jobs: int | None = None
-    images: int | None = None
-    limit_s: float | None = None
-    out: Path | None = None
+    Rows are appended to `out`. `jobs` processes run at a time, 1 being this process itself, without a time limit;
+    every check has `images` images and `limit_s` seconds. None is the device's default.
 
-
-def run(chosen: Sequence[Case], dtype: torch.dtype, how: How, terminal: Terminal) -> int:
-    """`python -m profiling bench --check`: check every case, with a line and a row a check, at once.
-
-    Returns the exit code, 1 unless all were found right. Raises NoDeviceError where the kernels cannot run;
-    KeyboardInterrupt and SystemExit after the verdict on what there is; OSError where a row cannot be kept.
+    Returns the exit code, 1 unless all were right. Raises NoDeviceError where the kernels cannot run; KeyboardInterrupt
+    and SystemExit after the verdict on the checks so far; OSError where a row cannot be written.
     """
     device = _device()
     reason = jit.unavailable(device)
     if reason:
         raise NoDeviceError(f"--check runs the kernels: {reason}")
     known = {case.name: case for case in chosen}
-    groups = planned(chosen, images_on(device) if how.images is None else (how.images,))
+    groups = planned(chosen, images_on(device) if images is None else (images,))
     total, found = sum(map(len, groups)), collections.Counter()
 
     def report(row: dict[str, Any]) -> None:
         found[row["status"]] += 1
-        if how.out is not None:
-            append_jsonl(how.out, row)
+        if out is not None:
+            append_jsonl(out, row)
         said = row["status"] if row["error"] is None else f"{row['status']}: {row['error']}"
         tile = f"  ({tiles.Tile(**row['tile'])})" if row["error"] and row["tile"] else ""
         terminal.say(f"{row['case']:<50} {row['batch']:>4} images  {said}{tile}")
@@ -89,13 +89,12 @@ def run(chosen: Sequence[Case], dtype: torch.dtype, how: How, terminal: Terminal
         return row(one, known, device, dtype, status, error)
 
     try:
-        if how.jobs == 1:
+        if jobs == 1:
             for one in one_after_another(groups, known, device, dtype):
                 report(one)
         else:
             command = [sys.executable, "-m", "profiling.bench.checks", dtype_name(dtype)]
-            limit_s = LIMIT_S[device.type] if how.limit_s is None else how.limit_s
-            Pool(command, how.jobs or slots(device), limit_s, report, failure).run(groups)
+            Pool(command, jobs or slots(device), limit_s or LIMIT_S[device.type], report, failure).run(groups)
     finally:
         words = ", ".join(f"{found[status]} {status}" for status in (RIGHT, WRONG, FAILED, UNKNOWN))
         terminal.say(f"{found.total()} of {total} checks of {len(chosen)} cases on {device}: {words}")
@@ -108,19 +107,20 @@ def _device() -> torch.device:
 
 def planned(chosen: Sequence[Case], images: Sequence[int]) -> list[list[Check]]:
     """The checks of each process: those of an op and variant, all with few images before any with many."""
-    groups = dict.fromkeys((case.op, case.variant) for case in chosen)
-    return [
-        [Check(case.name, n) for n in images for case in chosen if (case.op, case.variant) == group] for group in groups
-    ]
+    groups: dict[tuple[str, str], list[Check]] = {}
+    for n in images:
+        for case in chosen:
+            groups.setdefault((case.op, case.variant), []).append(Check(case.name, n))
+    return list(groups.values())
 
 
 def images_on(device: torch.device) -> tuple[int, ...]:
-    """Two, and on a GPU the training batch too: only there is a grid full, and a row's tiles differ from an image's."""
+    """Two, and on a GPU the training batch too: only that fills the grid and has other row tiles than an image."""
     return (QUICK_CPU_BATCH, BATCH) if device.type == "cuda" else (QUICK_CPU_BATCH,)
 
 
 def slots(device: torch.device) -> int:
-    """How many processes the cores, and on a GPU its memory, bear at a time."""
+    """The processes at a time that the cores, and a GPU's memory, bear."""
     cores = os.cpu_count() or 1
     if device.type != "cuda":
         return cores
@@ -128,13 +128,13 @@ def slots(device: torch.device) -> int:
 
 
 def check(one: Check, known: dict[str, Case], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Run a case's kernels at that many images; the row. With many, float64 is the device's, which does it in time."""
+    """Run a case's kernels; the row. For many images the device computes float64's result, in time."""
     case = known[one.case]
     judge = torch.device("cpu") if one.images <= QUICK_CPU_BATCH else device
     try:
         error = verified(case, device, dtype, one.images, judge)
         status = WRONG if error else RIGHT
-    except Exception as raised:  # whatever a compiler or a launch raises is the finding
+    except Exception as raised:  # a compiler's or a launch's failure is the finding
         status, error = FAILED, first_line(raised)
     return row(one, known, device, dtype, status, error)
 
@@ -142,7 +142,7 @@ def check(one: Check, known: dict[str, Case], device: torch.device, dtype: torch
 def one_after_another(
     groups: Sequence[list[Check]], known: dict[str, Case], device: torch.device, dtype: torch.dtype
 ) -> Iterator[dict[str, Any]]:
-    """The rows of all checks in this process; once its device is lost the others are unknown, and not to blame."""
+    """The rows of all checks in this process; after its device is lost the rest are unknown."""
     down = False
     for one in itertools.chain.from_iterable(groups):
         if down:
@@ -156,8 +156,8 @@ def one_after_another(
 def row(
     one: Check, known: dict[str, Case], device: torch.device, dtype: torch.dtype, status: str, error: str | None
 ) -> dict[str, Any]:
-    """The record of a check: `status` is "right", "wrong", "failed", or "unknown" where it was not begun; `error` says
-    what was found otherwise. `tile` is what a convolution runs with."""
+    """The record of a check: `status` is "right", "wrong", "failed", or "unknown" if it was not begun; `error` is the
+    reason unless right. `tile` is a convolution's."""
     case, tile = known[one.case], None
     if case.op in tiles.OPS:
         tile = dataclasses.asdict(tiles.tile(case.op, parse(case.shape), dtype, tiles.gpu_of(device)))
@@ -171,25 +171,24 @@ def row(
     }
 
 
+@dataclasses.dataclass(frozen=True)
 class Pool:
     """Processes that check: `command` starts one, at most `slots` run, each may be silent for `limit_s` seconds.
 
     `failure(check, status, error)` makes the row of a check that has none of its own.
     """
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        slots: int,
-        limit_s: float,
-        report: Report,
-        failure: Callable[[Check, str, str], dict[str, Any]],
-    ):
-        self.command, self.slots, self.limit_s, self.report, self.failure = command, slots, limit_s, report, failure
+    command: Sequence[str]
+    slots: int
+    limit_s: float
+    report: Callable[[dict[str, Any]], None]
+    failure: Callable[[Check, str, str], dict[str, Any]]
 
     def run(self, groups: Sequence[list[Check]]) -> None:
-        """Every check of every group; `report` gets each row at once. KeyboardInterrupt, or SystemExit of 143 for
-        SIGTERM, comes out when all processes are ended."""
+        """Run every check of every group; `report` gets each row at once.
+
+        Raises KeyboardInterrupt, or SystemExit of 143 for SIGTERM, after the end of all processes.
+        """
         asyncio.run(self._all(groups))
 
     async def _all(self, groups: Sequence[list[Check]]) -> None:
@@ -198,7 +197,7 @@ class Pool:
         free = asyncio.Semaphore(self.slots)
         try:
             async with asyncio.TaskGroup() as tasks:
-                for group in sorted(groups, key=len, reverse=True):  # what takes longest must not begin last
+                for group in sorted(groups, key=len, reverse=True):  # the longest must not begin last
                     tasks.create_task(self._group(list(group), free))
         except asyncio.CancelledError:
             if terminated:
@@ -215,7 +214,7 @@ class Pool:
                 await self._process(left)
 
     async def _process(self, left: list[Check]) -> None:
-        """One process, until it has done all that is `left`, or could not go on; takes from `left` what it has done."""
+        """Run one process until it has done all that is `left`, or cannot go on; drops finished checks from `left`."""
         threads = str(max(1, (os.cpu_count() or 1) // self.slots))
         environment = {"OMP_NUM_THREADS": threads} | os.environ
         with tempfile.TemporaryFile() as words:
@@ -235,15 +234,16 @@ class Pool:
                     left.pop(0)
                     self.report(found["row"])
                     if found["lost"]:
-                        return  # it ended of itself, and what is left is not to blame
+                        return  # the process ends itself, and another does the rest
                 if left:
                     await child.wait()
                     await asyncio.sleep(SIGNAL_S)
-                    self._give(left.pop(0), FAILED, f"the process ended with {_end(child.returncode, words)}")
+                    reason = f"the process ended with {_end(child.returncode, words)}"
+                    self.report(self.failure(left.pop(0), FAILED, reason))
             except TimeoutError:
-                self._give(left.pop(0), FAILED, f"no result within {self.limit_s:g} s")
+                self.report(self.failure(left.pop(0), FAILED, f"no result within {self.limit_s:g} s"))
                 for one in left:
-                    self._give(one, UNKNOWN, "not begun: a check of this op before it hung")
+                    self.report(self.failure(one, UNKNOWN, "not begun: a check of this op before it hung"))
                 left.clear()
             finally:
                 with contextlib.suppress(ProcessLookupError):
@@ -252,12 +252,9 @@ class Pool:
                     async with asyncio.timeout(10):  # a driver may not let go of it
                         await child.wait()
 
-    def _give(self, one: Check, status: str, error: str) -> None:
-        self.report(self.failure(one, status, error))
-
 
 def _end(code: int, words: Any) -> str:
-    """How a process ended, and its last line on stderr."""
+    """The signal or exit code of a process, and its last line on stderr."""
     words.seek(0)
     last = next((line for line in reversed(words.read().decode(errors="replace").splitlines()) if line.strip()), "")
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
@@ -265,16 +262,16 @@ def _end(code: int, words: Any) -> str:
 
 
 def _work(dtype: torch.dtype) -> None:
-    """Check what stdin asks for, until the device is lost to this process."""
+    """Run the checks on stdin, until the device is lost to this process."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a compiler prints is no answer
+    os.dup2(2, 1)  # a compiler's output is no answer
     device, known = _device(), {case.name: case for case in cases.cases()}
     for one in itertools.starmap(Check, json.load(sys.stdin)):
         found = check(one, known, device, dtype)
         down = found["status"] == FAILED and lost(device)
         print(json.dumps({"row": found, "lost": down}), file=answers, flush=True)
         if down:
-            os._exit(0)  # what a lost device still holds cannot be given back
+            os._exit(0)  # a lost device's memory cannot be freed
 
 
 if __name__ == "__main__":

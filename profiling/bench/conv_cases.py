@@ -10,8 +10,17 @@ from kernels.conv_dgrad import conv_dgrad, conv_dgrad_cost
 from kernels.conv_fprop import conv_fprop, conv_fprop_cost
 from kernels.conv_shape import ConvShape
 from kernels.conv_wgrad import conv_wgrad, conv_wgrad_cost
-from kernels.cost import Cost
-from profiling.bench.case import Case, OperandFactory, affine, affine_relu, masked, moments, sums, with_moments
+from profiling.bench.case import (
+    Case,
+    OperandFactory,
+    affine,
+    affine_relu,
+    masked,
+    moments,
+    sums,
+    with_arguments,
+    with_moments,
+)
 from profiling.device.ceilings import conv_backward
 
 
@@ -32,14 +41,11 @@ def conv_fprop_case(shape: ConvShape, variant: str) -> Case:
         y = convolve(bn_apply(x, scale, shift) if prologue else x, w)
         return y, bn_stats(y) if statistics else y.new_empty((3, 0, shape.K))
 
-    def ours(x, w, scale, shift, mean, var) -> tuple[Tensor, Tensor]:
-        given = (scale, shift) if prologue else (None, None)
-        return conv_fprop(x, w, shape.stride, *given, statistics=statistics)
+    def arguments(x, w, scale, shift, mean, var) -> tuple:
+        no_residual = (None,) * 3
+        return x, w, shape.stride, *((scale, shift) if prologue else (None, None)), *no_residual, statistics
 
-    def cost(x, w, scale, shift, mean, var) -> Cost:
-        given = (scale, shift) if prologue else (None, None)
-        return conv_fprop_cost(x, w, shape.stride, *given, statistics=statistics)
-
+    ours, cost = with_arguments(conv_fprop, arguments), with_arguments(conv_fprop_cost, arguments)
     return Case("conv_fprop", variant, str(shape), operands, library, ours, cost, with_moments, hybrid)
 
 
@@ -72,17 +78,8 @@ def conv_dgrad_case(shape: ConvShape, variant: str) -> Case:
             dz = masked(dz, *unmasked, pool=False)
         return (dz, *partials.sum(1)) if fused else (dz,)
 
-    return Case(
-        "conv_dgrad",
-        variant,
-        str(shape),
-        operands,
-        library,
-        ours=lambda *operands: conv_dgrad(*arguments(*operands)),
-        cost=lambda *operands: conv_dgrad_cost(*arguments(*operands)),
-        comparable=comparable,
-        hybrid=hybrid,
-    )
+    ours, cost = with_arguments(conv_dgrad, arguments), with_arguments(conv_dgrad_cost, arguments)
+    return Case("conv_dgrad", variant, str(shape), operands, library, ours, cost, comparable, hybrid)
 
 
 def conv_wgrad_case(shape: ConvShape, variant: str) -> Case:
@@ -92,23 +89,15 @@ def conv_wgrad_case(shape: ConvShape, variant: str) -> Case:
         x, dy = d.activation(shape.C, shape.H, shape.W), d.gradient(shape.K, shape.P, shape.Q)
         return x, dy, d.weight(shape), *affine(d, shape.C)
 
-    def library(x, dy, w, scale, shift, mean, var) -> tuple[Tensor]:
+    def library(x, dy, w, scale, shift, mean, var) -> Tensor:
         a = affine_relu(x, scale, shift, mean, var) if prologue else x
-        return (conv_backward(dy, a, w, shape, 1),)
+        return conv_backward(dy, a, w, shape, 1)
 
-    def hybrid(x, dy, w, scale, shift, mean, var) -> tuple[Tensor]:
-        return (conv_backward(dy, bn_apply(x, scale, shift) if prologue else x, w, shape, 1),)
+    def hybrid(x, dy, w, scale, shift, mean, var) -> Tensor:
+        return conv_backward(dy, bn_apply(x, scale, shift) if prologue else x, w, shape, 1)
 
     def arguments(x, dy, w, scale, shift, mean, var) -> tuple:
         return x, dy, shape.R, shape.stride, *((scale, shift) if prologue else (None, None))
 
-    return Case(
-        "conv_wgrad",
-        variant,
-        str(shape),
-        operands,
-        library,
-        ours=lambda *operands: (conv_wgrad(*arguments(*operands)),),
-        cost=lambda *operands: conv_wgrad_cost(*arguments(*operands)),
-        hybrid=hybrid,
-    )
+    ours, cost = with_arguments(conv_wgrad, arguments), with_arguments(conv_wgrad_cost, arguments)
+    return Case("conv_wgrad", variant, str(shape), operands, library, ours, cost, hybrid=hybrid)

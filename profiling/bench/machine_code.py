@@ -1,9 +1,9 @@
-"""Machine code in words: how often which instruction stands in a kernel, in which of its loops, and what may go wrong.
+"""Machine code in numbers: the instructions of a kernel and of its loops, and a hazard of Hopper's matrix product.
 
-A warpgroup's matrix instruction of a Hopper GPU runs on while the warps go on, and reads operand A from their registers
-as it comes to it. Nothing but WARPGROUP.DEPBAR holds back who writes them anew: the register allocation of ptxas before
-13.3 (that of Triton 3.6 to 3.8 for 9.0) does not heed it, so that a later operand may be multiplied in an earlier one's
-place (triton-lang/triton#9433; #11781 has 61 for 64 on an H100).
+A warpgroup's matrix instruction on a Hopper GPU runs beside its warps and reads operand A from their registers as it
+needs it. Only WARPGROUP.DEPBAR delays later writes to these registers. The register allocation of ptxas before 13.3
+(Triton 3.6 to 3.8 for 9.0) ignores that, so that a later operand may be multiplied in an earlier one's place
+(triton-lang/triton#9433; #11781 has 61 for 64 on an H100).
 """
 
 import collections
@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 
 class Sass(NamedTuple):
-    """Instructions by full mnemonic ("LDG.E.128"): of the kernel, and of the body of every loop, innermost and smallest
-    first. `overwritten` counts those that write an operand of a matrix instruction that may not have read it."""
+    """Instructions by full mnemonic ("LDG.E.128"): of the kernel, and of the body of every loop, smallest first.
+
+    `overwritten` counts instructions that write an operand which a matrix instruction may not have read yet.
+    """
 
     counts: dict[str, int]
     loops: list[dict[str, int]]
@@ -32,30 +34,22 @@ class Instruction(NamedTuple):
 
 
 def read(cubin: bytes) -> Sass:
-    """The machine code of a kernel's binary; raises CalledProcessError where the disassembler does not know it."""
-    return parse(_disassemble(cubin))
-
-
-def parse(lines: list[str]) -> Sass:
-    """What nvdisasm's lines for a kernel say."""
-    whole, loops = _instructions(lines), _loops(lines)
-    overwritten = set().union(*map(_overwriting, [whole, *(body * 2 for body in loops)]))
-    return Sass(_counts(whole), sorted(map(_counts, loops), key=lambda body: sum(body.values())), len(overwritten))
-
-
-def tool(name: str) -> str:
-    """The path of one of the programs that come with Triton: ptxas, nvdisasm."""
+    """The machine code of a kernel's binary, by Triton's nvdisasm; raises CalledProcessError where that fails."""
     import triton
 
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _disassemble(cubin: bytes) -> list[str]:
+    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool("nvdisasm"), "--print-code", "--no-dataflow", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        command = [str(nvdisasm), "--print-code", "--no-dataflow", file.name]
+        return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines())
+
+
+def parse(lines: list[str]) -> Sass:
+    """The facts in nvdisasm's lines for a kernel."""
+    whole, loops = _instructions(lines), _loops(lines)
+    overwritten = set().union(*map(_overwriting, [whole, *(body * 2 for body in loops)]))
+    return Sass(_counts(whole), sorted(map(_counts, loops), key=lambda body: sum(body.values())), len(overwritten))
 
 
 def _instructions(lines: list[str]) -> list[Instruction]:
@@ -68,7 +62,7 @@ def _counts(body: list[Instruction]) -> dict[str, int]:
 
 
 def _loops(lines: list[str]) -> list[list[Instruction]]:
-    """The instructions from the target of every backward branch to it, the branch to itself at the end excepted."""
+    """The instructions from the target of every backward branch to the branch; not the final branch to itself."""
     labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\.L_x_\d+):", line))}
     bodies = []
     for i, line in enumerate(lines):
@@ -79,11 +73,11 @@ def _loops(lines: list[str]) -> list[list[Instruction]]:
 
 
 OPERAND_REGISTERS = 4
-"""Of operand A in each thread: a warpgroup's 64 rows of 32 bytes, by 128 threads of 4 bytes."""
+"""Registers of operand A in each thread: a warpgroup's 64 rows of 32 bytes, by 128 threads of 4 bytes."""
 
 
 def _overwriting(body: list[Instruction]) -> set[str]:
-    """The addresses of instructions that write an operand of a warpgroup's product which is not known to be done.
+    """The addresses of instructions that write an operand of a warpgroup's product before it is known to be done.
 
     Products are counted in groups, each closed by a "gsb0"; WARPGROUP.DEPBAR.LE gsb0, N waits until N are left.
     """

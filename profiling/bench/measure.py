@@ -1,10 +1,9 @@
 """Micro-benchmarks of the kernels: each op at each layer shape, beside the best that PyTorch offers for the same work.
 
-For every case: operands are drawn outside of the clock, every provider is held against float64 and refused if it is
-wrong, its first call (compilation, the library's search) is timed apart, and those that are left take turns by the
-protocol of `profiling.bench.timing`. A provider that fails at any of that is refused with the reason, and the others
-go on. Without a GPU the eager providers are timed on the CPU, and of our kernels
-`profiling.bench.kernel_facts` reports what the compiler says.
+Operands are drawn outside of the clock; every provider's result is compared with float64; its first call (compilation,
+the library's search) is timed apart; then the providers take turns by the protocol of `profiling.bench.timing`. A
+provider that is wrong or fails is refused with the reason, and the others go on. Without a GPU the eager providers are
+timed on the CPU, and `profiling.bench.kernel_facts` reports what the compiler says of our kernels.
 """
 
 import dataclasses
@@ -23,7 +22,8 @@ from kernels.contract import dtype_name
 from kernels.cost import Cost
 from profiling.bench.case import Case, Correctness, OperandFactory, tensors
 from profiling.bench.timing import QUICK, CpuTimer, CudaTimer, Plan, Samples, first_line, interleave, summarise, verdict
-from profiling.device import nvml
+from profiling.device import ceilings, nvml
+from profiling.device.ceilings import Ceilings
 from profiling.output.numbers import Number, measured, modelled, unavailable
 
 OURS, HYBRID = "ours", "library conv + ours"
@@ -33,7 +33,6 @@ PROVIDERS = (EAGER_NCHW, EAGER, COMPILED, MAX_AUTOTUNE, HYBRID, OURS)
 WITH_KERNELS = (HYBRID, OURS)
 BATCH = 512
 CPU_BATCH, QUICK_CPU_BATCH = 8, 2
-
 NO_GPU = "no CUDA GPU"
 
 
@@ -41,10 +40,9 @@ NO_GPU = "no CUDA GPU"
 class Result:
     """One provider of one case, in one mode: "cold" or "hot".
 
-    `us` is the median, `low_us` and `high_us` its 95 % interval. `speedup` is the best alternative's median over this
-    one's, for our kernels alone; `bound` is what the roofline of the measured ceilings says limits the op.
-    `power_capped_share` is the share of the samples, 0 to 1, during which the power limit held the clock down; None
-    where nobody can tell.
+    `us` is the median, `low_us` and `high_us` its 95 % interval. `speedup` is the best alternative's median over ours;
+    `bound` is the op's limit by the roofline of the measured ceilings. `power_capped_share` is the share of the
+    samples, 0 to 1, under the power cap; None where it is not known.
     """
 
     case: str
@@ -80,27 +78,11 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """What the device was measured to sustain; None where nothing was measured, for `reason`.
-
-    `power_capped_share` is of the matrix product's samples, as `Result` has it.
-    """
-
-    tflops_per_s: float | None = None
-    gb_per_s: float | None = None
-    power_capped_share: float | None = None
-    reason: str | None = None
-
-    def bound(self, flops: int, bytes_: int) -> str | None:
-        """ "compute" or "memory", whichever takes longer at the ceilings."""
-        if self.tflops_per_s is None or self.gb_per_s is None:
-            return None
-        return "compute" if flops / (self.tflops_per_s * 1e12) > bytes_ / (self.gb_per_s * 1e9) else "memory"
-
-
-@dataclass(frozen=True)
 class Setup:
-    """Where and how cases are measured. `gpu` samples clocks and event reasons, or returns None."""
+    """Where and how cases are measured. `gpu` samples clocks and event reasons, or returns None.
+
+    `ceilings` are those of the device, or in words why there are none.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -108,11 +90,18 @@ class Setup:
     plan: Plan
     timer: Any
     gpu: Callable[[], nvml.GpuSample | None] = lambda: None
-    ceilings: Ceilings = Ceilings()
+    ceilings: Ceilings | str = NO_GPU
 
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
+
+    def bound(self, cost: Cost) -> str | None:
+        """ "compute" or "memory", whichever takes longer at the ceilings; None without them."""
+        if isinstance(self.ceilings, str):
+            return None
+        compute_s, memory_s = cost.flops / self.ceilings.flops_per_s, cost.bytes / self.ceilings.bytes_per_s
+        return "compute" if compute_s > memory_s else "memory"
 
 
 def setup(dtype: torch.dtype, quick: bool = False) -> Setup:
@@ -123,34 +112,23 @@ def setup(dtype: torch.dtype, quick: bool = False) -> Setup:
     device = torch.device("cuda", torch.cuda.current_device())
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # all providers at one precision
     importlib.import_module("torch._functorch.config").donated_buffer = False  # a compiled backward is timed repeatedly
-    timer, plan = CudaTimer(device), QUICK if quick else Plan()
+    plan = QUICK if quick else Plan()
     gpu = nvml.sampler(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    return Setup(device, dtype, BATCH, plan, timer, gpu, _ceilings(device, dtype, timer, gpu, plan.seconds))
+    return Setup(device, dtype, BATCH, plan, CudaTimer(device), gpu, measured_ceilings(device, dtype, plan.seconds))
 
 
-def _ceilings(device: torch.device, dtype: torch.dtype, timer: CudaTimer, gpu: Callable, seconds: float) -> Ceilings:
-    """A copy of 1 GiB, bytes read plus bytes written, and a matrix product of random data, for `seconds` each."""
-    size = 8192
-    plan = Plan(max_samples=1 << 20, relative_error=0.0, seconds=seconds)
+def measured_ceilings(device: torch.device, dtype: torch.dtype, seconds: float) -> Ceilings | str:
+    """The ceilings of the matrix products and the copy, `seconds` for each; in words why there are none."""
     try:
-        a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
-        source = torch.randint(256, (1 << 30,), dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-    except torch.OutOfMemoryError as error:
-        return Ceilings(reason=first_line(error))
-    runs = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
-    taken = interleave(runs, timer.for_mode("hot"), plan, gpu)
-    if reason := next((refusal for samples in taken.values() if (refusal := samples.refusal())), None):
-        return Ceilings(reason=reason)
-    us = {name: summarise(samples.us).median for name, samples in taken.items()}
-    rates = 2 * size**3 / us["matmul"] / 1e6, 2 * source.numel() / us["copy"] / 1e3
-    return Ceilings(*rates, taken["matmul"].power_capped_share)
+        return ceilings.measure(device, dtype, seconds, batch=None)
+    except RuntimeError as error:  # no memory for the least size, or no matrix product of this dtype
+        return first_line(error)
 
 
 def measure(case: Case, setup: Setup, providers: Sequence[str] = PROVIDERS) -> list[Result]:
     """Check and time a case: a Result for each mode and provider, in the order of `providers`.
 
-    What a provider raises, or the want of memory for the operands, is the reason of a Result without figures.
+    A provider's exception, or operands that do not fit into memory, are the reason of a Result without figures.
     """
     results: list[Result] = []
     search = torch.backends.cudnn.benchmark
@@ -170,7 +148,7 @@ def measure(case: Case, setup: Setup, providers: Sequence[str] = PROVIDERS) -> l
 
 
 def _prepared(case: Case, setup: Setup, providers: Sequence[str]) -> tuple[Cost | None, dict, dict, dict]:
-    """(what it costs, and as `_ready` has it); all is refused where there is not even something to compare with."""
+    """(the cost, and `_ready`'s three); every provider is refused where the operands or float64's result fail."""
     try:
         if setup.on_gpu:
             torch.compiler.reset()  # a case is a shape, and recompilations are counted over all of them
@@ -184,10 +162,10 @@ def _prepared(case: Case, setup: Setup, providers: Sequence[str]) -> tuple[Cost 
 def _ready(
     case: Case, operands: tuple, setup: Setup, providers: Sequence[str]
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, tuple[str, bool]], dict[str, float]]:
-    """(what can be timed, why the others cannot and whether they are wrong, seconds of the first calls)."""
+    """By provider: (functions to time, refused with reason and whether wrong, seconds of the first calls)."""
     ready, refused, first_call_s = {}, {}, {}
     gate = Correctness(case, operands, setup.dtype)
-    # Ours are held against eager's, and before another's right result can lie in the memory that they should write.
+    # Eager is the baseline. Ours come next, before their memory can hold another provider's right result.
     for provider in sorted(providers, key=lambda name: (name != EAGER, name != OURS)):
         try:
             build = _builder(case, operands, provider)
@@ -195,7 +173,7 @@ def _ready(
                 continue
             reason = _why_not(provider, setup.device)
             if reason is None and provider in WITH_KERNELS and gate.baseline is None:
-                reason = f"nothing to hold it against: {EAGER} failed"
+                reason = f"nothing to compare it with: {EAGER} failed"
             if reason:
                 refused[provider] = reason, False
                 continue
@@ -206,7 +184,7 @@ def _ready(
                 torch.cuda.synchronize(setup.device)
             first_call_s[provider] = time.perf_counter() - start
             wrong = gate.refusal(case.comparable(result)) if provider in WITH_KERNELS else gate.library_refusal(result)
-        except Exception as error:  # whatever a compiler or a library raises is the finding
+        except Exception as error:  # a compiler's or a library's failure is the finding
             refused[provider] = first_line(error), False
             continue
         if wrong:
@@ -219,7 +197,7 @@ def _ready(
 
 
 def _builder(case: Case, operands: tuple, provider: str) -> Callable[[], Callable[[], Any]] | None:
-    """What makes a provider's function to time, None where it does not apply to the case."""
+    """Builds a provider's function to time; None where the provider does not apply to the case."""
     if provider == OURS:
         return lambda: lambda: case.ours(*operands)
     if provider == HYBRID:
@@ -236,7 +214,7 @@ def _builder(case: Case, operands: tuple, provider: str) -> Callable[[], Callabl
 
 
 def searching(run: Callable[[], Any], search: bool) -> Callable[[], Any]:
-    """`run` with or without cuDNN's search for the fastest algorithm; found ones are remembered by shape."""
+    """`run` with or without cuDNN's search for the fastest algorithm, which it remembers by shape."""
 
     def call() -> Any:
         torch.backends.cudnn.benchmark = search
@@ -267,7 +245,7 @@ def _result(
     about = {
         **{name: getattr(case, name) for name in ("op", "variant", "shape")},
         **{"case": case.name, "dtype": dtype, "batch": setup.batch, "provider": provider, "mode": mode},
-        "bound": setup.ceilings.bound(cost.flops, cost.bytes) if cost else None,
+        "bound": setup.bound(cost) if cost else None,
         "first_call_s": unavailable("s", reason) if first is None else measured(first, "s", "wall clock"),
         "wrong": wrong,
     }
@@ -296,23 +274,19 @@ def _compared(results: list[Result]) -> list[Result]:
     """The same with our kernels' speed-up over the best alternative."""
     alternatives = [r for r in results if r.provider != OURS and r.samples_us]
     best = min(alternatives, key=lambda r: r.us.value, default=None)
-    return [_beside(r, best) if r.provider == OURS and r.samples_us and best else r for r in results]
-
-
-def _beside(ours: Result, best: Result) -> Result:
-    v = verdict(ours.samples_us, best.samples_us)
-    return dataclasses.replace(
-        ours,
-        speedup=measured(v.speedup, "x", f"median of {best.provider} over ours"),
-        speedup_low=v.low,
-        speedup_high=v.high,
-        verdict=v.word,
-        best_alternative=best.provider,
-    )
+    for i, ours in enumerate(results):
+        if ours.provider == OURS and ours.samples_us and best:
+            v = verdict(ours.samples_us, best.samples_us)
+            results[i] = dataclasses.replace(
+                ours,
+                speedup=measured(v.speedup, "x", f"median of {best.provider} over ours"),
+                **{"speedup_low": v.low, "speedup_high": v.high, "verdict": v.word, "best_alternative": best.provider},
+            )
+    return results
 
 
 def lost(device: torch.device) -> bool:
-    """Whether a kernel has brought the device down for this process, in which every later call fails for it."""
+    """Whether a kernel has brought the device down: every later call of this process then fails."""
     if device.type == "cuda":
         try:
             torch.cuda.synchronize(device)

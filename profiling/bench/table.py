@@ -1,8 +1,8 @@
-"""Benchmarks on disk and in print: rows keyed by the machine that they were measured on.
+"""Benchmarks on disk and in print: rows keyed by their machine.
 
 A row is {"schema": 1, "kind": "timing" or "facts", "fingerprint", "machine", "git_sha", "git_dirty", "at", ...} with
-the fields of `bench.Result` or `kernel_facts.KernelFacts`. Two timings are compared where their fingerprints are equal:
-the same GPU under the same driver and libraries. The commit is not part of it, since that is what is compared.
+the fields of `measure.Result` or `kernel_facts.KernelFacts`. Two timings are compared where their fingerprints are
+equal: the same GPU, driver and libraries. The commit is not part of it: commits are compared.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from profiling.bench.kernel_facts import KernelFacts
 from profiling.bench.measure import OURS, Result, Setup
 from profiling.bench.timing import FEWEST, Verdict, verdict
 from profiling.device.environment import fingerprint, machine
+from profiling.device.nvml import POWER_CAP
 from profiling.output.files import read_jsonl
 from profiling.output.numbers import MODELLED, UNAVAILABLE, Number
 
@@ -42,8 +43,8 @@ def row(item: Result | KernelFacts, environment: dict[str, Any]) -> dict[str, An
 def load(path: Path, machine_now: dict[str, Any]) -> list[dict[str, Any]]:
     """The timings in `path` of the machine described by `machine_now`.
 
-    Raises ValueError where there are none, naming what differs, and for a file that this program did not write; OSError
-    where it cannot be read.
+    Raises ValueError where there are none, naming the differences, and for a file of another program; OSError where it
+    cannot be read.
     """
     rows = read_jsonl(path)
     if not all(isinstance(r, dict) and r.get("schema") == SCHEMA for r in rows):
@@ -69,7 +70,7 @@ def load(path: Path, machine_now: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def finished(path: Path, environment: dict[str, Any], setup: Setup) -> set[str]:
-    """The cases in `path` that a bench of this machine, commit, dtype and batch came to the end of.
+    """The cases in `path` that a bench of this machine, commit, dtype and batch has finished.
 
     Raises ValueError for a damaged file, OSError where it cannot be read.
     """
@@ -96,26 +97,25 @@ class Change(NamedTuple):
     now_us: float
     verdict: Verdict
 
+    def __str__(self) -> str:
+        word, speedup, low, high = self.verdict
+        times = f"{self.then_us:,.1f} -> {self.now_us:,.1f} us  {speedup:.2f} [{low:.2f}, {high:.2f}] {word}"
+        return f"{self.case:<50} {self.mode:<4}  {self.provider:<19}  {times}"
+
 
 def changes(then: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[Change]:
-    """What became of the timings that both have; of several, the last counts. Fingerprints must be equal already."""
-    before = {_key(r): r for r in then if len(r["samples_us"]) >= FEWEST}
-    return [
-        Change(
-            r["case"],
-            r["provider"],
-            r["mode"],
-            before[_key(r)]["us"]["value"],
-            r["us"]["value"],
-            verdict(r["samples_us"], before[_key(r)]["samples_us"]),
-        )
-        for r in now
-        if r["kind"] == "timing" and len(r["samples_us"]) >= FEWEST and _key(r) in before
-    ]
+    """The changes of the timings in both; the last of several counts. Fingerprints must be equal already."""
 
+    def by_key(rows: Sequence[dict[str, Any]]) -> dict[tuple, dict[str, Any]]:
+        timed = (r for r in rows if r["kind"] == "timing" and len(r["samples_us"]) >= FEWEST)
+        return {tuple(r[name] for name in KEY): r for r in timed}
 
-def _key(row: dict[str, Any]) -> tuple:
-    return tuple(row[name] for name in KEY)
+    before, found = by_key(then), []
+    for key, r in by_key(now).items():
+        if old := before.get(key):
+            judged = verdict(r["samples_us"], old["samples_us"])
+            found.append(Change(r["case"], r["provider"], r["mode"], old["us"]["value"], r["us"]["value"], judged))
+    return found
 
 
 def heading(environment: dict[str, Any], setup: Setup) -> list[str]:
@@ -130,19 +130,16 @@ def heading(environment: dict[str, Any], setup: Setup) -> list[str]:
         ]
     else:
         clocks = f"SM {gpu['sm_clock_mhz']} MHz, memory {gpu['memory_clock_mhz']} MHz, limit {gpu['power_limit_w']} W"
-        c = setup.ceilings
-        ceilings = (
-            f"unavailable ({c.reason})"
-            if c.gb_per_s is None
-            else f"copy {c.gb_per_s:,.0f} GB/s, matrix product {c.tflops_per_s:,.0f} TFLOP/s "
-            f"(measured{_capped(c.power_capped_share)})"
-        )
+        ceilings, c = f"unavailable ({setup.ceilings})", setup.ceilings
+        if not isinstance(c, str):
+            held = "".join(f", {reason}" for reason in c.reasons or () if reason != POWER_CAP)
+            rates = f"copy {c.bytes_per_s / 1e9:,.0f} GB/s, matrix product {c.flops_per_s / 1e12:,.0f} TFLOP/s"
+            ceilings = f"{rates} (measured{_capped(c.compute.power_capped_share)}{held})"
         lines = [
             f"{gpu['name']}; {clocks}; driver {gpu['driver']}; {'; '.join(where)}",
             f"batch {setup.batch}, {setup.timer.source}; ceilings: {ceilings}",
         ]
-    legend = "us measured, the median; ~ modelled, the least work that the op must do over that time; bound modelled"
-    return [*lines, legend]
+    return [*lines, "us measured, the median; ~ modelled, the op's least work over that time; bound modelled"]
 
 
 def lines(results: Sequence[Result]) -> list[str]:
@@ -158,7 +155,7 @@ def _figures(r: Result) -> str:
 
 
 def _capped(share: float | None) -> str:
-    """The mark of samples that were taken under the power cap; nothing where there were none."""
+    """The mark of samples under the power cap; empty where there were none."""
     return f", power cap in {share:.0%} of the samples" if share else ""
 
 
@@ -179,24 +176,21 @@ def _against(r: Result) -> str:
 def fact_lines(facts: Sequence[KernelFacts]) -> list[str]:
     """A title, the names of the columns, and a line for each kernel."""
     title = (
-        "kernels at batch 512, from their machine code; local memory is where registers spill to; "
+        "kernels at batch 512, from their machine code; local memory takes spilled registers; "
         "blocks/SM modelled from the architecture's limits"
     )
-    names = ("case", "kernel", "for", "registers", "local B", "shared B", "blocks/SM", "instr/matrix step")
-    return [title, _fact_cells(names), *(_fact_cells(_facts(f)) for f in facts)]
-
-
-def _facts(f: KernelFacts) -> tuple[str, ...]:
-    if f.status == UNAVAILABLE:
-        return f.case, f.kernel, f.gpu, f"unavailable: {f.source}"
-    counts = (f.registers, f.local_bytes, f.shared_bytes, f.blocks_per_sm)
-    step = "-" if f.instructions_per_matrix_step is None else f"{f.instructions_per_matrix_step:.1f}"
-    return f.case, f.kernel, f.gpu, *("unknown" if n is None else f"{n:,}" for n in counts), step
-
-
-def _fact_cells(cells: Sequence[str]) -> str:
-    case, kernel, gpu, *figures = cells
-    return f"{case:<50} {kernel:<26} {gpu:<12}" + "".join(f"  {figure:>9}" for figure in figures)
+    cells = [("case", "kernel", "for", "registers", "local B", "shared B", "blocks/SM", "instr/matrix step")]
+    for f in facts:
+        figures = [f"unavailable: {f.source}"]
+        if f.status != UNAVAILABLE:
+            counts = (f.registers, f.local_bytes, f.shared_bytes, f.blocks_per_sm)
+            step = "-" if f.instructions_per_matrix_step is None else f"{f.instructions_per_matrix_step:.1f}"
+            figures = [*("unknown" if n is None else f"{n:,}" for n in counts), step]
+        cells.append((f.case, f.kernel, f.gpu, *figures))
+    lines = (
+        f"{case:<50} {kernel:<26} {gpu:<12}" + "".join(f"  {n:>9}" for n in rest) for case, kernel, gpu, *rest in cells
+    )
+    return [title, *lines]
 
 
 def _figure(number: Number) -> str:

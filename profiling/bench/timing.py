@@ -1,9 +1,9 @@
-"""How long a function takes, and how sure one can be of it: the protocol of the micro-benchmarks.
+"""The protocol of the micro-benchmarks: the time of a function, and its uncertainty.
 
-Those that are compared take turns, A B B A, so that a drift of the machine does not read as a difference. A sample that
-was taken while heat or a power brake held the GPU's clocks down is discarded and taken again, a bounded number of
-times; one under the power cap is kept and counted, since that is how a large GPU does large products. Sampling stops
-when the mean is known well enough. What remains is a median with its bootstrap interval, and a verdict between two.
+Compared functions take turns, A B B A, so that a drift of the machine does not read as a difference. A sample taken
+while heat or a power brake held the GPU's clocks down is discarded and taken again, a bounded number of times; one
+under the power cap is kept and counted, since a large GPU does large products there. Sampling stops when the mean is
+known well enough. The result is a median with its bootstrap interval, and a verdict between two.
 """
 
 import math
@@ -18,9 +18,9 @@ import numpy as np
 from profiling.device.nvml import GpuSample
 
 FEWEST = 3
-"""Samples below which there is no median to speak of."""
+"""Samples that a median needs."""
 SAME_WITHIN = 0.02
-"""Two medians whose ratio is certain to be within this of 1 are the same."""
+"""Two medians are the same if their ratio is certain to be within this of 1."""
 RESAMPLES = 1000
 
 
@@ -37,15 +37,15 @@ class Plan:
 
 
 QUICK = Plan(min_samples=5, max_samples=30, relative_error=0.02, seconds=0.2, max_discarded=5)
-"""A look, not a measurement to quote."""
+"""For a look; not to be quoted."""
 
 
 @dataclass
 class Samples:
-    """Times of one function in microseconds, and what happened to those that are not among them.
+    """Times of one function in microseconds, and the reasons for discarded ones.
 
-    `capped` says of each kept sample whether it was under the power cap, where that is known. `error` is what the
-    function or its timer raised, which ended the sampling.
+    `capped` tells for each kept sample whether it was under the power cap, where that is known. `error` is the
+    exception of the function or its timer that ended the sampling.
     """
 
     us: list[float] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Samples:
         return len(self.us) >= plan.min_samples and self.relative_error < plan.relative_error
 
     def done(self, plan: Plan) -> bool:
-        """Whether to take no more. A slow function gets its few samples before time is up."""
+        """Whether to stop. A slow function gets FEWEST samples even after its time is up."""
         if self.error or self.discarded >= plan.max_discarded or len(self.us) >= plan.max_samples:
             return True
         return self.converged(plan) or (len(self.us) >= FEWEST and self.spent_s >= plan.seconds)
@@ -97,8 +97,8 @@ def interleave(
 ) -> dict[str, Samples]:
     """Sample every function of `runs` by `timer`, which returns microseconds, in turns A B C, C B A, A B C, ...
 
-    A function that is done drops out, and so does one that raises, or whose launch cannot be hidden: it has an `error`.
-    `gpu` is asked after every sample.
+    A function drops out when it is done; one that raises, or whose launch cannot be hidden, with an `error`. `gpu` is
+    asked after every sample.
     """
     samples = {name: Samples() for name in runs}
     order = list(runs)
@@ -186,28 +186,28 @@ class CpuTimer:
 
     def for_mode(self, mode: str) -> Callable[[Callable[[], Any]], float]:
         """The timer of a mode."""
-        return self._sample
 
-    @staticmethod
-    def _sample(run: Callable[[], Any]) -> float:
-        start_ns = time.perf_counter_ns()
-        run()
-        return (time.perf_counter_ns() - start_ns) / 1e3
+        def sample(run: Callable[[], Any]) -> float:
+            start_ns = time.perf_counter_ns()
+            run()
+            return (time.perf_counter_ns() - start_ns) / 1e3
+
+        return sample
 
 
 class CudaTimer:
-    """Device time between two events, with everything launched before the device gets to the first.
+    """Device time between two events, with everything launched before the device reaches the first.
 
-    A spin kernel ahead keeps the device busy while the host launches; if the first event had passed by the time the
-    launches were done, the sample is the host's, and is taken again behind a longer spin. Cold: a buffer of twice the
-    L2 cache is written before. Hot: the function runs once before. An empty function measures some microseconds too.
+    A spin kernel keeps the device busy while the host launches; if the device had passed the first event by then, the
+    sample is the host's, and is taken again behind a longer spin. Cold: a buffer of twice the L2 cache is written
+    before. Hot: the function runs once before. An empty function measures some microseconds too.
     """
 
     source, modes = "CUDA events, launch hidden behind a spin kernel", ("cold", "hot")
     LONGEST_SPIN = 1 << 30  # clock cycles, about half a second
 
     def __init__(self, device: Any):
-        import torch
+        import torch  # here, since `experiments steps` reads its plans before it loads torch
 
         self.torch, self.spin = torch, 1 << 18
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
@@ -229,7 +229,7 @@ class CudaTimer:
             hidden = not start.query()
             end.synchronize()
             if hidden:
-                self.spin = spin  # which those after it do not have to find again
+                self.spin = spin  # for the next sample
                 return start.elapsed_time(end) * 1e3
             spin *= 2
         raise RuntimeError("the launch cannot be hidden: the function waits for the device")

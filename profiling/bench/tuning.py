@@ -1,9 +1,9 @@
-"""Which tile is fastest, measured: what refreshes the committed table of `kernels.tiles`.
+"""The fastest tile, measured: refreshes the committed table of `kernels.tiles`.
 
-For every convolution op and layer shape, with everything fused that the networks fuse, a bounded list of tiles is held
-against float64; one that is wrong or spills is refused by its name. The others are looked at briefly, and the best few
-are timed beside the library's convolution with our batch-norm kernels around it. What the timings say is decided by
-pure functions; the GPU is behind `Backend`.
+For every convolution op and layer shape, with all that the networks fuse into it, the results of a bounded list of
+tiles are compared with float64's; a tile that is wrong or spills is refused by name. The others are timed briefly, and
+then the best few beside the library's convolution with our batch-norm kernels around it. Pure functions decide by the
+timings; the GPU is behind `CudaBackend`.
 """
 
 import concurrent.futures
@@ -11,10 +11,10 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,6 +23,7 @@ from kernels.contract import dtype_name
 from kernels.conv_shape import ConvShape
 from kernels.jit import nothing_launched
 from kernels.tiles import Entry, Gpu, Tile
+from profiling.bench.ahead_of_time import replaced
 from profiling.bench.candidates import candidates
 from profiling.bench.case import Case, Correctness, OperandFactory, tensors
 from profiling.bench.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
@@ -34,7 +35,7 @@ from profiling.output.files import write_json
 FINALISTS = 3
 LIBRARY = "library"
 KEEP_WITHIN = 0.01
-"""A tile that is in the table stays there unless another is faster by more than this."""
+"""A tile stays in the table unless another is faster by more than this."""
 FUSED = {
     "conv_fprop": (conv_fprop_case, "prologue,statistics"),
     "conv_dgrad": (conv_dgrad_case, "mask,sums"),
@@ -45,9 +46,9 @@ FUSED = {
 class Timings(NamedTuple):
     """Median microseconds of one op at one shape: by tile, and of the library; None where it could not be measured.
 
-    A tile that is wrong, spills, does not compile or was disturbed is in `refused`, with the reason, and the library
-    under None. `power_capped` is the share of a tile's samples under the power cap, where there were such. `lost` is
-    whether the device was lost to this process, as by a tile that touched what is not its own.
+    `refused` has the reason for each tile that is wrong, spills, does not compile or was disturbed, and the library's
+    under None. `power_capped` is the share of a tile's samples under the power cap, if any. `lost`: a tile, by an
+    illegal access, has lost the device to this process.
     """
 
     us: dict[Tile, float]
@@ -58,7 +59,7 @@ class Timings(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """A tile that was not timed, or not to the end; without one the library, or all of the op at that shape."""
+    """A tile that was not timed to the end; None stands for the library, or for the op at that shape."""
 
     op: str
     shape: ConvShape
@@ -71,7 +72,7 @@ class Refusal(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """The entries that were measured, all that was refused, and what is left where the device was lost."""
+    """The measured entries, the refusals, and the problems left after the device was lost."""
 
     entries: list[Entry]
     refused: list[Refusal]
@@ -79,46 +80,31 @@ class Tuned(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """An op at a layer's shape, the tiles to try, and the one in use."""
+    """An op at a layer's shape, and the tiles to try, of which the first is in use."""
 
     op: str
     shape: ConvShape
     variant: str
     candidates: tuple[Tile, ...]
-    incumbent: Tile
 
     def case(self) -> Case:
-        """What is timed."""
+        """The case to time."""
         return FUSED[self.op][0](self.shape, self.variant)
 
 
-class Backend(Protocol):
-    """Where candidates are timed."""
-
-    gpu: Gpu
-
-    def prepare(self, problems: Sequence[Problem]) -> None:
-        """Learn what will be timed, in this order."""
-
-    def time(self, case: Case, candidates: Sequence[Tile], incumbent: Tile) -> Timings:
-        """Check and time the candidates for a case; the incumbent gets to the final in any case."""
-
-
-def select(
-    gpu: Gpu, op: str, shape: ConvShape, dtype: torch.dtype, triton: str, timings: Timings, incumbent: Tile
-) -> Entry | None:
-    """The table's entry that the timings call for; None if no tile, or not the library, could be measured."""
+def select(gpu: Gpu, problem: Problem, dtype: torch.dtype, triton: str, timings: Timings) -> Entry | None:
+    """The table's entry by the timings; None if no tile, or not the library, could be measured."""
     if not timings.us or timings.library_us is None:
         return None
-    best = min(timings.us, key=timings.us.__getitem__)
+    incumbent, best = problem.candidates[0], min(timings.us, key=timings.us.__getitem__)
     if incumbent in timings.us and timings.us[incumbent] <= timings.us[best] * (1 + KEEP_WITHIN):
         best = incumbent
     us, library_us = round(timings.us[best], 3), round(timings.library_us, 3)
-    return Entry(gpu.name, op, str(shape), dtype_name(dtype), triton, us, library_us, best)
+    return Entry(gpu.name, problem.op, str(problem.shape), dtype_name(dtype), triton, us, library_us, best)
 
 
 def refreshed(entries: Sequence[Entry], measured: Sequence[Entry]) -> tuple[Entry, ...]:
-    """The table with `measured` in the place of what it had for the same GPU, op, shape and dtype."""
+    """The table with `measured` in place of its entries of the same GPU, op, shape and dtype."""
     return tuple(({entry[:4]: entry for entry in entries} | {entry[:4]: entry for entry in measured}).values())
 
 
@@ -128,7 +114,7 @@ def keep(entries: Sequence[Entry], path: Path = tiles.PATH) -> None:
 
 
 def changed(entries: Sequence[Entry], measured: Sequence[Entry]) -> list[str]:
-    """What is new or different in `measured`, a line each; times alone are no difference."""
+    """A line for each new or different entry in `measured`; times alone are no difference."""
     before = {entry[:4]: entry for entry in entries}
     lines = []
     for entry in measured:
@@ -152,31 +138,31 @@ def _measured(entry: Entry, capped: float | None = None) -> str:
 
 
 def tune(
-    backend: Backend,
+    backend: "CudaBackend",
     problems: Sequence[tuple[str, ConvShape]],
     dtype: torch.dtype,
     triton: str,
     say: Callable[[str], None],
     keep: Callable[[list[Entry]], None] = lambda measured: None,
 ) -> Tuned:
-    """Measure every (op, shape) of `problems`. What is refused is said at once; a failure does not end the rest.
+    """Measure every (op, shape) of `problems`. Refusals are said at once; a failure does not end the rest.
 
-    `keep` gets the entries so far after each of them: there are many, and the last may never come.
+    `keep` gets the entries so far after each, in case the last is never reached.
     """
     tuned, planned = Tuned([], [], list(problems)), [_problem(op, shape, dtype, backend.gpu) for op, shape in problems]
     backend.prepare(planned)
     for problem in planned:
-        op, shape, _, tried, incumbent = problem
+        op, shape, _, tried = problem
         tuned.left.pop(0)
         try:
-            timings = backend.time(problem.case(), tried, incumbent)
+            timings = backend.time(problem.case(), tried)
         except Exception as error:  # out of memory, a failure of the library's own
             timings = Timings({}, None, {None: first_line(error)})
         refused = [Refusal(op, shape, tile, reason) for tile, reason in timings.refused.items()]
         tuned.refused.extend(refused)
         for refusal in refused:
             say(str(refusal))
-        entry = select(backend.gpu, op, shape, dtype, triton, timings, incumbent)
+        entry = select(backend.gpu, problem, dtype, triton, timings)
         if entry is None:
             say(f"{op} {shape}: nothing measured, the table stays as it is")
         else:
@@ -192,8 +178,7 @@ def _problem(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> Problem
     variant = FUSED[op][1]
     if op == "conv_dgrad" and shape.R == 1:
         variant = ""  # a projection's gradient is masked where it joins that of the block's first convolution
-    tried = tuple(candidates(op, shape, dtype, gpu))
-    return Problem(op, shape, variant, tried, tiles.tile(op, shape, dtype, gpu))
+    return Problem(op, shape, variant, tuple(candidates(op, shape, dtype, gpu)))
 
 
 MOST_PROCESSES = 8
@@ -201,10 +186,10 @@ MOST_PROCESSES = 8
 
 
 class Precompiler:
-    """Compiles candidates in other processes, as many as half of the cores: on a cold cache it takes most of the time.
+    """Compiles candidates in other processes, half of the cores: on a cold cache that takes most of the time.
 
-    The process that times finds the code in Triton's cache on the disk. A candidate that does not compile is found
-    again, and named, there. Without a second process all is left to the caller.
+    The timing process finds the code in Triton's cache on the disk, and there names a candidate that does not compile.
+    Without a second process the caller compiles.
     """
 
     def __init__(self, processes: int | None = None):
@@ -217,13 +202,13 @@ class Precompiler:
         self._futures: dict[Hashable, list[concurrent.futures.Future]] = {}
 
     def submit(self, key: Hashable, function: Callable[..., None], *arguments: object) -> None:
-        """Let a process call `function`, which it imports by its name; in the order of submission."""
+        """Let a process import and call `function`; in the order of submission."""
         if self._pool is not None:
             with contextlib.suppress(BrokenProcessPool, RuntimeError):
                 self._futures.setdefault(key, []).append(self._pool.submit(function, *arguments))
 
     def wait(self, key: Hashable) -> None:
-        """Until all that was submitted under `key` has ended, well or badly."""
+        """Wait for the end, good or bad, of all work submitted under `key`."""
         concurrent.futures.wait(self._futures.pop(key, ()))
 
     def close(self) -> None:
@@ -233,16 +218,16 @@ class Precompiler:
 
 
 class CudaBackend:
-    """Times on the GPU of `setup`, with a cold cache: a layer's operands have left it when their turn comes.
+    """Times on the GPU of `setup`, with a cold cache: in training a layer's operands have left it by their turn.
 
-    `ahead` compiles what is prepared in the meantime; whoever gave it closes it.
+    `ahead` compiles the prepared candidates in the meantime; its owner closes it.
     """
 
     def __init__(self, setup: Setup, ahead: Precompiler | None = None):
         self.setup, self.gpu, self.ahead = setup, tiles.gpu_of(setup.device), ahead
 
     def prepare(self, problems: Sequence[Problem]) -> None:
-        """As `Backend` has it."""
+        """Learn the problems to be timed, in this order."""
         if self.ahead is not None:
             about = self.setup.dtype, self.setup.batch, str(self.setup.device)
             for problem in problems:
@@ -250,37 +235,37 @@ class CudaBackend:
                     one = problem._replace(candidates=(tile,))
                     self.ahead.submit(problem.case().name, compile_candidates, one, *about)
 
-    def time(self, case: Case, candidates: Sequence[Tile], incumbent: Tile) -> Timings:
-        """As `Backend` has it: a look at every tile that is right, then the best with the library by the whole plan."""
+    def time(self, case: Case, candidates: Sequence[Tile]) -> Timings:
+        """Check the candidates for a case, look at every right one, then time the best few and the library by the plan.
+
+        The first candidate, the tile in use, is timed by the plan too, unless it is refused.
+        """
         setup = self.setup
         if self.ahead is not None:
             self.ahead.wait(case.name)
         operands = case.operands(OperandFactory(setup.batch, setup.device, setup.dtype))
         gate = Correctness(case, operands, setup.dtype)
         baseline = case.library(*operands)
-        wrong = gate.library_refusal(baseline)
-        if wrong:
+        if wrong := gate.library_refusal(baseline):
             raise RuntimeError(f"{case.name}: the library itself is {wrong}")
-        gate.baseline = list(baseline)
-        runs, refused = {}, {}
-        for tile in candidates:
-            run = _with_tile(case, operands, tile)
+        gate.baseline = tensors(baseline)
+        runs, refused = {tile: _with_tile(case, operands, tile) for tile in candidates}, {}
+        for tile, run in runs.items():
             try:
                 reason = _flaw(run, case, gate)
             except Exception as error:  # out of resources, or a tile that does not compile
                 reason = first_line(error)
             if reason:
                 refused[tile] = reason
-            else:
-                runs[tile] = run
-            if reason and lost(setup.device):
-                return Timings({}, None, refused, lost=True)
+                if lost(setup.device):
+                    return Timings({}, None, refused, lost=True)
         timer = setup.timer.for_mode("cold")
-        looked_at = _medians(interleave(runs, timer, QUICK, setup.gpu), refused)
-        finalists = [*sorted(looked_at, key=looked_at.__getitem__)[:FINALISTS], incumbent]
+        right = {tile: run for tile, run in runs.items() if tile not in refused}
+        looked_at = _medians(interleave(right, timer, QUICK, setup.gpu), refused)
+        finalists = [*sorted(looked_at, key=looked_at.__getitem__)[:FINALISTS], candidates[0]]
         final: dict[Any, Callable] = {tile: runs[tile] for tile in dict.fromkeys(finalists) if tile in looked_at}
         final[LIBRARY] = searching(lambda: case.hybrid(*operands), True)
-        with contextlib.suppress(Exception):  # it fails again, and is refused by name, when it is timed
+        with contextlib.suppress(Exception):  # it fails again, and is refused by name, in its timing
             final[LIBRARY]()
         taken = interleave(final, timer, setup.plan, setup.gpu)
         library_us = _medians({None: taken.pop(LIBRARY)}, refused).get(None)
@@ -298,12 +283,12 @@ def compile_candidates(problem: Problem, dtype: torch.dtype, batch: int, device:
 
 
 def _flaw(run: Callable[[], Any], case: Case, gate: Correctness) -> str | None:
-    """What is wrong with a tile, None if nothing: its result against float64's, or registers that it spills."""
+    """The flaw of a tile, None if it has none: a wrong result, or registers that it spills."""
     with launched() as kernels:
         result = run()
     wrong = gate.refusal(case.comparable(result))
     for x in tensors(result):
-        x.fill_(torch.nan)  # the next tile gets this memory: what it does not write must not look right
+        x.fill_(torch.nan)  # the next tile gets this memory, and an element that it does not write must look wrong
     if wrong:
         return f"wrong: {wrong}"
     spilled = max(map(local_bytes, kernels), default=0)
@@ -326,11 +311,6 @@ def _with_tile(case: Case, operands: tuple, tile: Tile) -> Callable[[], Any]:
     return run
 
 
-@contextlib.contextmanager
-def forced(tile: Tile) -> Iterator[None]:
-    """Let every convolution take `tile`, whatever the table says."""
-    original, tiles.tile = tiles.tile, lambda op, shape, dtype, gpu: tile
-    try:
-        yield
-    finally:
-        tiles.tile = original
+def forced(tile: Tile) -> contextlib.AbstractContextManager[None]:
+    """Let every convolution in the context take `tile`."""
+    return replaced(tiles, "tile", lambda op, shape, dtype, gpu: tile)

@@ -163,13 +163,13 @@ def measure(
     device: torch.device,
     dtype: torch.dtype,
     seconds: float = 2.0,
-    batch: int = 512,
+    batch: int | None = 512,
     say: Callable[[str], None] = lambda text: None,
 ) -> Ceilings:
     """Run every candidate on `device` for about `seconds`; `say` is told each result.
 
-    Convolutions have `batch` images, on a CPU at most CPU_BATCH. fp32 is computed in TF32 where the process allows it,
-    as in its training. Sizes that do not fit into a GPU's memory are halved.
+    Convolutions have `batch` images, on a CPU at most CPU_BATCH; None leaves them out. fp32 is computed in TF32 where
+    the process allows it, as in its training. Sizes that do not fit into a GPU's memory are halved.
 
     Raises ValueError for a dtype that the device does not compute in, as fp16 on a CPU, which emulates it;
     torch.OutOfMemoryError where even the least size does not fit; RuntimeError where the library has no matrix product
@@ -188,7 +188,8 @@ def measure(
             bench = _Bench(device, dtype, seconds, watch, say)
             before = watch.clock()
             gemm = bench.gemms()
-            convolutions = bench.convolutions(batch if on_gpu else min(batch, CPU_BATCH), lacks)
+            images = min(batch, CPU_BATCH) if batch and not on_gpu else batch
+            convolutions = bench.convolutions(images, lacks) if images else []
             after, reasons = watch.hot_clock, watch.reasons()
             copy, launch = bench.copy(COPY_BYTES[device.type]), bench.launch()
     finally:

@@ -1,4 +1,4 @@
-"""The manners of every command: what typer or the file system refuses is one line, as any other bad input is."""
+"""One line and an exit code for every refusal by typer or the file system, as for any other bad input."""
 
 import os
 import sys
@@ -8,19 +8,21 @@ from typing import Any
 
 import typer
 
+from profiling.output.errors import CommandError
+
 MANNERS: dict[str, Any] = {
     "add_completion": False,
     "pretty_exceptions_enable": False,
     "rich_markup_mode": None,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
-"""What every program's `typer.Typer` is made with."""
+"""The options of every program's `typer.Typer`."""
 
 _UsageError = typer.BadParameter.__base__  # typer has a click of its own from 0.26 on, and exports this class only
 
 
 def run(app: typer.Typer) -> Any:
-    """Run the app on the process's arguments and exit with its code, or return what is not an exit code."""
+    """Run the app on the process's arguments and exit with its code, or return its result if that is no exit code."""
     words = sys.argv[1:]
     for before, word in zip(["", *words], words, strict=False):
         if not word or (word.startswith("--") and word.endswith("=")):  # Path("") would be the present folder
@@ -36,10 +38,10 @@ def run(app: typer.Typer) -> Any:
             error.show()  # the help
         code = error.exit_code
     except OSError as error:
-        if not (line := refused_path(error)):
+        if not (line := _refused_path(error)):
             raise
         print(f"error: {line}", file=sys.stderr)
-        code = 2
+        code = CommandError.exit_code
     except typer.Abort:  # Ctrl-C
         code = 130
     if code is None or isinstance(code, int):
@@ -47,32 +49,26 @@ def run(app: typer.Typer) -> Any:
     return code
 
 
-class PathError(Exception):
-    """A path of the command line that the file system refuses."""
-
-    exit_code = 2
-
-
 def guarded(command: Callable[[], int | None], tell: Callable[[BaseException], Any]) -> int:
-    """The exit code of `command()`. `tell(error)` says in one line what carries an `exit_code`, or a refused path.
+    """The exit code of `command()`. `tell(error)` gets an exception with an `exit_code`, or a refused path.
 
     Any other exception is a fault of the program, and is raised.
     """
     try:
         return command() or 0
     except BaseException as raised:
-        line = refused_path(raised) if isinstance(raised, OSError) else None
-        error = PathError(line) if line else raised
+        line = _refused_path(raised) if isinstance(raised, OSError) else None
+        error = CommandError(line) if line else raised
         if not hasattr(error, "exit_code"):
             raise
-        tell(error)  # here, since torchrun's report has the traceback of what is being handled
+        tell(error)  # here, since torchrun's report has the traceback of the exception in hand
         return error.exit_code
 
 
-def refused_path(error: OSError) -> str | None:
-    """What to say where the file system refuses a path of the command line: too long, forbidden, a loop of links.
+def _refused_path(error: OSError) -> str | None:
+    """The line for a path of the command line that the file system refuses: too long, forbidden, a loop of links.
 
-    None where `error` is not about any of them: then it is a fault of the program.
+    None where `error` is about another file: then it is a fault of the program.
     """
     if not isinstance(error.filename, str | bytes):
         return None
@@ -84,7 +80,7 @@ def refused_path(error: OSError) -> str | None:
 
 
 def _with_value(error: Exception, words: list[str]) -> str:
-    """The text of `error`, and what was given for the option that it is about, which not every click says itself."""
+    """The text of `error` with the value given for its option, which not every click adds."""
     text = error.format_message().rstrip(".")
     names = getattr(getattr(error, "param", None), "opts", ())
     for word, after in zip(words, [*words[1:], ""], strict=True):

@@ -1,4 +1,7 @@
-"""Failures that end a command of the profiler: `str(error)` is the line for a person, `exit_code` for a script."""
+"""Failures that end a command of the profiler: `str(error)` is the line for a person, `exit_code` for a script.
+
+Codes mean the same as in `model.errors`, which this room may not import.
+"""
 
 
 class CommandError(Exception):
@@ -20,13 +23,13 @@ class OutOfMemoryError(CommandError):
 
 
 class ReportError(CommandError):
-    """The run cannot be read at all."""
+    """The run or its report cannot be read or written."""
 
     exit_code = 3
 
 
 class RefusedError(CommandError):
-    """The comparison would mislead."""
+    """The two runs do not compare."""
 
 
 class InconsistentError(CommandError):

@@ -1,8 +1,8 @@
 """Records on disk: JSON documents written whole or not at all, and JSON lines appended one row at a time.
 
-A record is JSON values under string keys; None is null, and means "not known". A reader never sees half a document:
-it is complete on the disk before it takes the old one's name. A row whose newline is missing is torn (its writer was
-killed): readers skip it and the next append removes it. One process at a time may append to a file.
+A record is JSON values under string keys; None is null, and means "not known". A document is complete on the disk
+before it takes the old one's name. A last row without a newline is torn (its writer was killed): readers skip it and
+the next append removes it. One process at a time may append to a file.
 """
 
 import contextlib
@@ -11,56 +11,61 @@ import math
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from profiling.output.forms import fit
 
 LARGEST_BYTES = 1 << 28
-"""Of a record: a day's telemetry is smaller. What is larger is not read."""
+"""The largest file that is read as a record; a day's telemetry is smaller."""
 
 
 def write_json(path: Path, value: Any) -> None:
     """Replace the document at `path` by `value`, atomically and durably.
 
-    Raises ValueError naming the key of a NaN or an infinity (JSON has neither), TypeError for what JSON cannot hold and
-    OSError as the system gave it; in each case the old document is intact and no temporary is left.
+    Raises ValueError naming the key of a NaN or an infinity, TypeError for other values that JSON lacks, and OSError as
+    the system gave it; in each case the old document is intact and no temporary is left.
     """
-    _write(Path(path), (_encode(value, indent=2) + "\n").encode())
+    write_text(path, _encode(value, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace the text at `path`, atomically and durably. Raises OSError, the old text intact."""
-    _write(Path(path), text.encode("utf-8", errors="replace"))
+    with replacing(Path(path)) as new:
+        new.write_bytes(text.encode("utf-8", errors="replace"))
 
 
-def _write(path: Path, data: bytes) -> None:
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The name of a file to write; it replaces that at `path`, atomically and durably, unless the context raises."""
     # The name is unique, not mkstemp's, whose files only their owner may read.
     temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    if os.name != "nt":  # Windows can neither open nor sync a folder
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_bytes(path: Path, limit: int = LARGEST_BYTES) -> bytes:
-    """The file at `path`. Raises ValueError naming it where it is no regular file, or larger than `limit`, and OSError.
-
-    A pipe, a device or a folder is never waited for or read.
-    """
+    """The file at `path`. Raises ValueError naming it unless it is a regular file within `limit` bytes, and OSError."""
     require_regular(path, limit)
     return Path(path).read_bytes()
 
 
 def require_regular(path: Path, limit: int = LARGEST_BYTES) -> None:
-    """Raises as `read_bytes` does, for what it would."""
+    """Raise as `read_bytes` would; a pipe or a device is never opened."""
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):
         raise ValueError(f"{path} is not a regular file; expected a record written by this program")
@@ -78,7 +83,7 @@ def read_json(path: Path, form: Any = None) -> Any:
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Append `row` as one line, in the system's hands on return, after removing a torn last line.
+    """Remove a torn last line and append `row` as one line; the system has it on return.
 
     Raises as `write_json` does; the rows before are intact.
     """
@@ -141,14 +146,3 @@ def _require_finite(value: Any, key: str) -> None:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             _require_finite(item, f"{key}[{index}]")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` durable. Windows can neither open nor sync a folder."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,8 +1,8 @@
-"""What a record must be, said once and checked once, where it is read: names, types and ranges.
+"""Forms of records: names, types and ranges, declared once and checked where a record is read.
 
 A form is a type (`str`, `bool`), a `Number`, None, a literal ("complete", or a version's number), a list of one form, a
-tuple of forms of which one must fit, or a dict of forms by key. A key that ends in "?" may be missing or null; a dict's
-other keys are dropped, or kept as the form under `str` says.
+tuple of alternative forms, or a dict of forms by key. A key that ends in "?" may be missing or null; a dict's other
+keys are dropped, or kept in the form under `str`.
 """
 
 import math
@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 _UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-"""Control and bidirectional characters, halves of surrogate pairs, and what is no character at all."""
+"""Control and bidirectional characters, halves of surrogate pairs, and non-characters."""
 LONGEST = 1000
-"""Letters of a text that are kept."""
+"""Characters of a text that are kept."""
 
 
 class Number(NamedTuple):
-    """From `low` to `high`; a whole one has no fraction. True and false are none."""
+    """From `low` to `high`; a whole one has no fraction. True and false are not numbers."""
 
     low: float = -1e30
     high: float = 1e30
@@ -27,7 +27,7 @@ class Number(NamedTuple):
         return f"a {'whole ' * self.whole}number from {self.low:g} to {self.high:g}"
 
     def holds(self, value: Any) -> bool:
-        """Whether `value` is one."""
+        """Whether `value` is such a number."""
         known = isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
         return known and (isinstance(value, int) or not self.whole)
 
@@ -44,10 +44,7 @@ FACT = (*SCALAR, [SCALAR], {str: (*SCALAR, [SCALAR])})
 
 
 def fit(value: Any, form: Any, where: str) -> Any:
-    """A copy of `value` as `form` has it, texts fit to be shown. Raises ValueError naming the first place that is not.
-
-    `where` is what the value is called.
-    """
+    """A copy of `value` in `form`, cleaned. Raises ValueError naming the first misfit; `where` names `value`."""
     if isinstance(form, tuple) and not isinstance(form, Number):
         return _any_of(value, form, where)
     if isinstance(form, dict) and isinstance(value, dict):
@@ -64,7 +61,7 @@ def fit(value: Any, form: Any, where: str) -> Any:
 
 
 def _any_of(value: Any, forms: tuple[Any, ...], where: str) -> Any:
-    if isinstance(value, dict | list):  # named is the place inside it, and not that nothing fits
+    if isinstance(value, dict | list):  # then the error names the place inside it
         forms = tuple(form for form in forms if type(form) is type(value)) or forms
         if len(forms) == 1:
             return fit(value, forms[0], where)
@@ -95,7 +92,7 @@ def _object(value: dict[str, Any], form: Mapping[Any, Any], where: str) -> dict[
 
 
 def clean(value: Any) -> Any:
-    """A copy fit to be shown: control, bidirectional and surrogate characters of its texts replaced, long ones cut.
+    """A copy fit to be shown: texts cut, their control, bidirectional and surrogate characters replaced.
 
     A number that is not finite becomes None.
     """

@@ -8,7 +8,7 @@ MEASURED, MODELLED, QUOTED, UNAVAILABLE = STATUSES = ("measured", "modelled", "q
 
 @dataclass(frozen=True)
 class Number:
-    """`value` in `unit`; None where it is unavailable, and then `source` says why. Raises ValueError for a mixture."""
+    """`value` in `unit`; if unavailable None, with the reason as `source`. Raises ValueError for a mixture."""
 
     value: float | int | None
     unit: str
@@ -24,7 +24,7 @@ class Number:
             raise ValueError("a figure needs its source, or the reason why it is unavailable")
 
     def to_json(self, label: str | None = None) -> dict[str, Any]:
-        """As a record; with `label` if given."""
+        """The record, with `label` if given."""
         return asdict(self) | ({} if label is None else {"label": label})
 
 

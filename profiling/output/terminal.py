@@ -1,7 +1,7 @@
-"""What a person at a terminal sees: lines, a table that grows by a row an epoch, a progress bar, banners.
+"""A person's terminal: lines, a table that grows by a row an epoch, a progress bar, banners.
 
-A pipe that closes (`| head`), a disk that is full, a locale without Unicode, a narrow or absent terminal change how
-things look, never whether the run goes on.
+A closed pipe (`| head`), a full disk, a locale without Unicode, a narrow or absent terminal change the looks, and never
+end the run.
 """
 
 import os
@@ -19,11 +19,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 PLAIN_PROGRESS_S = 30.0
-"""Seconds between progress lines where there is no terminal to redraw."""
+"""Seconds between progress lines without a terminal."""
 
 
 class _Stream:
-    """A stream that goes nowhere, in silence, from the first time on that it cannot be written to."""
+    """A stream that is silently discarded from the first failed write on."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -48,7 +48,7 @@ class _Stream:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
-            with suppress(OSError):  # what is still in its buffer, or Python complains of it at the end
+            with suppress(OSError):  # empties its buffer, of which Python would complain at exit
                 self.stream.flush()
 
 
@@ -58,7 +58,7 @@ def _console(stderr: bool, quiet: bool = False) -> Console:
 
 
 class Terminal:
-    """Speaks on stdout, or on stderr where stdout is for a script (`json`); says nothing unless `speaks`."""
+    """Speaks on stdout, or on stderr if stdout is for a script (`json`); is silent unless `speaks`."""
 
     def __init__(self, json: bool = False, speaks: bool = True):
         for stream in (sys.stdout, sys.stderr):
@@ -70,8 +70,8 @@ class Terminal:
         self._widths: list[int] = []
 
     def put(self, text: str) -> None:
-        """A line on stdout, as it is: for a script."""
-        if sys.stdout is not None:  # as it is where it was closed from the start
+        """A line for a script on stdout, unchanged."""
+        if sys.stdout is not None:  # None: closed from the start
             print(text, file=_Stream(sys.stdout), flush=True)
 
     def say(self, text: str, style: str = "") -> None:
@@ -87,26 +87,26 @@ class Terminal:
         self.err.print(Text(f"error: {text}", "red"), soft_wrap=True)
 
     def banner(self, title: str, text: str) -> None:
-        """A box on stderr that nobody can miss."""
+        """A box on stderr."""
         if not self.out.quiet:
             self.err.print(Panel(Text(text), title=Text(title), box=rich.box.HEAVY, style="bold yellow"))
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A whole table at once; the first column is text, the others are figures."""
+        """A table; the first column is text, the others are figures."""
         table = Table(title=Text(title), box=rich.box.SIMPLE, title_justify="left")
         for i, name in enumerate(columns):
-            table.add_column(name, justify="left" if i == 0 else "right")
+            table.add_column(Text(name), justify="left" if i == 0 else "right")
         for row in rows:
             table.add_row(*map(Text, row))
         self.out.print(table)
 
     def header(self, columns: Sequence[str]) -> None:
-        """Begin a table that grows while the run goes on; a column is as wide as its name, and at least 8."""
+        """Begin a growing table; a column is as wide as its name, and at least 8."""
         self._widths = [max(len(name), 8) for name in columns]
         self.row(columns, "bold")
 
     def row(self, cells: Sequence[str], style: str = "") -> None:
-        """Add a row to it."""
+        """Add a row to the growing table."""
         self.say("  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)), style)
 
     @contextmanager
@@ -115,7 +115,7 @@ class Terminal:
         if not self.out.is_terminal or self.out.quiet:
             yield Meter(self, total, done, unit, None)
             return
-        bar = Progress(  # of a narrow terminal the words are cut, and not the numbers
+        bar = Progress(  # a narrow terminal cuts the words, not the numbers
             TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             BarColumn(bar_width=12),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
@@ -138,7 +138,7 @@ class Meter:
         self.said_s = self.start_s
 
     def advance(self, units: int, text: str = "") -> None:
-        """`units` more are done; `text` says how it goes."""
+        """Count `units` more as done; `text` goes beside the bar."""
         self.done += units
         now_s = time.monotonic()
         rate = (self.done - self.first) / max(now_s - self.start_s, 1e-9)

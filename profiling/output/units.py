@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 MISSING = "—"
-"""What stands where a number is not known."""
+"""Stands for an unknown number."""
 
 LARGE = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 SMALL = ((1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
@@ -16,9 +16,9 @@ SAME = {"bytes": "B", "seconds": "s", "ratio": TIMES, "x": TIMES, "fraction": "s
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """`value` to so many significant digits, but never a rounded integer part; thousands are separated.
+    """`value` to `digits` significant digits, but never a rounded integer part; thousands are separated.
 
-    Below 0.001 and from 1e12 on with an exponent; MISSING where it is not finite.
+    Below 0.001 and from 1e12 on with an exponent; MISSING if it is not finite.
     """
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else MISSING
@@ -32,10 +32,10 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def scale(value: float, unit: str) -> tuple[float, str]:
-    """What to multiply by so that `value` reads well, and the unit that it then has.
+    """(factor, unit) in which `value` reads well.
 
-    FLOP, bytes and the like take an SI prefix from kilo on, seconds below one become ms, us or ns and never more than
-    seconds, a share becomes per cent; another unit is kept.
+    FLOP, bytes and the like take an SI prefix from kilo on, seconds below one become ms, us or ns, a share becomes per
+    cent; another unit is kept.
     """
     unit = SAME.get(unit, unit)
     if unit == "share":
@@ -72,10 +72,10 @@ def show(value: float | int | None, unit: str, digits: int = 3) -> str:
 def column(
     values: Sequence[float | int | None], unit: str, digits: int = 4, like: float | None = None
 ) -> tuple[list[str], str]:
-    """Numbers to be read below each other: one unit and prefix and as many decimals for all, and that unit.
+    """(texts, unit) of numbers in a column: one unit, prefix and number of decimals for all.
 
-    The largest gets `digits` digits, a share's as if it were 100 %; or `like` does, where the largest is not typical.
-    What would round to zero is "<" the smallest that would not, behind a minus where it is negative. None is MISSING.
+    The largest gets `digits` digits, a share as 100 % would; or `like` does, if the largest is not typical. A number
+    that would round to zero is "<" the smallest that would not, behind a minus if negative. None is MISSING.
     """
     typical = like or max((abs(value) for value in values if value is not None), default=0.0)
     factor, shown = scale(typical, unit)
@@ -96,7 +96,7 @@ def column(
 
 
 def plain(value: Any, missing: str = "not known") -> str:
-    """A value of the environment or of the configuration."""
+    """The text of a value of the environment or the configuration."""
     if value is None:
         return missing
     if isinstance(value, bool):

@@ -7,8 +7,6 @@ is slower after one. Nothing here fails a run: a record that cannot be collected
 
 import contextlib
 import itertools
-import os
-import secrets
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from profiling.device.environment import gpu_uuid
-from profiling.output.files import write_json
+from profiling.output.files import replacing, write_json
 from profiling.run import telemetry
 from profiling.run.clock import Clock, StepClock
 
@@ -94,12 +92,10 @@ def record_trace(
     Writes trace.json.gz and profile.json to `folder`; `about` is the environment. Raises OSError where it cannot.
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    path = folder / "trace.json.gz"
-    temporary = folder / f".tmp-{secrets.token_hex(4)}.json.gz"
 
     def save(session: Any) -> None:
-        session.export_chrome_trace(str(temporary))
-        os.replace(temporary, path)
+        with replacing(folder / "trace.json.gz") as new:
+            session.export_chrome_trace(str(new))
 
     clock, images = StepClock(device), []
     warm_up = WARM_UP_STEPS if device.type == "cuda" else CPU_WARM_UP_STEPS
@@ -108,19 +104,15 @@ def record_trace(
     if eagerly:
         # The unrecorded first step too: it takes the searches and allocations of an eager step.
         steps = _with_eager(steps, {0, before + EAGER_STEP}, eagerly)
-    try:
-        with profile(activities=activities, schedule=plan, on_trace_ready=save, record_shapes=True) as session:
-            for number, count in enumerate(clock.each(steps), start=1):
-                images.append(count)
-                if number == before and device.type == "cuda":
-                    torch.cuda.synchronize(device)  # no kernel of an earlier step within the recorded ones
-                if number == before + recorded:
-                    clock.end_epoch()  # before the session ends, which takes longer than a step
-                    break
-                session.step()
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with profile(activities=activities, schedule=plan, on_trace_ready=save, record_shapes=True) as session:
+        for number, count in enumerate(clock.each(steps), start=1):
+            images.append(count)
+            if number == before and device.type == "cuda":
+                torch.cuda.synchronize(device)  # no kernel of an earlier step within the recorded ones
+            if number == before + recorded:
+                clock.end_epoch()  # before the session ends, which takes longer than a step
+                break
+            session.step()
     record = {"version": VERSION, "eager_step": EAGER_STEP if eagerly else None, "error": None, "environment": about}
     times = {"step_images": images[before:], "step_ns": clock.durations_ns()[before:]}
     write_json(folder / "profile.json", record | times)

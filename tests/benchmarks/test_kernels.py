@@ -69,18 +69,10 @@ def test_kernel(benchmark, name, provider):
     if not result.samples_us:
         pytest.skip(f"unavailable: {result.us.source}")
     benchmark.group = f"{name}, batch {result.batch}" + ("" if ON_GPU else ", CPU reference timings")
-    benchmark.extra_info |= {
-        "mode": result.mode,
-        "source": result.us.source,
-        "tflops_per_s": result.tflops_per_s.value,
-        "gb_per_s": result.gb_per_s.value,
-        "first_call_s": result.first_call_s.value,
-        "sm_clock_mhz": result.sm_clock_mhz,
-        "event_reasons": result.reasons,
-        "discarded": result.discarded,
-        "power_capped_share": result.power_capped_share,
-        "verdict": result.verdict,
-    }
+    plain = ("mode", "sm_clock_mhz", "discarded", "power_capped_share", "verdict")
+    benchmark.extra_info |= {name: getattr(result, name) for name in plain}
+    benchmark.extra_info |= {name: getattr(result, name).value for name in ("tflops_per_s", "gb_per_s", "first_call_s")}
+    benchmark.extra_info |= {"source": result.us.source, "event_reasons": result.reasons}
     if provider == measure.OURS:
         benchmark.extra_info["kernels"] = loaded(name)
     replay.load([us / 1e6 for us in result.samples_us])

@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model import checkpoint
+from model import checkpoint, files
 from model.checkpoint import clean, load, load_tensors_into, newest, save
 from model.config import Config
 from model.errors import CheckpointError
@@ -204,7 +204,7 @@ KILLER = """
 import builtins, os, signal, sys
 import torch
 torch.set_num_threads(1)
-from model import checkpoint
+from model import checkpoint, files
 from tests.model.test_checkpoint import KILLS, STATE, tensors_at
 
 def die_at(function, nth):
@@ -220,7 +220,7 @@ def die_at(function, nth):
             return real(*arguments, **keywords)
         return replacement
     if function == "open":
-        checkpoint.open = dies(open)
+        files.open = dies(open)
     elif function == "write":
         def opened(path, mode):
             file = open(path, mode, buffering=0)
@@ -230,7 +230,7 @@ def die_at(function, nth):
                 flush, fileno = file.flush, file.fileno
                 write = staticmethod(dies(file.write, lambda data: file.write(data[: len(data) // 2])))
             return Halved()
-        checkpoint.open = opened
+        files.open = opened
     else:
         setattr(os, function, dies(getattr(os, function)))
 
@@ -760,7 +760,7 @@ FAILURES = {
 @pytest.mark.parametrize("name", FAILURES)
 def test_a_failed_save_raises_as_is_and_leaves_the_folder_as_it_was(folder, monkeypatch, name):
     function, nth, code = FAILURES[name]
-    owner, real = (checkpoint, open) if function == "open" else (os, getattr(os, function))
+    owner, real = (files, open) if function == "open" else (os, getattr(os, function))
     fails = raise_error(OSError(code, os.strerror(code)), nth)
     monkeypatch.setattr(owner, function, lambda *a, **k: fails(*a, real=real, **k), raising=False)
     with pytest.raises(OSError, match=re.escape(os.strerror(code))) as error:
@@ -837,11 +837,11 @@ def test_windows_has_no_folder_to_sync(folder, monkeypatch):
     opens, denied = os.open, raise_error(PermissionError("a folder cannot be opened"))
     monkeypatch.setattr(os, "open", lambda path, *a, **k: (denied if os.path.isdir(path) else opens)(path, *a, **k))
     with monkeypatch.context() as windows:
-        windows.setattr(checkpoint, "_sync_folder", sync_as_on_windows)
+        windows.setattr(files, "sync_folder", sync_as_on_windows)
         assert_loads(save(folder, 300, tensors_at(300), STATE), 300)
 
 
-def sync_as_on_windows(folder: Path, real=checkpoint._sync_folder) -> None:
+def sync_as_on_windows(folder: Path, real=files.sync_folder) -> None:
     """Only the guard sees the other system's name: pathlib would refuse to work under it."""
     name, os.name = os.name, "nt"
     try:

@@ -1,12 +1,18 @@
 """The kernels that a training step of the networks launches, for `profiling.bench.ahead_of_time` to compile."""
 
+import dataclasses
 from types import ModuleType
 
-from profiling.bench.ahead_of_time import LIMITS, Build, Facts, compile_all, compiling, launches, unique
+from profiling.bench.ahead_of_time import LIMITS, Build, Facts, compile_all, launches, unique
 
 __all__ = ["SHARED_LIMIT", "Build", "Facts", "compile_all", "compiling", "launches", "network_builds", "unique"]
 
 SHARED_LIMIT = {arch: limits.block_shared_bytes for arch, limits in LIMITS.items()}  # bytes that one block may use
+
+
+def compiling(builds: list[Build]) -> list[bool]:
+    """Whether each of the builds compiles."""
+    return [not fact.error for fact in compile_all([dataclasses.replace(build, inspect=False) for build in builds])]
 
 
 def network_builds(ops: ModuleType, batch: int, dtype: str = "float16") -> list[Build]:

@@ -1,42 +1,53 @@
-"""What Triton's own runtime compiles for a Hopper GPU that is not there: run in a process of its own, prints JSON.
+"""The builds of Triton's own runtime for a Hopper GPU that is not there: a process of its own, which prints JSON.
 
     python tests/support/runtime_builds.py PRESET          a whole run's builds, by the runtime's own keys; none is made
     python tests/support/runtime_builds.py probe PRESET    builds that the probe makes for it, before the run
     python tests/support/runtime_builds.py real            a kernel that is really compiled
+    python tests/support/runtime_builds.py keys            of each launch: its kernel, and whether `ahead_of_time`'s
+                                                           build of it has the runtime's key of Triton's cache
 
-A driver that says sm_90 stands behind `JITFunction.run`, so that what decides is the runtime's own specialisation,
-signature and options, and not a model of them. A build is counted where the runtime calls its compiler.
+A driver that says sm_90 stands behind `JITFunction.run`, so that the runtime's own specialisation, signature and
+options decide, and not a model of them. A build is counted where the runtime calls its compiler.
 """
 
 import json
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 import triton
 from torch import Tensor, nn
 from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
 from triton.runtime import driver
 
 from kernels import contract, tiles
 from kernels.augment import augment
 from kernels.bn_apply import bn_apply
+from kernels.jit import nothing_launched
 from kernels.sgd import sgd
 from model import probe
 from model.compilation import compile_kernels
 from model.presets import preset
 from model.trainer import build_network
+from profiling.bench.ahead_of_time import launches, source
+from profiling.bench.case import OperandFactory
+from profiling.bench.cases import cases
 
+TARGET, GPU = GPUTarget("cuda", 90, 32), tiles.Gpu("NVIDIA H100 80GB HBM3", (9, 0))
 launched: list[str] = []
 loaded: list[str] = []
 
 
 class Hopper:
-    """What the runtime asks of a driver."""
+    """The driver as the runtime asks it."""
 
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_target = staticmethod(lambda: TARGET)
     get_current_device = staticmethod(lambda: 0)
     get_current_stream = staticmethod(lambda device=None: 0)
     get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
@@ -56,12 +67,12 @@ class Hopper:
 
 driver.set_active(Hopper())
 contract.unavailable = lambda device: None
-tiles.gpu_of = lambda device: tiles.Gpu("NVIDIA H100 80GB HBM3", (9, 0))
+tiles.gpu_of = lambda device: GPU
 main, cpu = threading.get_ident(), torch.device("cpu")
 
 
 class Compiler:
-    """In the place of Triton's: notes what it is asked for, and who asks."""
+    """Replaces Triton's: notes each request and its thread."""
 
     def __init__(self):
         self.asked: list[tuple[str, bool]] = []
@@ -84,6 +95,12 @@ class Compiler:
 def activation(*shape: int) -> Tensor:
     """Untouched memory, hence free."""
     return torch.empty(shape, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+
+
+def update(parameters: int, steps: int) -> None:
+    w, dw, v, rates = (torch.empty(n) for n in (parameters, parameters, parameters, steps))
+    number, bad_step = (torch.zeros(1, dtype=torch.int64) for _ in range(2))
+    sgd(w, dw, v, w.half(), rates, number, bad_step, 0.9, 5e-4)
 
 
 def whole_run(name: str) -> dict:
@@ -109,10 +126,7 @@ def whole_run(name: str) -> dict:
         for pad, cutout, count in ((config.crop_pad, config.cutout, len(images)), (0, 0, 10_000)):
             index = torch.empty(size, dtype=torch.int64)
             augment(images[:count], index, choices[:count], mean, rstd, pad, cutout, torch.float16)
-        w, dw, v = (torch.empty(5_205_856) for _ in range(3))
-        number, bad_step = (torch.zeros(1, dtype=torch.int64) for _ in range(2))
-        rates = torch.empty(size * 7)
-        sgd(w, dw, v, w.half(), rates, number, bad_step, config.momentum, config.weight_decay)
+        update(5_205_856, size * 7)
 
     def run(training: int, evaluation: int) -> None:
         train(training)
@@ -155,5 +169,30 @@ def really() -> dict:
     return {"ahead": ahead, "later": (loaded, launched)}
 
 
+def keys() -> list[tuple[str, bool]]:
+    """For every kernel of the benchmark and the optimiser's, with sizes that 16 does and does not divide."""
+
+    def key(src, options: dict) -> str:
+        return f"{src.hash()}-{make_backend(TARGET).parse_options(options).hash()}"
+
+    def run_all() -> None:
+        with torch.no_grad():
+            for n, s in ((4096, 320), (4099, 3431)):
+                update(n, s)
+            for batch in (2, 3):
+                for case in cases():
+                    case.ours(*case.operands(OperandFactory(batch, cpu, torch.float16, untouched=True)))
+
+    asked: list[tuple[str, str]] = []
+    triton.compiler.compile = lambda src, target, options, **_: asked.append((src.fn.__name__, key(src, options)))
+    with nothing_launched():
+        run_all()
+    with launches(GPU) as builds:
+        run_all()
+    ours = {key(source(build), build.options) for build in builds}
+    return [(name, theirs in ours) for name, theirs in asked]
+
+
 what, *names = sys.argv[1:]
-print(json.dumps(really() if what == "real" else probed(*names) if what == "probe" else whole_run(what)))
+commands = {"real": really, "probe": probed, "keys": keys}
+print(json.dumps(commands[what](*names) if what in commands else whole_run(what)))

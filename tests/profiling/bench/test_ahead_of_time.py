@@ -1,6 +1,7 @@
-"""Machine code without a GPU: what is recorded, what is compiled, and what follows from the figures."""
+"""Machine code without a GPU: recorded launches, their compilation, and the figures that follow."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ def activation(*extents: int) -> torch.Tensor:
 
 @pytest.fixture
 def statistics() -> list[Build]:
-    """Of two equal launches of a small kernel."""
+    """Two equal launches of a small kernel."""
     with launches(DEFAULT_GPUS[1]) as builds:
         for _ in range(2):
             bn_stats(activation(2, 64, 4, 4))
@@ -34,7 +35,7 @@ def statistics() -> list[Build]:
 
 
 @pytest.mark.parametrize("gpu", DEFAULT_GPUS, ids=lambda gpu: gpu.name)
-def test_a_launch_is_recorded_as_it_would_be_on_that_gpu(gpu):
+def test_launch_is_recorded_as_on_that_gpu(gpu):
     gpu_of = tiles.gpu_of
     with launches(gpu) as builds:
         conv_fprop(activation(4, 64, 32, 32), activation(64, 64, 3, 3))
@@ -47,32 +48,11 @@ def test_a_launch_is_recorded_as_it_would_be_on_that_gpu(gpu):
     assert tiles.gpu_of is gpu_of
 
 
-def test_the_same_code_is_compiled_once(statistics):
+def test_equal_code_is_compiled_once(statistics):
     assert statistics[0].integers["M"] == 2 * 4 * 4
     again = dataclasses.replace(statistics[0], label="called otherwise", programs=7, integers={})
     assert len(unique([*statistics, again])) == 1
     assert len(unique([*statistics, again.on(80)])) == 2
-
-
-def test_compiling_gives_facts_also_from_a_torn_cache_and_a_failure_its_reason(statistics, tmp_path):
-    """A matrix instruction has the extents of the warps, not of the block: eight are two groups, which share 128 rows
-    or, where the block has but 64, its columns."""
-    with launches(DEFAULT_GPUS[1]) as builds, forced(tiles.Tile(64, 128, 64, 8, 3, False)):
-        conv_wgrad(activation(2, 64, 8, 8), activation(2, 128, 8, 8), 3)
-    own, build = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}, statistics[0]
-    broken = dataclasses.replace(build, constexprs=build.constexprs | {"BLOCK_M": 3})
-    good, product, bad = compile_all([build, builds[0], broken], own)
-    assert not good.error
-    assert 0 < good.registers <= 255
-    assert (good.spill_bytes, good.warps, good.notes) == (0, 4, [])
-    assert good.count("LDG") > 0
-    assert good.blocks_per_sm() > 1
-    assert good.instructions_per_matrix_step() is None
-    assert product.macs_per_matrix_step() == 64 * 64 * 16
-    assert bad.error
-    assert bad.blocks_per_sm() is None
-    tear(tmp_path, ".cubin")
-    assert compile_all([build], own) == [good]
 
 
 def tear(cache: Path, suffix: str) -> None:
@@ -83,59 +63,74 @@ def tear(cache: Path, suffix: str) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def test_compilation_gives_facts_or_a_reason_also_with_a_torn_cache(statistics, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # one process, which imports Triton once
+    own, build = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}, statistics[0]
+    good, bad = compile_all([build, dataclasses.replace(build, constexprs=build.constexprs | {"BLOCK_M": 3})], own)
+    assert (good.error, good.spill_bytes, good.warps, good.notes) == ("", 0, 4, [])
+    assert 0 < good.registers <= 255
+    assert good.count("LDG") > 0
+    assert good.blocks_per_sm() > 1
+    assert good.instructions_per_matrix_step() is None
+    assert bad.error
+    assert bad.blocks_per_sm() is None
+    tear(tmp_path, ".cubin")
+    assert compile_all([build], own) == [good]
+
+
 @pytest.mark.slow
-def test_facts_are_the_same_out_of_the_cache_and_of_a_torn_one(statistics, tmp_path):
-    own = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    made = compile_all(statistics[:1], own)
-    assert not made[0].error
-    assert compile_all(statistics[:1], own) == made
+def test_facts_are_equal_out_of_the_cache_and_a_matrix_instruction_has_its_warps_extents(statistics, tmp_path):
+    """Eight warps are two groups, which share 128 rows or, where the block has but 64, its columns."""
+    with launches(DEFAULT_GPUS[1]) as products, forced(tiles.Tile(64, 128, 64, 8, 3, False)):
+        conv_wgrad(activation(2, 64, 8, 8), activation(2, 128, 8, 8), 3)
+    own, builds = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}, [statistics[0], products[0]]
+    made = compile_all(builds, own)
+    assert [facts.error for facts in made] == ["", ""]
+    assert made[1].macs_per_matrix_step() == 64 * 64 * 16
+    assert compile_all(builds, own) == made
     tear(tmp_path, ".json")
-    assert compile_all(statistics[:1], own) == made
+    assert compile_all(builds[:1], own) == made[:1]
 
 
 # By the rules of the CUDA C++ Programming Guide: 65,536 registers, warps get them in units of 256.
 @pytest.mark.parametrize(
-    ("facts", "blocks"),
+    ("arch", "changes", "blocks"),
     [
-        (Facts("", 90, registers=32, warps=4), 16),
-        (Facts("", 90, registers=16, warps=1), 32),
-        (Facts("", 90, registers=168, warps=4), 3),
-        (Facts("", 90, registers=169, warps=4), 2),
-        (Facts("", 90, registers=32, warps=4, shared_bytes=72 * 1024), 3),
-        (Facts("", 80, registers=32, warps=4, shared_bytes=72 * 1024), 2),
-        (Facts("", 90, registers=32, warps=4, shared_bytes=227 * 1024), 1),
-        (Facts("", 90, registers=32, warps=4, shared_bytes=227 * 1024 + 1), 0),
-        (Facts("", 100, registers=32, warps=4, tensor_columns=256), 2),
-        (Facts("", 75, registers=32, warps=4), None),
-        (Facts("", 90, error="no"), None),
+        (90, {}, 16),
+        (90, {"registers": 16, "warps": 1}, 32),
+        (90, {"registers": 168}, 3),
+        (90, {"registers": 169}, 2),
+        (90, {"shared_bytes": 72 * 1024}, 3),
+        (80, {"shared_bytes": 72 * 1024}, 2),
+        (90, {"shared_bytes": 227 * 1024}, 1),
+        (90, {"shared_bytes": 227 * 1024 + 1}, 0),
+        (100, {"tensor_columns": 256}, 2),
+        (75, {}, None),
+        (90, {"error": "no"}, None),
     ],
-    ids=[
-        *("warps", "blocks", "registers", "registers_rounded_up", "shared", "less_shared", "all_shared"),
-        *("too_much_shared", "tensor_memory", "unknown_architecture", "did_not_compile"),
-    ],
+    ids=str,
 )
-def test_blocks_per_multiprocessor(facts, blocks):
-    assert facts.blocks_per_sm() == blocks
+def test_blocks_per_multiprocessor(arch, changes, blocks):
+    assert Facts("", arch, **{"registers": 32, "warps": 4} | changes).blocks_per_sm() == blocks
 
 
-def test_instructions_per_matrix_step_are_of_the_innermost_loop_with_one():
+def test_matrix_steps_are_of_the_innermost_loop_with_one():
     loops = [{"LDG.E": 5, "BRA": 1}, {"HGMMA.64x64x16.F32": 4, "IADD3": 92}, {"HGMMA.64x64x16.F32": 4, "IADD3": 300}]
-    assert Facts("", 90, loops=loops).instructions_per_matrix_step() == 24.0
-    assert Facts("", 80, loops=loops).instructions_per_matrix_step() is None
-    assert Facts("", 90, loops=loops).macs_per_matrix_step() == 64 * 64 * 16
-    assert Facts("", 80, loops=loops).macs_per_matrix_step() is None
+    hopper, ampere = Facts("", 90, loops=loops), Facts("", 80, loops=loops)
+    assert (hopper.instructions_per_matrix_step(), hopper.macs_per_matrix_step()) == (24.0, 64 * 64 * 16)
+    assert (ampere.instructions_per_matrix_step(), ampere.macs_per_matrix_step()) == (None, None)
 
 
 @pytest.mark.slow
-def test_compiled_code_has_the_key_that_a_launch_looks_for():
-    """In Triton's cache, also where 16 does not divide an argument; else it is compiled twice."""
+def test_compiled_code_has_the_cache_key_of_a_launch():
+    """Also where 16 does not divide an argument; else a kernel is compiled twice."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "tests/support/runtime_keys.py"]
+    command = [sys.executable, "tests/support/runtime_builds.py", "keys"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    found = [line.split() for line in done.stdout.splitlines()]
-    names = {name for name, _ in found}
-    assert {"sgd_kernel", "augment_kernel", "conv_fprop_kernel", "bn_stats_kernel"} <= names, done.stderr
-    assert {name for name, same in found if same != "True"} == set()
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"sgd_kernel", "augment_kernel", "conv_fprop_kernel", "bn_stats_kernel"} <= {name for name, _ in found}
+    assert {name for name, same in found if not same} == set()
 
 
 def test_shared_memory_limits_of_a_block():

@@ -9,38 +9,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import batchnorm, reference
 from kernels.conv_shape import ConvShape, parse
 from model.network import ResNet, ResNet9
-from profiling.bench import measure
-from profiling.bench.batchnorm_cases import (
-    bn_apply_case,
-    bn_backward_apply_case,
-    bn_backward_case,
-    bn_backward_reduce_case,
-    bn_coefficients_case,
-    bn_finalize_case,
-    bn_relu_case,
-    bn_stats_add_case,
-    bn_stats_case,
-)
+from profiling.bench import batchnorm_cases, measure
 from profiling.bench.case import OperandFactory, disagreement
 from profiling.bench.cases import augment_case, cases
-from profiling.bench.command import OPS
 from profiling.bench.conv_cases import conv_dgrad_case, conv_fprop_case, conv_wgrad_case
 from profiling.bench.timing import QUICK, CpuTimer
 
 CPU = torch.device("cpu")
 EVEN, STRIDED, PROJECTION = ConvShape(16, 32, 8, 8), ConvShape(32, 16, 8, 8, stride=2), ConvShape(16, 32, 8, 8, 1, 2)
+VARIANTS = {"bn_apply": ("", "pool", "residual"), "bn_relu": ("", "pool", "residual")}
+VARIANTS |= {f"bn_{op}": ("", "pool") for op in ("backward_reduce", "coefficients", "backward_apply", "backward")}
 SMALL = [
     augment_case(),
     *(conv_fprop_case(EVEN, variant) for variant in ("", "statistics", "prologue,statistics")),
     conv_fprop_case(STRIDED, "prologue,statistics"),
     conv_fprop_case(PROJECTION, "statistics"),
-    bn_stats_case(16, 8),
-    bn_stats_add_case(16, 8),
-    bn_finalize_case(16, 8),
-    *(bn_apply_case(16, 8, variant) for variant in ("", "pool", "residual")),
-    *(bn_relu_case(16, 8, variant) for variant in ("", "pool", "residual")),
-    *(make(16, 8, variant) for make in (bn_backward_reduce_case, bn_coefficients_case) for variant in ("", "pool")),
-    *(make(16, 8, variant) for make in (bn_backward_apply_case, bn_backward_case) for variant in ("", "pool")),
+    *(getattr(batchnorm_cases, f"{op}_case")(16, 8) for op in ("bn_stats", "bn_stats_add", "bn_finalize")),
+    *(getattr(batchnorm_cases, f"{op}_case")(16, 8, variant) for op in VARIANTS for variant in VARIANTS[op]),
     *(conv_dgrad_case(EVEN, variant) for variant in ("", "mask,sums")),
     conv_dgrad_case(STRIDED, "mask,sums"),
     *(conv_wgrad_case(EVEN, variant) for variant in ("", "prologue")),
@@ -82,35 +67,26 @@ def traced(ops) -> set[tuple[str, str, str]]:
     return calls
 
 
-def named(*ops: str) -> set[tuple[str, str, str]]:
-    return {(case.op, case.variant, case.shape) for case in cases() if case.op in ops}
-
-
-def test_cases_are_the_convolutions_of_the_networks():
-    every_variant = named("conv_fprop", "conv_dgrad", "conv_wgrad")
-    plain = {call for call in every_variant if not call[1]}
-    assert {(op, "", shape) for op, _, shape in every_variant} == traced(reference) == plain
-
-
-def test_cases_are_the_batch_norms_of_the_networks():
-    calls = traced(batchnorm)
+def test_cases_are_the_layers_of_the_networks():
+    """Each under a name of its own."""
+    named: dict[str, set] = {}
+    for case in cases():
+        named.setdefault(case.op, set()).add((case.variant, case.shape))
+    plain, calls = traced(reference), traced(batchnorm)
+    for op in ("conv_fprop", "conv_dgrad", "conv_wgrad"):
+        layers = {shape for name, _, shape in plain if name == op}
+        assert {shape for _, shape in named[op]} == {shape for variant, shape in named[op] if not variant} == layers
     for op in ("bn_stats", "bn_stats_add", "bn_relu", "bn_backward_reduce", "bn_backward_apply"):
-        assert named(op) == {call for call in calls if call[0] == op}, op
-    forward, backward = ({call[1:] for call in calls if call[0] == op} for op in ("bn_relu", "bn_backward_reduce"))
-    assert {c[1:] for c in named("bn_apply")} == forward
-    assert {c[1:] for c in named("bn_backward")} == {c[1:] for c in named("bn_coefficients")} == backward
-    assert {c[2] for c in named("bn_finalize")} == {shape for _, shape in forward}
-
-
-def test_command_line_names_the_ops_of_all_cases():
-    assert tuple(dict.fromkeys(case.op for case in cases())) == OPS
-    names = [case.name for case in cases()]
-    assert len(set(names)) == len(names)
+        assert named[op] == {call[1:] for call in calls if call[0] == op}, op
+    assert named["bn_apply"] == named["bn_relu"]
+    assert named["bn_backward"] == named["bn_coefficients"] == named["bn_backward_reduce"]
+    assert {shape for _, shape in named["bn_finalize"]} == {shape for _, shape in named["bn_relu"]}
+    assert len({case.name for case in cases()}) == len(cases())
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_providers_compute_the_same(case, monkeypatch, device):
-    """By the benchmark's own gate: two layouts of the library, the mixture, and ours."""
+    """By the benchmark's own check: two layouts of the library, the mixture, and ours."""
     monkeypatch.setattr(measure, "_why_not", lambda provider, device: None)
     setup = measure.Setup(device, torch.float16, 4, QUICK, CpuTimer())
     providers = (measure.EAGER_NCHW, measure.EAGER, measure.HYBRID, measure.OURS)
@@ -123,12 +99,11 @@ def test_providers_compute_the_same(case, monkeypatch, device):
     assert min(cost.flops, cost.bytes) > 0
 
 
-def test_operands_depend_on_the_seed_and_untouched_ones_have_the_same_layout():
+def test_operands_follow_the_seed_and_untouched_ones_have_the_same_layout():
     x = OperandFactory(2, CPU).activation(8, 4)
     assert torch.equal(x, OperandFactory(2, CPU).activation(8, 4))
     assert not torch.equal(x, OperandFactory(2, CPU, seed=1).activation(8, 4))
-    assert x.dtype == torch.float16
-    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert (x.dtype, x.is_contiguous(memory_format=torch.channels_last)) == (torch.float16, True)
     for case in SMALL:
         drawn, untouched = (case.operands(OperandFactory(2, CPU, untouched=u)) for u in (False, True))
         for a, b in zip(drawn, untouched, strict=True):
@@ -136,34 +111,29 @@ def test_operands_depend_on_the_seed_and_untouched_ones_have_the_same_layout():
                 assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride()), case.name
 
 
-TRUTH, EPS = torch.ones(1000, dtype=torch.float64), torch.finfo(torch.float32).eps
+EPS = torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize(
-    ("value", "baseline", "dtype", "wrong"),
+    ("result", "baseline", "dtype", "wrong"),
     [
-        (1.019, 1.01, torch.float16, None),
-        (1.021, 1.01, torch.float16, "output 0 is off by 0.021"),
-        (1 + 3 * EPS, 1.0, torch.float16, None),
-        (1 + 6 * EPS, 1.0, torch.float16, "output 0 is off by"),
-        (1.02, None, torch.float16, None),  # sqrt(eps) of fp16 is 0.031
-        (1.04, None, torch.float16, "output 0 is off by"),
-        (1.02, None, torch.float32, "output 0 is off by"),
+        ([1.019], 1.01, torch.float16, None),  # twice the library's error
+        ([1.021], 1.01, torch.float16, "output 0 is off by 0.021"),
+        ([1 + 3 * EPS], 1.0, torch.float16, None),  # four units of rounding
+        ([1 + 6 * EPS], 1.0, torch.float16, "output 0 is off by"),
+        ([1.02], None, torch.float16, None),  # half of the digits: sqrt(eps) of fp16 is 0.031
+        ([1.04], None, torch.float16, "output 0 is off by"),
+        ([1.02], None, torch.float32, "output 0 is off by"),
+        ([torch.nan], 1.01, torch.float16, "output 0 is off by"),
+        ([1.0, 1.0], None, torch.float16, "shapes [[1000], [1000]], expected [[1000]]"),
     ],
-    ids=["twice", "more", "4_eps", "6_eps", "half_the_digits", "fewer_digits", "fewer_digits_of_fp32"],
 )
-def test_allowed_error(value, baseline, dtype, wrong):
+def test_allowed_error(result, baseline, dtype, wrong):
     """Twice that of the library or four units of rounding; without a baseline half of the digits."""
-    held_against = None if baseline is None else [torch.full((1000,), baseline)]
-    found = disagreement([torch.full((1000,), value)], held_against, [TRUTH], dtype)
+    compared = None if baseline is None else [torch.full((1000,), baseline)]
+    truth = [torch.ones(1000, dtype=torch.float64)]
+    found = disagreement([torch.full((1000,), x) for x in result], compared, truth, dtype)
     assert found is None if wrong is None else found.startswith(wrong)
-
-
-def test_nan_and_another_shape_are_wrong():
-    truth = [torch.ones(4, dtype=torch.float64)]
-    assert disagreement([torch.tensor([1.0, 1.0, 1.0, torch.nan])], None, truth, torch.float16)
-    assert "shapes" in disagreement([torch.ones(2, 2)], None, truth, torch.float16)
-    assert "shapes" in disagreement([torch.ones(4), torch.ones(4)], None, truth, torch.float16)
 
 
 def test_no_gradient_of_weights_is_beyond_fp16():

@@ -1,4 +1,4 @@
-"""Processes that check, by a script that does what its checks are called; real ones are in test_command."""
+"""Processes that check, by a script that does what its checks are named; test_command starts real ones."""
 
 import json
 import os
@@ -31,33 +31,36 @@ for case, images in json.load(sys.stdin):
 """
 
 
-def results(*groups: list[str], limit_s: float = 60.0) -> tuple[dict[str, int], list[tuple[str, str, str]]]:
-    """({check: process} of those that answered, (check, status, error) of the others) of two processes at a time."""
+@pytest.mark.parametrize(
+    ("groups", "limit_s", "processes", "blamed"),
+    [
+        ("ab!c d", 60.0, "ab c d", [("dies", "failed", "the process ended with SIGSEGV: a library complains")]),
+        ("a%b", 60.0, "a% b", []),
+        (
+            "a~b c",
+            3.0,
+            "a c",
+            [
+                ("hangs", "failed", "no result within 3 s"),
+                ("b", "unknown", "not begun: a check of this op before it hung"),
+            ],
+        ),
+    ],
+    ids=["dies", "loses_its_device", "hangs"],
+)
+def test_a_process_that_ends_costs_no_check_but_its_own(groups, limit_s, processes, blamed):
+    """A group is a word, and a check a letter; the checks that answered share processes as in `processes`."""
+    names = {"!": "dies", "%": "loses", "~": "hangs"}
     found = []
     pool = Pool([sys.executable, "-c", WORKER], 2, limit_s, found.append, lambda one, *more: (one.case, *more))
-    pool.run([[Check(name, 2) for name in group] for group in groups])
-    return {row[0]: row[2] for row in found if isinstance(row, list)}, [row for row in found if isinstance(row, tuple)]
-
-
-def test_a_process_that_dies_costs_the_check_it_died_in():
-    """The checks behind it have another process; the other group has its own."""
-    process, blamed = results(["a", "b", "dies", "c"], ["d"])
-    assert blamed == [("dies", "failed", "the process ended with SIGSEGV: a library complains")]
-    assert process["a"] == process["b"]
-    assert len({process[name] for name in "acd"}) == 3
-
-
-def test_a_lost_device_ends_its_process_and_blames_none():
-    process, blamed = results(["a", "loses", "b"])
-    assert (set(process), blamed) == ({"a", "loses", "b"}, [])
-    assert process["a"] == process["loses"] != process["b"]
-
-
-def test_a_check_that_hangs_is_ended_and_ends_its_group_alone():
-    process, blamed = results(["a", "hangs", "b"], ["c"], limit_s=3.0)
-    unknown = ("b", "unknown", "not begun: a check of this op before it hung")
-    assert blamed == [("hangs", "failed", "no result within 3 s"), unknown]
-    assert set(process) == {"a", "c"}
+    pool.run([[Check(names.get(letter, letter), 2) for letter in word] for word in groups.split()])
+    by_process: dict[int, set[str]] = {}
+    for row in (row for row in found if isinstance(row, list)):
+        by_process.setdefault(row[2], set()).add(row[0])
+    assert sorted(map(sorted, by_process.values())) == sorted(
+        sorted(names.get(letter, letter) for letter in word) for word in processes.split()
+    )
+    assert [row for row in found if isinstance(row, tuple)] == blamed
 
 
 def test_a_full_disk_is_its_own_error():

@@ -22,9 +22,11 @@ from profiling.bench.ahead_of_time import Facts
 from profiling.bench.case import Correctness, OperandFactory, with_moments
 from profiling.bench.tuning import Timings
 from profiling.device import environment as environments
-from profiling.device.environment import environment
 from profiling.output.errors import CommandError
 from profiling.output.files import read_jsonl
+
+CPU = torch.device("cpu")
+FIRST, SECOND = ("bn_finalize", "--quick", "--shape", "256x4x4"), ("--shape", "512x4x4")
 
 
 @pytest.fixture
@@ -35,8 +37,10 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(kernel_facts.kernel_facts, "__defaults__", (lambda builds: [compiled] * len(builds),))
 
 
-def invoke(*arguments):
-    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+def invoke(*arguments, code=0):
+    done = CliRunner().invoke(app, ["bench", *map(str, arguments)])
+    assert done.exit_code == code, done.output
+    return done
 
 
 def ours(path) -> list[str]:
@@ -44,18 +48,13 @@ def ours(path) -> list[str]:
     return [r["shape"] for r in read_jsonl(path) if r["kind"] == "timing" and r["provider"] == "ours"]
 
 
-FIRST, SECOND = ("bn_finalize", "--quick", "--shape", "256x4x4"), ("--shape", "512x4x4")
-
-
 @pytest.mark.usefixtures("no_gpu")
-def test_a_case_is_timed_on_a_cpu_and_compared_with_before(tmp_path):
-    """A file of another machine is refused before anything is timed."""
+def test_a_case_is_timed_on_a_cpu_compared_with_before_and_resumed(tmp_path):
+    """A file of another machine is refused before anything is timed, and not resumed."""
     out = tmp_path / "bench.jsonl"
     done = invoke(*FIRST, "--json", "--out", out)
-    assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
-    assert document["schema"] == 1
-    assert document["rows"] == read_jsonl(out)
+    assert (document["schema"], document["rows"]) == (1, read_jsonl(out))
     timings = {row["provider"]: row for row in document["rows"] if row["kind"] == "timing"}
     assert timings["eager channels_last"]["us"]["status"] == "measured"
     assert timings["ours"]["us"] == {"value": None, "unit": "us", "status": "unavailable", "source": "no CUDA GPU"}
@@ -64,92 +63,68 @@ def test_a_case_is_timed_on_a_cpu_and_compared_with_before(tmp_path):
     assert (facts["kernel"], facts["gpu"], facts["registers"]) == ("bn_finalize_kernel", "sm_90", 40)
     assert "CPU reference timings" in done.stderr
 
-    again = invoke(*FIRST, "--compare", out)
-    assert again.exit_code == 0, again.output
-    assert " -> " in again.stdout
+    assert " -> " in invoke(*FIRST, "--compare", out).stdout
     assert len(read_jsonl(out)) == len(document["rows"])
+    assert f"{out} has none of these cases" in invoke("bn_finalize", "--quick", *SECOND, "--compare", out).stdout
+    invoke(*FIRST, *SECOND, "--resume", "--out", out)
+    assert ours(out) == ["256x4x4", "512x4x4"]
 
     elsewhere = out.read_text().replace('"torch": "', '"torch": "1.').replace('"fingerprint": "', '"fingerprint": "x')
     out.write_text(elsewhere)
-    refused = invoke(*FIRST, "--compare", out)
-    assert refused.exit_code == 2
+    refused = invoke(*FIRST, "--compare", out, code=2)
     assert "torch: 1." in refused.stderr
     assert "provider" not in refused.stdout
-
-
-@pytest.mark.usefixtures("no_gpu")
-def test_resuming_leaves_out_what_this_machine_measured(tmp_path):
-    out = tmp_path / "bench.jsonl"
-    for more in ((), (*SECOND, "--resume")):
-        assert invoke(*FIRST, *more, "--out", out).exit_code == 0
-    assert ours(out) == ["256x4x4", "512x4x4"]
-    out.write_text(out.read_text().replace('"fingerprint": "', '"fingerprint": "x'))
-    assert invoke(*FIRST, "--out", out, "--resume").exit_code == 0
+    invoke(*FIRST, "--out", out, "--resume")
     assert len(ours(out)) == 3
 
 
 BAD = {
-    "unknown_op": (("conv_fpro",), "did you mean conv_fprop?"),
-    "far_from_any_op": (("zzz",), "expected one of augment, conv_fprop"),
-    "unknown_dtype": (("--dtype", "float61"), "did you mean float16?"),
-    "unknown_shape": (("bn_stats", "--shape", "64x32x3"), "did you mean 64x32x32?"),
-    "shape_of_another_op": (("conv_wgrad", "--shape", "64x32x32"), "is unknown"),
-    "out_is_a_folder": (("--out", "."), "expected a file"),
-    "out_in_no_folder": (("--out", "no/such/folder/x.jsonl"), "expected a file in a folder that exists"),
-    "compare_with_nothing": (("--compare", "no-such-file"), "no such file"),
-    "nothing_to_tune": (("bn_stats", "--tune"), "no tiles to tune"),
-    "tune_and_compare": (("--tune", "--json"), "leave --json out"),
-    "check_and_compare": (("--check", "--json"), "--check times nothing; leave --json out"),
-    "check_quickly": (("--check", "--quick"), "leave --quick out"),
-    "jobs_without_check": (("--jobs", "2"), "without --check there is nothing to spread or to limit; leave --jobs out"),
-    "no_jobs": (("--check", "--jobs", "0"), "--jobs is 0, expected a positive number"),
-    "short_of_nothing": (("bn_finalize", "--short"), "--short has none of these; it is augment 3x32x32, "),
-    "resume_nothing": (("--resume",), "--resume goes on with what --out holds"),
-    "unknown_option": (("--tunes",), "No such option"),
+    "conv_fpro": "did you mean conv_fprop?",
+    "zzz": "expected one of augment, conv_fprop",
+    "--dtype float61": "did you mean float16?",
+    "bn_stats --shape 64x32x3": "did you mean 64x32x32?",
+    "conv_wgrad --shape 64x32x32": "is unknown",
+    "--out .": "expected a file",
+    "--out no/such/folder/x.jsonl": "expected a file in a folder that exists",
+    "--compare no-such-file": "no such file",
+    "bn_stats --tune": "no tiles to tune",
+    "--tune --json": "leave --json out",
+    "--check --json": "--check times nothing; leave --json out",
+    "--check --quick": "leave --quick out",
+    "--jobs 2": "without --check there is nothing to spread or to limit; leave --jobs out",
+    "--check --jobs 0": "--jobs is 0, expected a positive number",
+    "bn_finalize --short": "--short has none of these; it is augment 3x32x32, ",
+    "--resume": "--resume goes on with what --out holds",
+    "--tunes": "No such option",
 }
 
 
-@pytest.mark.parametrize(("arguments", "line"), BAD.values(), ids=BAD)
-def test_bad_input_exits_2_with_a_line(arguments, line):
-    done = invoke(*arguments)
-    assert done.exit_code == 2
-    assert line in done.stderr
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_exits_2_with_a_line(arguments):
+    done = invoke(*arguments.split(), code=2)
+    assert BAD[arguments] in done.stderr
     assert "Traceback" not in done.output
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_what_cannot_run_here_exits_4(monkeypatch):
-    done = invoke("--tune")
-    assert (done.exit_code, done.stderr.count("\n")) == (4, 1)
-    assert "needs a CUDA GPU" in done.stderr
+def test_without_a_device_the_code_is_4(monkeypatch):
+    done = invoke("--tune", code=4)
+    assert ("needs a CUDA GPU" in done.stderr, done.stderr.count("\n")) == (True, 1)
     monkeypatch.setattr(jit, "unavailable", lambda device: "there is no GPU")
-    done = invoke("--check")
-    assert (done.exit_code, done.stderr) == (4, "error: --check runs the kernels: there is no GPU\n")
+    assert invoke("--check", code=4).stderr == "error: --check runs the kernels: there is no GPU\n"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert invoke("--tune", code=4).stderr == "error: --tune: there is no GPU\n"
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_a_wrong_kernel_exits_1_and_a_crash_does_not(monkeypatch):
+def test_a_wrong_kernel_exits_1_and_a_crash_70(monkeypatch):
     monkeypatch.setattr(Correctness, "refusal", lambda self, result: "off")
     possible = (bench.EAGER, bench.OURS)
     monkeypatch.setattr(bench, "_why_not", lambda provider, device: None if provider in possible else "not here")
-    done = invoke(*FIRST)
-    assert done.exit_code == 1
-    assert "unavailable: wrong: off" in done.stdout
+    assert "unavailable: wrong: off" in invoke(*FIRST, code=1).stdout
     monkeypatch.setattr(bench, "measure", lambda *arguments: 1 / 0)
-    done = invoke(*FIRST)
-    assert done.exit_code == 70
-    assert "division by zero" in done.stderr
-
-
-def test_an_unknown_op_does_not_import_torch():
-    code = (
-        "import sys, profiling.__main__ as m\n"
-        "try: m.app(['bench', 'bn_stat'])\n"
-        "except SystemExit as e: print(e.code, 'torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "2 False\n", done.stderr
-    assert "did you mean bn_stats?" in done.stderr
+    assert "division by zero" in invoke(*FIRST, code=70).stderr
 
 
 def test_a_full_disk_is_a_line(tmp_path):
@@ -163,7 +138,6 @@ def test_a_full_disk_is_a_line(tmp_path):
 def test_kernels_are_checked_without_being_timed(tmp_path, jobs):
     out = tmp_path / "checks.jsonl"
     done = invoke("bn_finalize", "--shape", "256x4x4", *SECOND, "--check", "--images", 2, "--out", out, *jobs)
-    assert done.exit_code == 0, done.output
     assert [line.split()[-3:] for line in done.stdout.splitlines()[:2]] == [["2", "images", "right"]] * 2
     assert "2 of 2 checks of 2 cases on" in done.stdout
     assert done.stdout.endswith(": 2 right, 0 wrong, 0 failed, 0 unknown\n")
@@ -172,28 +146,19 @@ def test_kernels_are_checked_without_being_timed(tmp_path, jobs):
     ]
 
 
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        (lambda x: (1.01 * x, x.new_empty((3, 0, 64))), "wrong: output 0 is off by"),
-        (lambda x: 1 / 0, "failed: ZeroDivisionError: division by zero"),
-    ],
-    ids=["wrong", "raises"],
-)
-def test_a_failing_check_names_its_tile_and_the_others_go_on(monkeypatch, wrong, says):
+def test_a_failing_check_names_its_tile_and_the_others_go_on(monkeypatch):
     case = next(c for c in cases.cases() if c.op == "bn_finalize")
-    broken = dataclasses.replace(
-        case, op="conv_fprop", shape="64x32x32-64x3x3-s1", operands=lambda d: (d.activation(64, 4),),
-        library=lambda x: (x,), ours=wrong, comparable=with_moments,
-    )  # fmt: skip
-    monkeypatch.setattr(cases, "cases", lambda: (broken, case))
-    done = invoke("--check", "--jobs", 1, "--images", 2)
-    assert done.exit_code == 1
-    first, second, last = done.stdout.splitlines()
-    assert says in first
-    assert re.search(r"  \(\d+x\d+x\d+ \d warps .*\)$", first), "the tile that it ran with"
-    assert second.endswith("right")
-    assert ": 1 right, " in last
+    conv = {"op": "conv_fprop", "shape": "64x32x32-64x3x3-s1", "operands": lambda d: (d.activation(64, 4),)}
+    conv = dataclasses.replace(case, **conv, library=lambda x: (x,), comparable=with_moments)
+    wrong = dataclasses.replace(conv, variant="wrong", ours=lambda x: (1.01 * x, x.new_empty((3, 0, 64))))
+    raises = dataclasses.replace(conv, variant="raises", ours=lambda x: 1 / 0)
+    monkeypatch.setattr(cases, "cases", lambda: (wrong, raises, case))
+    *broken, good, last = invoke("--check", "--jobs", 1, "--images", 2, code=1).stdout.splitlines()
+    for line, says in zip(broken, ("wrong: output 0 is off by", "failed: ZeroDivisionError: "), strict=True):
+        assert says in line
+        assert re.search(r"  \(\d+x\d+x\d+ \d warps .*\)$", line), "the tile that it ran with"
+    assert good.endswith("right")
+    assert ": 1 right, 1 wrong, 1 failed, " in last
 
 
 class Backend:
@@ -207,8 +172,8 @@ class Backend:
     def prepare(self, problems):
         self.prepared = [problem.case().shape for problem in problems]
 
-    def time(self, case, tried, incumbent):
-        return self.fate(case, tried, incumbent)
+    def time(self, case, tried):
+        return self.fate(case, tried)
 
 
 @pytest.fixture
@@ -239,17 +204,17 @@ def tuned(monkeypatch):
 def test_an_interrupted_tuning_keeps_what_it_measured_and_goes_on(monkeypatch, tuned):
     table, asked = [], []
 
-    def fate(case, tried, incumbent):
+    def fate(case, tried):
         if len(asked) == limit:
             raise KeyboardInterrupt
         asked.append(case.name)
-        return Timings({incumbent: 1.0}, 2.0, {tried[1]: "wrong: output 0 is off"})
+        return Timings({tried[0]: 1.0}, 2.0, {tried[1]: "wrong: output 0 is off"})
 
     tuned[0](fate)
     monkeypatch.setattr(tiles, "load", lambda: tuple(table))
     monkeypatch.setattr(tuning, "keep", lambda entries: table.__setitem__(slice(None), entries))
     for limit in (2, 4):
-        assert invoke("conv_wgrad", "--tune").exit_code == 130
+        invoke("conv_wgrad", "--tune", code=130)
         assert len(table) == limit
     assert len(set(asked)) == 4
 
@@ -257,9 +222,8 @@ def test_an_interrupted_tuning_keeps_what_it_measured_and_goes_on(monkeypatch, t
 def test_a_tuning_goes_on_in_another_process_after_a_tile_lost_the_device(tuned):
     with_fate, commands = tuned
     lost = "AcceleratorError: an illegal memory access"
-    backend = with_fate(lambda case, tried, incumbent: Timings({}, None, {incumbent: lost}, lost=True))
-    done = invoke("conv_wgrad", "--tune", "--quick")
-    assert done.exit_code == 1, "as the other process"
+    backend = with_fate(lambda case, tried: Timings({}, None, {tried[0]: lost}, lost=True))
+    done = invoke("conv_wgrad", "--tune", "--quick", code=1)  # the code of the other process
     assert "1 tiles refused, 0 of them wrong" in done.stdout
     shapes = [f"--shape={shape}" for shape in backend.prepared[1:]]
     options = ["--dtype", "float16", "--tune", "--quick"]
@@ -269,25 +233,24 @@ def test_a_tuning_goes_on_in_another_process_after_a_tile_lost_the_device(tuned)
 def test_a_bench_goes_on_in_another_process_after_a_kernel_lost_the_device(monkeypatch, tmp_path, tuned, no_gpu):
     """Each case's rows are kept before; the case that did it is not run again."""
     out, commands, measured = tmp_path / "bench.jsonl", tuned[1], []
-    setup = bench.Setup(torch.device("cpu"), torch.float16, 2, bench.QUICK, bench.CpuTimer())
+    setup = bench.Setup(CPU, torch.float16, 2, bench.QUICK, bench.CpuTimer())
     measure = bench.measure
     monkeypatch.setattr(bench, "setup", lambda dtype, quick: setup)
     monkeypatch.setattr(bench, "lost", lambda device: True)
     monkeypatch.setattr(bench, "measure", lambda case, *more: measured.append(case.shape) or measure(case, *more))
-    assert invoke("bn_finalize", "--quick", "--out", out).exit_code == 1, "as the other process"
+    invoke("bn_finalize", "--quick", "--out", out, code=1)  # the code of the other process
     first, *left = (case.shape for case in cases.cases() if case.op == "bn_finalize")
     options = ["--dtype", "float16", "--quick", f"--out={out}", "--resume"]
-    assert [command[3:] for command in commands] == [
-        ["bench", "bn_finalize", *(f"--shape={s}" for s in left), *options]
-    ]
+    shapes = [f"--shape={shape}" for shape in left]
+    assert [command[3:] for command in commands] == [["bench", "bn_finalize", *shapes, *options]]
     assert measured == ours(out) == [first]
 
 
 def test_on_a_gpu_facts_follow_their_case_without_a_compilation(monkeypatch, tmp_path):
     """A case whose facts cannot be had keeps its timings."""
-    out, cpu = tmp_path / "bench.jsonl", torch.device("cpu")
+    out = tmp_path / "bench.jsonl"
     where = bench.Setup(torch.device("cuda"), torch.float16, 512, bench.QUICK, bench.CpuTimer())
-    about = environment(cpu, ROOT)
+    about = environments.environment(CPU, ROOT)
 
     def loaded(case, setup):
         if case.shape != "256x4x4":
@@ -297,7 +260,7 @@ def test_on_a_gpu_facts_follow_their_case_without_a_compilation(monkeypatch, tmp
 
     def measure(case, setup, providers):
         samples = bench.Samples(us=[1.0, 2.0, 3.0])
-        cost = case.cost(*case.operands(OperandFactory(2, cpu)))
+        cost = case.cost(*case.operands(OperandFactory(2, CPU)))
         return [bench._result(case, where, cost, bench.OURS, "hot", samples, {}, {bench.OURS: 0.1})]
 
     monkeypatch.setattr(bench, "setup", lambda dtype, quick: where)
@@ -307,7 +270,6 @@ def test_on_a_gpu_facts_follow_their_case_without_a_compilation(monkeypatch, tmp
     monkeypatch.setattr(kernel_facts, "kernel_facts", lambda *arguments: pytest.fail("compiled"))
     monkeypatch.setattr(environments, "environment", lambda device, root: about)
     done = invoke(*FIRST, *SECOND, "--out", out)
-    assert done.exit_code == 0, done.output
     found = [(row["kind"], row["shape"]) for row in read_jsonl(out)]
     assert found == [("timing", "256x4x4"), ("facts", "256x4x4"), ("timing", "512x4x4")]
     assert "warning: bn_finalize 512x4x4: no facts of its kernels: RuntimeError: no disassembler" in done.stderr
@@ -317,7 +279,7 @@ def test_on_a_gpu_facts_follow_their_case_without_a_compilation(monkeypatch, tmp
 def test_short_list_is_a_dozen_cases(monkeypatch):
     asked = []
     monkeypatch.setattr(bench, "measure", lambda case, setup, providers: asked.append((case.name, providers)) or [])
-    assert invoke("--short").exit_code == 0
+    invoke("--short")
     assert {name for name, _ in asked} == set(cases.SHORT)
     assert len(asked) == 12
     assert all(bench.MAX_AUTOTUNE not in providers and bench.COMPILED in providers for _, providers in asked)

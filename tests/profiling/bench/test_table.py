@@ -1,3 +1,5 @@
+"""Rows of the benchmark on disk and in print."""
+
 import dataclasses
 import json
 
@@ -6,8 +8,9 @@ import torch
 
 from profiling.bench import table
 from profiling.bench.kernel_facts import KernelFacts
-from profiling.bench.measure import EAGER, OURS, Ceilings, Number, Result, Setup
+from profiling.bench.measure import EAGER, OURS, Number, Result, Setup
 from profiling.bench.timing import QUICK, CpuTimer
+from profiling.device.ceilings import Ceiling, Ceilings
 from profiling.output.files import append_jsonl
 
 GPU = {"name": "NVIDIA H200", "capability": "9.0", "memory_bytes": 150_000_000_000, "multiprocessors": 132}
@@ -19,6 +22,7 @@ ENVIRONMENT = {
 }
 ON_CPU = ENVIRONMENT | {"device": "cpu", "gpu": None, "cuda": None, "cudnn": None}
 MACHINE = table.machine(ENVIRONMENT)
+SETUP = Setup(torch.device("cpu"), torch.float16, 512, QUICK, CpuTimer())
 
 
 def result(us: float = 100.0, provider: str = EAGER, **changes) -> Result:
@@ -35,6 +39,11 @@ def result(us: float = 100.0, provider: str = EAGER, **changes) -> Result:
     return dataclasses.replace(r, **changes)
 
 
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "bench.jsonl"
+
+
 def write(path, results, environment=ENVIRONMENT) -> list[dict]:
     rows = [table.row(r, environment) for r in results]
     for row in rows:
@@ -42,10 +51,10 @@ def write(path, results, environment=ENVIRONMENT) -> list[dict]:
     return rows
 
 
-def test_rows_of_this_machine_come_back_from_disk(tmp_path):
-    write(tmp_path / "bench.jsonl", [result(us=50.0)], ON_CPU)
-    rows = write(tmp_path / "bench.jsonl", [result(), result(provider=OURS)])
-    loaded = table.load(tmp_path / "bench.jsonl", MACHINE)
+def test_rows_of_this_machine_come_back_from_disk(path):
+    write(path, [result(us=50.0)], ON_CPU)
+    rows = write(path, [result(), result(provider=OURS)])
+    loaded = table.load(path, MACHINE)
     assert loaded == json.loads(json.dumps(rows))
     assert (loaded[0]["schema"], loaded[0]["kind"], loaded[0]["git_sha"]) == (1, "timing", "abc")
     assert loaded[0]["us"] == {"value": 100.0, "unit": "us", "status": "measured", "source": "script"}
@@ -60,10 +69,10 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("environment", "difference"), OTHERS.values(), ids=OTHERS)
-def test_rows_of_another_machine_are_refused_naming_what_differs(tmp_path, environment, difference):
-    write(tmp_path / "bench.jsonl", [result()], environment)
+def test_rows_of_another_machine_are_refused_naming_the_differences(path, environment, difference):
+    write(path, [result()], environment)
     with pytest.raises(ValueError, match="from another machine") as error:
-        table.load(tmp_path / "bench.jsonl", MACHINE)
+        table.load(path, MACHINE)
     assert difference in str(error.value)
     assert str(error.value).count(" there, ") == 1 or environment is ON_CPU
 
@@ -74,27 +83,40 @@ def test_commit_and_clock_are_not_part_of_the_machine():
 
 
 @pytest.mark.parametrize(
-    "rows", [[{"schema": 2, "kind": "timing"}], [["a", "list"]], []], ids=["newer", "list", "none"]
+    "text", ['{"schema": 2, "kind": "timing"}\n', '["a", "list"]\n', ""], ids=["newer", "list", "none"]
 )
-def test_foreign_files_are_refused(tmp_path, rows):
-    (tmp_path / "bench.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def test_foreign_files_are_refused(path, text):
+    path.write_text(text)
     with pytest.raises(ValueError, match=r"expected rows with schema 1|no timings"):
-        table.load(tmp_path / "bench.jsonl", MACHINE)
+        table.load(path, MACHINE)
+    path.write_text('{"kind": "timing"}\n')
+    with pytest.raises(ValueError, match="expected rows as `python -m profiling bench --out` writes them"):
+        table.finished(path, ENVIRONMENT, SETUP)
 
 
-def test_changes_compare_equal_keys_that_were_measured(tmp_path):
+def test_a_case_is_finished_with_our_last_row_of_this_commit_and_batch(path):
+    last = result(provider=OURS, mode="hot")
+    write(path, [result(mode="hot"), result(provider=OURS, mode="cold"), dataclasses.replace(last, batch=8)])
+    write(path, [last], ENVIRONMENT | {"git_sha": "def"})
+    assert table.finished(path, ENVIRONMENT, SETUP) == set()
+    write(path, [last])
+    assert table.finished(path, ENVIRONMENT, SETUP) == {last.case}
+
+
+def test_changes_compare_equal_keys_that_were_measured():
     nothing = dataclasses.replace(result(mode="hot"), samples_us=(), us=Number(None, "us", "unavailable", "no GPU"))
-    then = write(tmp_path / "a", [result(us=200.0), result(us=100.0), result(us=70.0, provider=OURS), nothing])
-    now = write(tmp_path / "b", [result(us=50.0), result(us=70.0, provider=OURS), result(us=1.0, batch=8), nothing])
-    faster, same = table.changes(then, now)
+    then = [result(us=200.0), result(us=100.0), result(us=70.0, provider=OURS), nothing]
+    now = [result(us=50.0), result(us=70.0, provider=OURS), result(us=1.0, batch=8), nothing]
+    faster, same = table.changes(*([table.row(r, ENVIRONMENT) for r in results] for results in (then, now)))
     assert (faster.then_us, faster.now_us, faster.verdict.word) == (100.0, 50.0, "FAST")
+    assert str(faster).split()[2:8] == ["cold", "eager", "channels_last", "100.0", "->", "50.0"]
     assert (same.provider, same.verdict.word) == (OURS, "SAME")
 
 
 def test_lines_have_the_figures_or_the_reason():
     speedup = Number(1.5, "x", "measured", "script")
-    ours = result(provider=OURS, speedup=speedup, speedup_low=1.4, speedup_high=1.6, verdict="FAST", converged=True)
-    ours = dataclasses.replace(ours, best_alternative="torch.compile")
+    judged = {"speedup": speedup, "speedup_low": 1.4, "speedup_high": 1.6, "verdict": "FAST", "converged": True}
+    ours = result(provider=OURS, best_alternative="torch.compile", **judged)
     none = {name: Number(None, "us", "unavailable", "no CUDA GPU") for name in ("us", "tflops_per_s", "gb_per_s")}
     missing = dataclasses.replace(ours, samples_us=(), speedup=None, **none)
     first, second = (line.split()[3:] for line in table.lines([ours, missing]))
@@ -112,19 +134,18 @@ def test_lines_have_the_figures_or_the_reason():
 
 
 def test_heading_names_machine_and_ceilings():
-    setup = Setup(torch.device("cpu"), torch.float16, 512, QUICK, CpuTimer())
-
-    def ceilings(*about, environment=ENVIRONMENT, **more) -> str:
-        found = dataclasses.replace(setup, ceilings=Ceilings(*about, **more))
-        return "\n".join(table.heading(environment, found)[:2])
-
-    text = ceilings(790.0, 4300.0)
+    copy = Ceiling("copy", "1 GiB", 4.3e12, 4.2e12, "B/s", 8, 2.0)
+    product = Ceiling("matrix product", "8192^3", 6.5e14, 6.4e14, "FLOP/s", 8, 2.0, "float16", 0.97)
+    held = None, ("hardware thermal slowdown", "power cap"), (), "x"
+    ceilings = Ceilings("NVIDIA H200", "float16", [product], [], copy, copy, *held)
+    setup = dataclasses.replace(SETUP, ceilings=ceilings)
+    text = "\n".join(table.heading(ENVIRONMENT, setup))
     for fact in ("NVIDIA H200", "1980 MHz", "driver 570.1", "torch 2.13.0", "triton 3.6.0", "git abc", "4,300 GB/s"):
         assert fact in text, fact
-    capped = ceilings(650.0, 3000.0, power_capped_share=0.97)
-    assert "650 TFLOP/s (measured, power cap in 97% of the samples)" in capped
-    assert ceilings(reason="throttled").endswith("ceilings: unavailable (throttled)")
-    cpu = ceilings(environment=ON_CPU | {"git_dirty": True}).splitlines()
+    assert "650 TFLOP/s (measured, power cap in 97% of the samples, hardware thermal slowdown)" in text
+    setup = dataclasses.replace(setup, ceilings="no memory")
+    assert table.heading(ENVIRONMENT, setup)[1].endswith("ceilings: unavailable (no memory)")
+    cpu = table.heading(ON_CPU | {"git_dirty": True}, setup)
     assert cpu[0].startswith("no CUDA GPU; a processor")
     assert cpu[0].endswith("git abc (dirty)")
     assert "CPU reference timings" in cpu[1]

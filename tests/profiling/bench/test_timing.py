@@ -27,25 +27,19 @@ def scripted(us: dict[str, list[float]], calls: list[str]):
     return {name: (lambda name=name: name) for name in us}, timer
 
 
-def test_those_compared_take_turns_abba():
+def test_functions_take_turns_abba():
     calls = []
     interleave(*scripted({"a": [1.0, 1.1], "b": [2.0, 2.1], "c": [3.0]}, calls), PLAN)
     assert "".join(calls[:12]) == "abccbaabccba"
 
 
-def test_sampling_stops_when_the_mean_is_known():
-    calls = []
-    taken = interleave(*scripted({"steady": [5.0], "noisy": [1.0, 9.0] * 100}, calls), PLAN)
-    assert len(taken["steady"].us) == PLAN.min_samples
-    assert taken["steady"].converged(PLAN)
-    assert len(taken["noisy"].us) == PLAN.max_samples
-    assert not taken["noisy"].converged(PLAN)
-
-
-def test_sampling_stops_when_time_is_up_but_not_before_there_is_a_median():
+def test_sampling_stops_when_the_mean_is_known_or_time_is_up():
+    """But not before there is a median."""
+    taken = interleave(*scripted({"steady": [5.0], "noisy": [1.0, 9.0] * 100}, []), PLAN)
+    found = {name: (len(samples.us), samples.converged(PLAN)) for name, samples in taken.items()}
+    assert found == {"steady": (PLAN.min_samples, True), "noisy": (PLAN.max_samples, False)}
     clock = itertools.count(step=10.0)
-    plan = Plan(seconds=1.0)
-    taken = interleave(*scripted({"slow": [1.0, 9.0]}, []), plan, now=lambda: next(clock))
+    taken = interleave(*scripted({"slow": [1.0, 9.0]}, []), Plan(seconds=1.0), now=lambda: next(clock))
     assert len(taken["slow"].us) == FEWEST
 
 
@@ -69,29 +63,25 @@ def test_throttled_samples_are_taken_again(states, us, discarded, capped):
 
 
 def test_retries_are_bounded_and_never_an_empty_success():
-    taken = interleave(*scripted({"a": [1.0], "b": [1.0]}, []), PLAN, lambda: HOT)
-    for samples in taken.values():
+    for samples in interleave(*scripted({"a": [1.0], "b": [1.0]}, []), PLAN, lambda: HOT).values():
         assert (samples.us, samples.discarded) == ([], PLAN.max_discarded)
         assert samples.refusal() == "throttled (software thermal slowdown) in 6 of 6 attempts"
 
 
 def test_a_function_that_fails_drops_out_and_the_others_go_on():
-    def timer(run):
-        return run()
-
     times = [1.0, 1.0, 1.0]
     runs = {"breaks": lambda: times.pop(), "steady": lambda: 5.0}
-    taken = interleave(runs, timer, dataclasses.replace(PLAN, min_samples=8))
+    taken = interleave(runs, lambda run: run(), dataclasses.replace(PLAN, min_samples=8))
     assert taken["breaks"].refusal() == "IndexError: pop from empty list"
     assert len(taken["steady"].us) == 8
     assert taken["steady"].refusal() is None
 
 
 def test_summary_of_known_samples():
-    s = summarise([float(i) for i in range(101)])
+    s = summarise(range(101))
     assert (s.n, s.median, s.p20, s.p80) == (101, 50.0, 20.0, 80.0)
     assert 30 < s.low < 50 < s.high < 70
-    assert s == summarise([float(i) for i in range(101)])
+    assert s == summarise(range(101))
     with pytest.raises(ValueError, match="2 samples, expected at least 3"):
         summarise([1.0, 1.0])
     assert Samples(us=[1.0, 1.0]).refusal() is not None
@@ -99,19 +89,9 @@ def test_summary_of_known_samples():
 
 def test_the_interval_shrinks_with_samples_and_covers_the_median():
     rng = random.Random(0)
-    widths, covered = [], 0
-    for n in (20, 500):
-        for _ in range(40):
-            s = summarise([rng.gauss(100.0, 5.0) for _ in range(n)])
-            covered += s.low <= 100.0 <= s.high
-            widths.append(s.high - s.low)
-    assert max(widths[40:]) < min(widths[:40])
-    assert covered >= 70  # of 80, at 95 %
-
-
-def evenly(centre: float, spread: float) -> list[float]:
-    """60 samples around `centre`, evenly within `spread`."""
-    return [centre + spread * (2 * i / 59 - 1) for i in range(60)]
+    few, many = ([summarise([rng.gauss(100.0, 5.0) for _ in range(n)]) for _ in range(40)] for n in (20, 300))
+    assert max(s.high - s.low for s in many) < min(s.high - s.low for s in few)
+    assert sum(s.low <= 100.0 <= s.high for s in few + many) >= 70  # of 80, at 95 %
 
 
 @pytest.mark.parametrize(
@@ -125,7 +105,8 @@ def evenly(centre: float, spread: float) -> list[float]:
     ],
 )
 def test_verdict(ours, other, word):
-    v = verdict(evenly(*ours), evenly(*other))
+    """On 60 samples each, evenly around a centre within a spread."""
+    v = verdict(*([centre + spread * (2 * i / 59 - 1) for i in range(60)] for centre, spread in (ours, other)))
     assert v.word == word, v
     assert v.low <= v.speedup <= v.high
 

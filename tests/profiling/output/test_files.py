@@ -1,8 +1,8 @@
 """Records are written whole or not at all, and a killed writer costs at most the row it was writing."""
 
 import errno
-import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -17,8 +17,17 @@ from profiling.run import telemetry
 NAN, INF = float("nan"), float("inf")
 
 
-def names(folder) -> list[str]:
-    return sorted(os.listdir(folder))
+@pytest.fixture
+def document(tmp_path):
+    """An old document, alone in its folder."""
+    path = tmp_path / "report.json"
+    write_json(path, {"old": True})
+    return path
+
+
+def assert_old(path, *more):
+    assert read_json(path) == {"old": True}
+    assert sorted(os.listdir(path.parent)) == sorted([path.name, *more])
 
 
 @pytest.mark.parametrize(
@@ -26,64 +35,45 @@ def names(folder) -> list[str]:
     [{"mfu": None, "name": "é\n\ud800", "seconds": 0.1, "steps": 2**70, "rows": [{"x": -0.0}]}, [], None, "text"],
     ids=["nested", "empty_list", "null", "bare_text"],
 )
-def test_json_round_trip(tmp_path, value):
-    path = tmp_path / "summary.json"
-    write_json(path, {"old": 1})
-    write_json(path, value)
-    assert read_json(path) == value
-    assert path.read_bytes().endswith(b"\n")
-    assert names(tmp_path) == ["summary.json"]
+def test_json_round_trip(document, value):
+    write_json(document, value)
+    assert read_json(document) == value
+    assert document.read_bytes().endswith(b"\n")
+    assert os.listdir(document.parent) == [document.name]
 
 
 @pytest.mark.parametrize(
-    ("value", "key"),
+    ("value", "error", "words"),
     [
-        ({"mfu": NAN}, "mfu is nan"),
-        ({"ops": [{}, {"time_ns": INF}]}, r"ops\[1\]\.time_ns is inf"),
-        ({"range": (0.0, -INF)}, r"range\[1\] is -inf"),
-        (NAN, "the value is nan"),
+        ({"mfu": NAN}, ValueError, "mfu is nan"),
+        ({"ops": [{}, {"time_ns": INF}]}, ValueError, r"ops\[1\]\.time_ns is inf"),
+        ({"range": (0.0, -INF)}, ValueError, r"range\[1\] is -inf"),
+        (NAN, ValueError, "the value is nan"),
+        ({"x": object()}, TypeError, "object"),
     ],
-    ids=["top_level", "in_a_list", "in_a_tuple", "bare"],
+    ids=["top_level", "in_a_list", "in_a_tuple", "bare", "an_object"],
 )
-def test_a_number_that_json_lacks_is_named_and_the_old_file_stays(tmp_path, value, key):
-    document, rows = tmp_path / "a.json", tmp_path / "a.jsonl"
-    write_json(document, 1)
+def test_a_value_that_json_lacks_is_named_and_the_old_file_stays(document, value, error, words):
+    rows = document.with_name("a.jsonl")
     append_jsonl(rows, {"row": 1})
-    with pytest.raises(ValueError, match=key):
-        write_json(document, value)
-    with pytest.raises(ValueError, match=key):
-        append_jsonl(rows, value)
-    assert (read_json(document), read_jsonl(rows)) == (1, [{"row": 1}])
-    assert names(tmp_path) == ["a.json", "a.jsonl"]
+    for write, path in ((write_json, document), (append_jsonl, rows)):
+        with pytest.raises(error, match=words):
+            write(path, value)
+    assert read_jsonl(rows) == [{"row": 1}]
+    assert_old(document, "a.jsonl")
 
 
-def test_an_object_that_json_lacks_is_refused_before_the_file_is_touched(tmp_path):
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "a.json", {"x": object()})
-    assert names(tmp_path) == []
-
-
-def write_a_text(path, value):
-    files.write_text(path, json.dumps(value))
-
-
-@pytest.mark.parametrize("write", [write_json, write_a_text])
-@pytest.mark.parametrize(("owner", "function"), [(files, "open"), (os, "fsync"), (os, "replace")])
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, "disk full"), KeyboardInterrupt()], ids=["full", "interrupted"]
-)
-def test_a_failed_write_leaves_the_old_document_and_no_temporary(tmp_path, monkeypatch, owner, function, error, write):
+@pytest.mark.parametrize(("owner", "function"), [(pathlib.Path, "write_bytes"), (os, "fsync"), (os, "replace")])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "disk full"), KeyboardInterrupt()], ids=["full", "interrupt"])
+def test_a_failed_write_leaves_the_old_document_and_no_temporary(document, monkeypatch, owner, function, error):
     def fails(*arguments, **keywords):
         raise error
 
-    path = tmp_path / "report.json"
-    write_json(path, {"old": True})
-    monkeypatch.setattr(owner, function, fails, raising=False)
+    monkeypatch.setattr(owner, function, fails)
     with pytest.raises(type(error)):
-        write(path, {"new": True})
+        write_json(document, {"new": True})
     monkeypatch.undo()
-    assert read_json(path) == {"old": True}
-    assert names(tmp_path) == ["report.json"]
+    assert_old(document)
 
 
 KILLED = """
@@ -97,24 +87,27 @@ write_json(sys.argv[1], {"new": True})
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 @pytest.mark.parametrize("function", ["fsync", "replace"], ids=["before_data_is_durable", "before_the_rename"])
-def test_a_killed_writer_leaves_the_old_document(tmp_path, function):
-    path = tmp_path / "report.json"
-    write_json(path, {"old": True})
-    command = [sys.executable, "-c", KILLED, str(path), function]
+def test_a_killed_writer_leaves_the_old_document(document, function):
+    command = [sys.executable, "-c", KILLED, str(document), function]
     result = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
     assert result.returncode == -signal.SIGKILL
-    assert read_json(path) == {"old": True}
-    assert [name[:5] for name in names(tmp_path)] == [".tmp-", "repor"]
+    (left,) = (name for name in os.listdir(document.parent) if name.startswith(".tmp-"))
+    assert_old(document, left)
 
 
-@pytest.mark.parametrize("write", [write_json, write_a_text])
-def test_the_data_is_durable_before_the_rename_and_the_rename_before_the_return(tmp_path, monkeypatch, write):
+def test_data_is_durable_before_the_rename_and_the_rename_before_the_return(document, monkeypatch):
     order = []
     for function in ("fsync", "replace"):
         real = getattr(os, function)
         monkeypatch.setattr(os, function, lambda *a, name=function, real=real: (order.append(name), real(*a)))
-    write(tmp_path / "a.json", 1)
+    write_json(document, 1)
     assert order == ["fsync", "replace", "fsync"]
+    assert document.stat().st_mode & 0o777 == 0o666 & ~mask(), "others may read it as any file"
+
+
+def mask() -> int:
+    os.umask(now := os.umask(0))
+    return now
 
 
 def test_rows_are_appended_one_line_each(tmp_path):
@@ -145,10 +138,12 @@ def test_a_torn_last_line_is_skipped_and_healed(tmp_path, before, kept):
     assert read_jsonl(path) == [*kept, {"c": 3}]
 
 
-@pytest.mark.parametrize("written", [0, 5], ids=["nothing_written", "half_written"])
-def test_a_failed_append_takes_back_what_it_wrote(tmp_path, monkeypatch, written):
+@pytest.mark.parametrize("room", [0, 5], ids=["nothing_written", "half_written"])
+def test_a_failed_append_takes_back_what_it_wrote(tmp_path, monkeypatch, room):
+    """On a disk that takes `room` more bytes."""
+
     class FullDisk:
-        """A file on a disk that takes `written` more bytes."""
+        left = room
 
         def __init__(self, path, mode, buffering):
             self.file = open(path, mode, buffering)  # noqa: SIM115 (closed by __exit__)
@@ -161,8 +156,6 @@ def test_a_failed_append_takes_back_what_it_wrote(tmp_path, monkeypatch, written
 
         def __getattr__(self, name):
             return getattr(self.file, name)
-
-        left = written
 
         def write(self, data):
             if self.left == 0:
@@ -194,30 +187,29 @@ def test_damage_is_named_with_its_file_and_line(tmp_path, damage):
         read_jsonl(rows)
 
 
+def sparse(path):
+    with open(path, "wb") as file:
+        file.truncate(files.LARGEST_BYTES + 1)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs pipes and devices")
-@pytest.mark.parametrize("read", [read_json, read_jsonl, telemetry.read])
-@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "sparse"])
-def test_only_regular_files_of_a_size_are_read(tmp_path, read, kind):
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (os.mkfifo, "not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+        (os.mkdir, "not a regular file"),
+        (sparse, "268,435,457 bytes, expected at most"),
+        (lambda path: None, "No such file"),
+    ],
+    ids=["pipe", "device", "folder", "sparse", "missing"],
+)
+def test_only_regular_files_of_a_size_are_read(tmp_path, make, words):
     """A pipe would be waited for, and a device read until memory ends."""
     path = tmp_path / "a.json"
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    elif kind == "folder":
-        path.mkdir()
-    else:
-        with open(path, "wb") as file:
-            file.truncate(files.LARGEST_BYTES + 1)
-    said = "268,435,457 bytes, expected at most" if kind == "sparse" else "not a regular file"
-    if read is telemetry.read:
-        assert said in read(path).reason
-    else:
-        with pytest.raises(ValueError, match=said):
+    make(path)
+    for read in (read_json, read_jsonl):
+        with pytest.raises(FileNotFoundError if not os.path.lexists(path) else ValueError, match=words):
             read(path)
-
-
-@pytest.mark.parametrize("read", [read_json, read_jsonl])
-def test_a_missing_file_is_the_systems_own_error(tmp_path, read):
-    with pytest.raises(FileNotFoundError):
-        read(tmp_path / "absent")
+    if os.path.lexists(path):
+        assert words in telemetry.read(path).reason

@@ -1,3 +1,5 @@
+"""Records are checked against their forms, and texts made fit to be shown."""
+
 import math
 import re
 

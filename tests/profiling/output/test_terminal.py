@@ -1,3 +1,6 @@
+"""The terminal of a person: silent, plain, or redrawn."""
+
+import contextlib
 import os
 import re
 import subprocess
@@ -10,14 +13,12 @@ from profiling.output import terminal as console
 from profiling.output.terminal import Terminal
 
 
-def test_people_move_to_stderr_when_stdout_is_for_a_script(capsys):
-    Terminal(json=True).say("hello")
-    assert capsys.readouterr() == ("", "hello\n")
-    Terminal().say("hello")
-    assert capsys.readouterr() == ("hello\n", "")
-
-
-def test_who_does_not_speak_is_silent_but_for_warnings_and_errors(capsys):
+def test_lines_go_to_stderr_beside_a_script_and_nowhere_from_a_silent_terminal(capsys):
+    """But for warnings and errors."""
+    terminal = Terminal(json=True)
+    terminal.say("hello")
+    terminal.put("{}")
+    assert capsys.readouterr() == ("{}\n", "hello\n")
     terminal = Terminal(speaks=False)
     terminal.say("a")
     terminal.banner("b", "c")
@@ -30,46 +31,38 @@ def test_who_does_not_speak_is_silent_but_for_warnings_and_errors(capsys):
     assert capsys.readouterr().err == "warning: w\nerror: e\n"
 
 
-def test_a_growing_table_keeps_its_columns(capsys):
+def test_text_is_never_cut_or_taken_for_markup_and_a_growing_table_keeps_its_columns(capsys):
     terminal = Terminal()
     terminal.header(["epoch", "a long name"])
     terminal.row(["1", "2.5"])
     head, row = capsys.readouterr().out.splitlines()
     assert len(head) == len(row) == 8 + 2 + len("a long name")
-
-
-def test_text_is_never_taken_for_markup(capsys):
-    terminal = Terminal()
-    terminal.say("[red]x[/red] [/]")
+    terminal.say("[red]x[/red] [/]" + "x" * 500)
     terminal.table("[b]t", ["[i]c", "n"], [["[u]r", "1"]])
     terminal.banner("[b]", "[/b]")
     out, err = capsys.readouterr()
-    assert "[red]x[/red] [/]" in out
-    assert "[b]t" in out
-    assert "[u]r" in out
+    for text in ("[red]x[/red] [/]" + "x" * 500, "[b]t", "[i]c", "[u]r"):
+        assert text in out
     assert "[/b]" in err
 
 
-def test_long_lines_are_not_cut(capsys):
-    Terminal().say("x" * 500)
-    assert "x" * 500 in capsys.readouterr().out
-
-
-def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("total", "done", "unit", "units", "line"),
+    [
+        (100, 10, "images", (40, 50), r"epoch 1  [\d,]+ images/s  50/100, about \d+ s left"),
+        (10, 0, "epochs", (2,), r"epoch 1  0\.25 epochs/s  2/10, about 32 s left"),
+    ],
+    ids=["fast", "slow"],
+)
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch, total, done, unit, units, line):
+    """The last one is left out."""
     monkeypatch.setattr(console, "PLAIN_PROGRESS_S", 0.0)
-    with Terminal().progress(100, 10, "images") as meter:
-        meter.advance(40, "epoch 1")
-        meter.advance(50, "epoch 1")
-    (line,) = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"epoch 1  [\d,]+ images/s  50/100, about \d+ s left", line)
-
-
-def test_the_rate_of_what_takes_seconds_is_not_zero(capsys, monkeypatch):
-    monkeypatch.setattr(console, "PLAIN_PROGRESS_S", 0.0)
-    with Terminal().progress(10, 0, "epochs") as meter:
+    with Terminal().progress(total, done, unit) as meter:
         meter.start_s -= 8
-        meter.advance(2)
-    assert "  0.25 epochs/s  2/10" in capsys.readouterr().out
+        for more in units:
+            meter.advance(more, "epoch 1")
+    (said,) = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(line, said)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
@@ -89,14 +82,9 @@ with Terminal().progress(20000, 0, "images") as meter:
     child = subprocess.Popen([sys.executable, "-c", code], stdout=follower, stderr=follower, env=environment, cwd=ROOT)
     os.close(follower)
     seen = b""
-    while True:
-        try:
-            part = os.read(leader, 65536)
-        except OSError:  # Linux says so when the other end closes
-            break
-        if not part:
-            break
-        seen += part
+    with contextlib.suppress(OSError):  # Linux says so when the other end closes
+        while part := os.read(leader, 65536):
+            seen += part
     os.close(leader)
     assert child.wait() == 0
     assert b"10240/20000" in seen

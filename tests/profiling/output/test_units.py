@@ -1,6 +1,8 @@
+"""Numbers as people read them."""
+
 import pytest
 
-from profiling.output.units import MISSING, TIMES, column, scale, show, significant, split
+from profiling.output.units import MISSING, TIMES, column, plain, scale, show, significant, split
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -37,13 +39,7 @@ def test_number_and_unit_apart():
     assert split(1.2e12, "FLOP/s") == ("1.20", "TFLOP/s")
     assert split(0.9407, "share", 4) == ("94.07", "%")
     assert split(None, "s") == (MISSING, "")
-
-
-def test_infinity_is_no_number():
     assert significant(float("inf")) == MISSING
-
-
-def test_scale_is_a_factor():
     factor, unit = scale(2.5e9, "B")
     assert (2.5e9 * factor, unit) == (2.5, "GB")
 
@@ -64,11 +60,13 @@ def test_a_column_has_one_unit_and_one_number_of_decimals(values, unit, texts, s
     assert column(values, unit) == (texts, shown)
 
 
-def test_a_column_can_be_scaled_to_what_is_typical():
-    """One absurd value must not make zeros of all others."""
+def test_one_absurd_value_makes_no_zeros_of_the_others_and_stays_short():
     assert column([3.3e14, 7.62e10, 5.1e9], "FLOP/s", like=7.62e10) == (["330,000.00", "76.20", "5.10"], "GFLOP/s")
-
-
-def test_a_column_of_absurd_numbers_stays_short():
     texts, _ = column([1e300, 1.0], "s")
     assert max(map(len, texts)) < 12
+
+
+def test_values_of_a_configuration():
+    values = {None: "not known", True: "yes", 123456: "123,456", 12345: "12345", "a": "a"}
+    assert {value: plain(value) for value in values} == values
+    assert plain([False, 1]) == "no, 1"
