@@ -25,6 +25,7 @@ from model.data.cifar10 import Dataset
 from model.distributed import Ranks
 from model.trainer import Trainer
 from profiling.bench.timing import Plan, Summary, interleave, summarise
+from profiling.device.environment import gpu_uuid
 from profiling.run import telemetry
 from profiling.run.clock import StepClock
 
@@ -78,7 +79,7 @@ def sampling(device: torch.device, path: Path) -> tuple[telemetry.Recorder, str]
     Raises RuntimeError where no sample arrives.
     """
     if device.type == "cuda":
-        recorder = telemetry.start(f"GPU-{torch.cuda.get_device_properties(device).uuid}", path)
+        recorder = telemetry.start(gpu_uuid(device), path)
         if _has_samples(recorder, path):
             return recorder, "NVML"
         recorder.stop()

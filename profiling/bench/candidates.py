@@ -9,7 +9,7 @@ import torch
 from kernels import tiles
 from kernels.conv_shape import ConvShape, boxes_fit, lines_fit
 from kernels.tiles import Gpu, Tile
-from profiling.device.specifications import H200, LIMITS, REGISTERS
+from profiling.device.specifications import LIMITS, MULTIPROCESSORS, REGISTERS
 
 RESIDENT = 96 * 1024
 """Elements of fp16, 192 KB, that the taps of lines and the three boxes of a line may take of a block's 227 KB."""
@@ -53,7 +53,7 @@ def _wgrad_candidates(shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> Iterato
     for taps in (1, 3) if shape.R == 3 and shape.stride == 1 else (1,):
         for block_m, block_n, warps in _blocks(_powers(shape.C, 128), _powers(shape.K, 256), taps):
             registers = taps * block_m * block_n // (32 * warps) + 64
-            wave = H200.multiprocessors * max(1, REGISTERS // (32 * warps * registers))
+            wave = MULTIPROCESSORS * max(1, REGISTERS // (32 * warps * registers))
             split = max(1, wave // (shape.R**2 // taps * (shape.C // block_m) * (shape.K // block_n)))
             for parts in (split, max(1, split // 2)):
                 yield Tile(block_m, block_n, 64, warps, 3, SPLIT=parts, TAPS=taps, **about)

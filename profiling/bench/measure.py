@@ -24,6 +24,7 @@ from profiling.bench.case import Case, Correctness, OperandFactory, tensors
 from profiling.bench.timing import QUICK, CpuTimer, CudaTimer, Plan, Samples, first_line, interleave, summarise, verdict
 from profiling.device import ceilings, nvml
 from profiling.device.ceilings import Ceilings
+from profiling.device.environment import gpu_uuid
 from profiling.output.numbers import Number, measured, modelled, unavailable
 
 OURS, HYBRID = "ours", "library conv + ours"
@@ -113,7 +114,7 @@ def setup(dtype: torch.dtype, quick: bool = False) -> Setup:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # all providers at one precision
     importlib.import_module("torch._functorch.config").donated_buffer = False  # a compiled backward is timed repeatedly
     plan = QUICK if quick else Plan()
-    gpu = nvml.sampler(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    gpu = nvml.sampler(gpu_uuid(device))
     return Setup(device, dtype, BATCH, plan, CudaTimer(device), gpu, measured_ceilings(device, dtype, plan.seconds))
 
 

@@ -1,4 +1,4 @@
-"""Data sheets of GPUs, and for two of them the assumptions of the predictions. Hardware is named nowhere else.
+"""Data sheets of GPUs, and limits of their multiprocessors. Hardware is named nowhere else.
 
 Every peak is dense; a data sheet that prints only its sparse figure is halved. Products accumulate in fp32, as training
 does: GeForce cards do so at half of their advertised fp16 rate, workstation cards at the whole. Bytes are decimal,
@@ -123,51 +123,6 @@ _BY_NAME = {
 }
 
 
-class Machine(NamedTuple):
-    """Assumptions of the predictions about a GPU, whose data sheet is `specification(name)`.
-
-    flops_per_s, bytes_per_s     of a large fp16 product and of a copy in device memory, as `source` has them (quoted)
-    l2_bytes_per_s               what all multiprocessors together read through the L2 cache, and `l2_range`, within
-                                 which it may be (assumed)
-    l2_latency_us                of a load that the L2 cache answers (assumed)
-    multiprocessor_bytes_per_s   that one multiprocessor reads: 64 bytes a cycle
-    instructions_per_s           that one multiprocessor issues: four warps, one a cycle each
-    matrix_macs_per_cycle        fp16 multiply-adds of one multiprocessor's tensor cores, by its peak
-    """
-
-    short: str
-    name: str
-    capability: tuple[int, int]
-    flops_per_s: float
-    bytes_per_s: float
-    source: str
-    l2_bytes_per_s: float = 6.5e12
-    l2_range: tuple[float, float] = (5.5e12, 7e12)
-    l2_latency_us: float = 0.15
-    multiprocessors: int = 132
-    multiprocessor_bytes_per_s: float = 64 * 1.755e9
-    instructions_per_s: float = 4 * 1.755e9
-    matrix_macs_per_cycle: int = 2048
-    assumed: str = (
-        "assumed: some 28 bytes a cycle for each multiprocessor from the L2 cache, whose port takes 64, and 260 cycles "
-        "until it answers, at 1.755 GHz; measure its rate first, it decides most"
-    )
-
-
-_ELSEWHERE = "a large fp16 product and a copy in device memory, measured elsewhere on one"
-
-H100 = Machine("H100", "NVIDIA H100 80GB HBM3", (9, 0), 798e12, 3.0e12, _ELSEWHERE)
-H200 = Machine("H200", "NVIDIA H200", (9, 0), 790e12, 4.3e12, _ELSEWHERE)
-MACHINES = (H100, H200)
-"""GPUs with predictions."""
-
-
-def machine(gpu_name: str) -> Machine | None:
-    """The machine that the driver calls `gpu_name`; None where there are no predictions for it."""
-    sheet = specification(gpu_name)
-    return next((one for one in MACHINES if sheet is not None and specification(one.name) == sheet), None)
-
-
 class Limits(NamedTuple):
     """Limits of the resident blocks of one multiprocessor together: warps, blocks, bytes of shared memory,
     tensor-memory columns (0 without such memory); and the bytes of shared memory that one block may use."""
@@ -185,6 +140,8 @@ LIMITS = {
     100: Limits(64, 32, 228 * 1024, 512, 227 * 1024),
 }
 """By architecture, from the table of technical specifications in NVIDIA's CUDA C++ Programming Guide."""
+MULTIPROCESSORS = 132
+"""Of an H100 SXM and an H200 (NVIDIA H100 architecture white paper)."""
 REGISTERS = 64 * 1024
 """32-bit registers of a multiprocessor; a warp gets them in units of 256 (the same table)."""
 RESERVED_SHARED_BYTES = 1024
