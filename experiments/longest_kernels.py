@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.study.folder import Request
 from model.errors import RunError, UsageError
+from profiling import ROOT
 from profiling.account.attribution import per_step
 from profiling.account.cross_check import judge
 from profiling.account.trace import Trace, read
 from profiling.output.files import read_json, read_jsonl, write_json
-from profiling.report.command import PROFILE_PASS, ROOT
-from profiling.run.collect import RECORDS, run_pass
+from profiling.run.collect import PROFILE_PASS, RECORDS, run_pass
 
 if TYPE_CHECKING:
     from model.interrupts import Interrupts

@@ -15,7 +15,7 @@ from experiments.reproduce_runs import FUSED, REFERENCE, WARM, data_identity
 from experiments.study.folder import Request
 from profiling import ROOT
 from profiling.device import ncu
-from profiling.report.command import PROFILE_PASS
+from profiling.run.collect import PROFILE_PASS
 
 STAGES = {"smoke": 230.0, "numbers": 480.0, "peers": 560.0}
 """Seconds that a stage may take."""

@@ -8,6 +8,7 @@ import pytest
 
 from profiling import ROOT
 
+MEASURING = {f"profiling/{room}" for room in ("output", "device", "run", "account", "bench")}
 PROFILED = {f"profiling/{room}" for room in ("output", "device", "run", "account", "report")}
 BELOW = {
     "profiling/output": set(),
@@ -21,8 +22,8 @@ BELOW = {
     "model": {"model/data"},
     "profile_pass": {"model", "model/data", *PROFILED},
     "train": {"profile_pass", "model", "model/data", *PROFILED},
-    "experiments/study": {"train", "model", "model/data", "profiling"},
-    "experiments": {"experiments/study", "train", "model", "model/data", "profiling"},
+    "experiments/study": {"train", "model", "model/data", *MEASURING},
+    "experiments": {"experiments/study", "train", "model", "model/data", *MEASURING},
     "kernels": set(),
 }
 """What each room may import beside itself. A room stands for those inside of it too, where it is named without them."""

@@ -4,14 +4,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from profiling.output.numbers import TARGET_ACCURACY
 from profiling.output.units import column, show
 from profiling.report.plot import PAINT, Chart, axis, clip, colour, cut, escape, layout, line, margin, trace
 from profiling.report.roofline_chart import roofline
 from profiling.report.tables import Record, provenance
 from profiling.report.timeline import timeline_chart
-
-TARGET_ACCURACY = 0.94
-"""As in `profiling.account.analysis`, which imports torch: a comparison of two report.json does without."""
 
 
 def charts(report: Record) -> list[Chart]:

@@ -19,9 +19,8 @@ from profiling.output.errors import CommandError, InconsistentError, ReportError
 from profiling.output.files import read_json, write_json
 from profiling.output.terminal import Terminal
 from profiling.report.build import write
-from profiling.run.collect import RECORDS, record_failure, run_pass
+from profiling.run.collect import PROFILE_PASS, RECORDS, record_failure, run_pass
 
-PROFILE_PASS = [sys.executable, str(ROOT / "train.py"), "--profile-pass"]
 MEASURE_CEILINGS = [sys.executable, "-m", "profiling", "device"]
 ENDED = ("complete", "target missed")
 

@@ -8,6 +8,7 @@ is slower after one. Nothing here fails a run: a record that cannot be collected
 import contextlib
 import itertools
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from profiling import ROOT
 from profiling.device.environment import gpu_uuid
 from profiling.output.files import replacing, write_json
 from profiling.run import telemetry
@@ -33,6 +35,8 @@ replays, so that it has their clocks."""
 PATIENCE_S = 1800
 """Seconds that a pass may take."""
 
+PROFILE_PASS = [sys.executable, str(ROOT / "train.py"), "--profile-pass"]
+"""The command of a profiled pass, before the folder of its run."""
 RECORDS = "records"
 
 
