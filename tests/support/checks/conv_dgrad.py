@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conv_cases import CASES, activation, affine, in_double, nhwc, use_tile
+from conv_cases import Conv, activation, affine, in_double, nhwc, problem_of, use_tile
 from kernel_checks import Mutants, assert_as_accurate, channels_last
 
 from kernels import conv_dgrad as module
@@ -11,7 +11,7 @@ from kernels.conv_dgrad import conv_dgrad_reference
 
 
 def operands(case: str | tuple, options: str, dtype: torch.dtype, device, seed: int = 0) -> list:
-    n, shape = CASES[case] if isinstance(case, str) else case
+    n, shape = problem_of(case)
     dy, w = (activation(case, which, dtype, device, seed + i) for i, which in enumerate("yw"))
     shortcut, mask = None, [None] * 4
     if options == "strided_shortcut":
@@ -26,7 +26,7 @@ def operands(case: str | tuple, options: str, dtype: torch.dtype, device, seed: 
 
 
 def check(op, case: str | tuple, options: str, dtype: torch.dtype, device, far: float = 0.0) -> None:
-    """What dz and the partials must satisfy, and a mutant must not; x's mean is `far` standard deviations from 0."""
+    """What dz and the partials must satisfy, and a mutant must not."""
     arguments = operands(case, options, dtype, device)
     if far and arguments[6] is not None:
         arguments[6] += far
@@ -46,6 +46,11 @@ def check(op, case: str | tuple, options: str, dtype: torch.dtype, device, far: 
         assert_as_accurate(
             partials[row].sum(0), terms.float().sum((0, 2, 3)), terms.sum((0, 2, 3)), "sums of dz as stored"
         )
+
+
+OPTIONS = ("plain", "mask", "shortcut", "strided_shortcut", "all")
+OF_ANY_TILE = ("plain", torch.float16, 0), ("strided_shortcut", torch.float16, 0), ("all", torch.float16, -400)
+CONV = Conv(module.conv_dgrad, OPTIONS, operands, check, OF_ANY_TILE)
 
 
 MUTANTS = {

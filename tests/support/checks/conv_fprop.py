@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conv_cases import CASES, activation, affine, in_double, nhwc, use_tile
+from conv_cases import Conv, activation, affine, in_double, nhwc, problem_of, use_tile
 from kernel_checks import Mutants, assert_as_accurate
 
 from kernels import conv_fprop as module
@@ -12,7 +12,7 @@ from kernels.conv_shape import ConvShape
 
 
 def operands(case: str | tuple, options: str, dtype: torch.dtype, device, seed: int = 0) -> list:
-    _, shape = CASES[case] if isinstance(case, str) else case
+    _, shape = problem_of(case)
     x, w = (activation(case, which, dtype, device, seed + i) for i, which in enumerate("xw"))
     prologue = affine(shape.C, device, seed) if options in ("prologue", "all") else (None, None)
     residual = None if options in ("plain", "prologue") else activation(case, "y", dtype, device, seed + 2)
@@ -28,13 +28,13 @@ def statistics_of(y: torch.Tensor, tile_count: int, block_m: int) -> torch.Tenso
     return torch.stack([torch.stack(row) for row in zip(*rows, strict=True)])
 
 
-def check(op, case: str | tuple, options: str, dtype: torch.dtype, device, mean: float = 0.0) -> None:
-    """What y and the partials must satisfy, and a mutant must not; `mean` is x's, in standard deviations."""
+def check(op, case: str | tuple, options: str, dtype: torch.dtype, device, far: float = 0.0) -> None:
+    """What y and the partials must satisfy, and a mutant must not."""
     arguments = operands(case, options, dtype, device)
     x, _, _, scale, shift, *_ = arguments
-    if mean:
-        arguments[0] = x + mean
-        arguments[4] = shift - scale * mean
+    if far:
+        arguments[0] = x + far
+        arguments[4] = shift - scale * far
     y, partials = op(*arguments)
     baseline, _ = conv_fprop_reference(*arguments)
     truth, _ = conv_fprop_reference(*in_double(arguments))
@@ -46,6 +46,11 @@ def check(op, case: str | tuple, options: str, dtype: torch.dtype, device, mean:
     assert torch.equal(partials[0], baseline[0]), "counts"
     assert_as_accurate(partials[1], baseline[1], truth[1], "means of y as stored")
     assert_as_accurate(partials[2], baseline[2], truth[2], "M2 of y as stored")
+
+
+OPTIONS = ("plain", "prologue", "residual", "affine_residual", "all")
+OF_ANY_TILE = ("plain", torch.float16, 0), ("all", torch.float16, 0), ("prologue", torch.float32, 0)
+CONV = Conv(module.conv_fprop, OPTIONS, operands, check, OF_ANY_TILE)
 
 
 MUTANTS = {

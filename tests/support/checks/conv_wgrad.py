@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conv_cases import CASES, activation, affine, double, nhwc
+from conv_cases import Conv, activation, affine, in_double, nhwc, problem_of, use
 from kernel_checks import Mutants, assert_as_accurate
 
 from kernels import conv_wgrad as module
@@ -15,10 +15,10 @@ from kernels.conv_wgrad import conv_wgrad_reference
 from kernels.tiles import Tile
 
 
-def operands(case: str | tuple, prologue: bool, dtype: torch.dtype, device, seed: int = 0) -> list:
-    _, shape = CASES[case] if isinstance(case, str) else case
+def operands(case: str | tuple, options: str, dtype: torch.dtype, device, seed: int = 0) -> list:
+    _, shape = problem_of(case)
     x, dy = (activation(case, which, dtype, device, seed + i) for i, which in enumerate("xy"))
-    return [x, dy, shape.R, shape.stride, *(affine(shape.C, device, seed) if prologue else (None, None))]
+    return [x, dy, shape.R, shape.stride, *(affine(shape.C, device, seed) if options == "all" else (None, None))]
 
 
 def activated(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, prologue: str) -> torch.Tensor:
@@ -32,25 +32,29 @@ def activated(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, prologu
     return torch.relu((x - pivot).float() * scale.half().float() + bias.float()).half()
 
 
-def check(op, arguments: list, prologue: str = "fp32") -> None:
-    """What dw of these operands must satisfy, and a mutant's must not."""
-    x, dy, size, stride, scale, shift = arguments
-    dw = op(*arguments)
+def check(op, case: str | tuple, options: str, dtype: torch.dtype, device, far: float = 0.0) -> None:
+    """What dw must satisfy, and a mutant must not."""
+    x, dy, size, stride, scale, shift = operands(case, options, dtype, device)
+    if far:  # of x as it is stored, whose own digits are then a quarter of sigma
+        sigma = 2.0 ** (torch.arange(x.shape[1], device=device) % 16 - 8.0) / 16
+        x = ((x + far) * sigma[:, None, None]).to(dtype).contiguous(memory_format=torch.channels_last)
+        scale, shift = scale / sigma, shift - far * scale
+    dw = op(x, dy, size, stride, scale, shift)
     assert dw.is_contiguous(memory_format=torch.channels_last)
-    baseline = conv_wgrad_reference(*arguments)
-    truth = conv_wgrad_reference(*double(x, dy), size, stride, *double(scale, shift))
+    baseline = conv_wgrad_reference(x, dy, size, stride, scale, shift)
+    truth = conv_wgrad_reference(*in_double([x, dy, size, stride, scale, shift]))
     assert_as_accurate(dw, baseline, truth, "dw")
     if scale is not None:
         shape = ConvShape(x.shape[1], dy.shape[1], x.shape[2], x.shape[3], size, stride)
-        if x.is_cuda and tiles.tile("conv_wgrad", shape, x.dtype, tiles.gpu_of(x.device)).prologue == "fp16x2":
+        prologue = tiles.tile("conv_wgrad", shape, dtype, tiles.gpu_of(x.device)).prologue
+        if x.is_cuda and prologue == "fp16x2":
             return  # the last bit of a GPU's division decides which pivot a channel has
         x = activated(x, scale, shift, prologue)
     # Of the activation as it enters the product, the sum is exact to fp32's rounding whatever its dtype.
-    assert relative_error(dw, conv_wgrad_reference(*double(x, dy), size, stride)) < 1e-6
+    assert relative_error(dw, conv_wgrad_reference(*in_double([x, dy, size, stride]))) < 1e-6
 
 
-def use(monkeypatch, tile: Tile) -> None:
-    monkeypatch.setattr(tiles, "tile", lambda *arguments: tile)
+CONV = Conv(module.conv_wgrad, ("plain", "all"), operands, check, (("all", torch.float16, 0),))
 
 
 def check_order(reduce_kernel, split: int, ahead: int, device) -> None:
@@ -105,7 +109,7 @@ def check_mutant(changed, device) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for case, tile in MUTANT_CHECKS:
             use(patch, tile)
-            check(changed.conv_wgrad, operands(case, True, torch.float16, device), tile.prologue)
+            check(changed.conv_wgrad, case, "all", torch.float16, device)
     check_order(changed.conv_wgrad_reduce_kernel, 5, 2, device)
 
 
