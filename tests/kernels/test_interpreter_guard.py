@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from interpreter_guard import OutOfBoundsError
+from interpreter_guard import is_out_of_bounds
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import jit
@@ -30,13 +30,10 @@ def descriptor_kernel(x_desc, y_desc, row, column):
 
 
 def raised_by_guard(launch, *args) -> bool:
-    """The interpreter wraps what a kernel raises; look for the guard's error behind it."""
     try:
         launch(*args)
     except Exception as error:
-        while error is not None and not isinstance(error, OutOfBoundsError):
-            error = error.__cause__
-        return error is not None
+        return is_out_of_bounds(error)
     return False
 
 

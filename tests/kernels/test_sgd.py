@@ -6,7 +6,7 @@ from kernel_checks import mostly_slow
 
 pytest.importorskip("triton")
 
-from checks.sgd import check_hundred_steps, check_masking, problem
+from checks.sgd import check_masking, check_steps, problem
 
 from kernels.sgd import BLOCK, sgd, sgd_reference
 
@@ -22,7 +22,7 @@ CASES = [
 @BOTH
 @pytest.mark.parametrize(("n", "momentum"), mostly_slow(CASES, "one_element", "without_momentum"))
 def test_a_hundred_steps_are_those_of_torch_optim(device, op, n, momentum):
-    check_hundred_steps(op, n, momentum, device)
+    check_steps(op, n, momentum, device)
 
 
 @BOTH
