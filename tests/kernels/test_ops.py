@@ -115,7 +115,7 @@ def test_registration(call, given):
 
 
 @pytest.mark.parametrize(
-    "call", calls("augment", "bn_apply", "bn_finalize", "bn_stats_add", "bn_relu", "conv_wgrad", "conv_dgrad", "sgd")
+    "call", calls("augment", "bn_apply", "bn_finalize", "bn_stats_add", "bn_relu", "conv_wgrad", "preact_block", "sgd")
 )
 def test_repeats_bit_for_bit_and_compiles_into_one_graph(call, given):
     """Forward, and where the op is differentiable backward."""
