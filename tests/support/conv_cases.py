@@ -1,10 +1,13 @@
 """Problems for the three convolution ops."""
 
 import contextlib
+import dataclasses
 import random
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
+import pytest
 import torch
 from kernel_checks import channels_last
 from torch import Tensor
@@ -60,9 +63,32 @@ def use_tile(monkeypatch, case: str, descriptors: bool = False, **changes) -> No
         if case in DEFAULT:
             return default(op, shape, dtype, gpu.capability)
         blocks, split = ((16, 16, 32), 3) if op == "conv_wgrad" else ((32, 16, 16), 1)
-        return Tile(*blocks, num_warps=4, num_stages=1, descriptors=descriptors, SPLIT=split, **changes)
+        small = Tile(*blocks, num_warps=4, num_stages=1, descriptors=descriptors, SPLIT=split)
+        return dataclasses.replace(small, **changes)
 
     monkeypatch.setattr(tiles, "tile", tile)
+
+
+def check_of_mutants(conv: Conv, *problems: tuple[str, str, dict]) -> Callable[[ModuleType, torch.device], None]:
+    """The check that a module with the op must pass, and a mutant must not: (case, options, changes of a small tile).
+
+    The problem that caught a mutant comes first for the next one, which is often its like.
+    """
+    order = list(problems)
+
+    def check(changed: ModuleType, device: torch.device) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for problem in tuple(order):
+                case, options, changes = problem
+                use_tile(patch, case, **changes)
+                try:
+                    conv.check(getattr(changed, conv.op._name), case, options, torch.float16, device)
+                except Exception:
+                    order.remove(problem)
+                    order.insert(0, problem)
+                    raise
+
+    return check
 
 
 def random_tiles(op: str, count: int) -> list[tuple[int, ConvShape, Tile]]:

@@ -1,8 +1,7 @@
 """Operands of `conv_dgrad`, the check that its mutants fail, and the mutants."""
 
-import pytest
 import torch
-from conv_cases import Conv, activation, affine, in_double, nhwc, problem_of, use_tile
+from conv_cases import Conv, activation, affine, check_of_mutants, in_double, nhwc, problem_of
 from kernel_checks import Mutants, assert_as_accurate, channels_last
 
 from kernels import conv_dgrad as module
@@ -90,21 +89,17 @@ MUTANTS = {
 OF_THE_OP = {"lines_one_partial_too_few": ("(images + tile.BLOCK_M // shape.W - 1)", "images")}
 
 
-def check_mutant(changed, device) -> None:
-    problems = (
-        ("partial_last_tile", "all", {}),
-        ("stride2_odd", "strided_shortcut", {}),
-        ("stride2_odd", "mask", {"form": "columns"}),
-        ("projection_1x1", "plain", {}),
-        ("stride2", "mask", {"descriptors": True}),
-        ("stride2", "strided_shortcut", {"descriptors": True, "form": "columns"}),
-        ("partial_last_tile", "all", {"descriptors": True, "form": "lines"}),
-        ("several_channel_blocks", "all", {"descriptors": True, "form": "lines"}),
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        for case, options, changes in problems:
-            use_tile(patch, case, **changes)
-            check(changed.conv_dgrad, case, options, torch.float16, device)
+check_mutant = check_of_mutants(
+    CONV,
+    ("partial_last_tile", "all", {}),
+    ("stride2_odd", "strided_shortcut", {}),
+    ("stride2_odd", "mask", {"form": "columns"}),
+    ("projection_1x1", "plain", {}),
+    ("stride2", "mask", {"descriptors": True}),
+    ("stride2", "strided_shortcut", {"descriptors": True, "form": "columns"}),
+    ("partial_last_tile", "all", {"descriptors": True, "form": "lines"}),
+    ("several_channel_blocks", "all", {"descriptors": True, "form": "lines"}),
+)
 
 
 def launch(changed, gpu: tiles.Gpu) -> None:

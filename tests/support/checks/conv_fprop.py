@@ -1,8 +1,7 @@
 """Operands of `conv_fprop`, the check that its mutants fail, and the mutants."""
 
-import pytest
 import torch
-from conv_cases import Conv, activation, affine, in_double, nhwc, problem_of, use_tile
+from conv_cases import Conv, activation, affine, check_of_mutants, in_double, nhwc, problem_of
 from kernel_checks import Mutants, assert_as_accurate
 
 from kernels import conv_fprop as module
@@ -81,19 +80,15 @@ MUTANTS = {
 OF_THE_OP = {"padding_before_the_prologue_descriptors": ("shape, tile), scale is not None", "shape, tile), False")}
 
 
-def check_mutant(changed, device) -> None:
-    problems = (
-        ("partial_last_tile", {}),
-        ("stride2_odd", {}),
-        ("stride2", {"descriptors": True}),
-        ("several_channel_blocks", {"descriptors": True}),
-        ("several_channel_blocks", {"form": "columns", "prologue": "stored"}),
-        ("partial_last_tile", {"descriptors": True, "form": "lines"}),
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        for case, changes in problems:
-            use_tile(patch, case, **changes)
-            check(changed.conv_fprop, case, "all", torch.float16, device)
+check_mutant = check_of_mutants(
+    CONV,
+    ("partial_last_tile", "all", {}),
+    ("stride2_odd", "all", {}),
+    ("stride2", "all", {"descriptors": True}),
+    ("several_channel_blocks", "all", {"descriptors": True}),
+    ("several_channel_blocks", "all", {"form": "columns", "prologue": "stored"}),
+    ("partial_last_tile", "all", {"descriptors": True, "form": "lines"}),
+)
 
 
 def launch(changed, gpu: tiles.Gpu) -> None:

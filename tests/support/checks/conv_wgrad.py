@@ -1,10 +1,7 @@
 """Operands of `conv_wgrad`, the check that its mutants fail, and the mutants."""
 
-import dataclasses
-
-import pytest
 import torch
-from conv_cases import Conv, activation, affine, in_double, nhwc, problem_of, use
+from conv_cases import Conv, activation, affine, check_of_mutants, in_double, nhwc, problem_of
 from kernel_checks import Mutants, assert_as_accurate
 
 from kernels import conv_wgrad as module
@@ -12,7 +9,6 @@ from kernels import tiles
 from kernels.accuracy import relative_error
 from kernels.conv_shape import ConvShape
 from kernels.conv_wgrad import conv_wgrad_reference
-from kernels.tiles import Tile
 
 
 def operands(case: str | tuple, options: str, dtype: torch.dtype, device, seed: int = 0) -> list:
@@ -94,23 +90,20 @@ MUTANTS = {
         "blocks = (x.shape[0] * shape.P * shape.Q // ",
     ),
 }
-SMALL = Tile(16, 16, 32, 4, 1, SPLIT=3)
-MUTANT_CHECKS = (
-    ("odd_map", SMALL),
-    ("stride2_odd", SMALL),
-    ("partial_last_tile", dataclasses.replace(SMALL, descriptors=True)),
-    ("stride2", dataclasses.replace(SMALL, descriptors=True)),
-    ("odd_map", dataclasses.replace(SMALL, BLOCK_K=16, TAPS=3, SPLIT=5)),
-    ("partial_last_tile", dataclasses.replace(SMALL, descriptors=True, TAPS=3, prologue="fp16x2")),
+check_products = check_of_mutants(
+    CONV,
+    ("odd_map", "all", {}),
+    ("stride2_odd", "all", {}),
+    ("partial_last_tile", "all", {"descriptors": True}),
+    ("stride2", "all", {"descriptors": True}),
+    ("odd_map", "all", {"BLOCK_K": 16, "TAPS": 3, "SPLIT": 5}),
+    ("partial_last_tile", "all", {"descriptors": True, "TAPS": 3, "prologue": "fp16x2"}),
 )
 
 
 def check_mutant(changed, device) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        for case, tile in MUTANT_CHECKS:
-            use(patch, tile)
-            check(changed.conv_wgrad, case, "all", torch.float16, device)
     check_order(changed.conv_wgrad_reduce_kernel, 5, 2, device)
+    check_products(changed, device)
 
 
 def launch(changed, gpu: tiles.Gpu) -> None:
