@@ -85,10 +85,7 @@ MUTANTS = {
     "forgotten_part": ("mask=part < SPLIT", "mask=part < SPLIT - 1"),
     "parts_past_the_last": ("mask=part < SPLIT", "mask=part < SPLIT + 1"),
     "parts_loaded_once": ("part = first + i", "part = i"),
-    "forgotten_partial_block": (
-        "blocks = triton.cdiv(x.shape[0] * shape.P * shape.Q, ",
-        "blocks = (x.shape[0] * shape.P * shape.Q // ",
-    ),
+    "forgotten_partial_block": ("triton.cdiv(x.shape[0] * shape.P * shape.Q,", "(x.shape[0] * shape.P * shape.Q //"),
 }
 check_products = check_of_mutants(
     CONV,
