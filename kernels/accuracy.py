@@ -1,4 +1,4 @@
-"""How far a kernel's result is from float64's, and how far it may be."""
+"""The error of a kernel's result against float64, and the error that is allowed."""
 
 import math
 

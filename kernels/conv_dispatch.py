@@ -61,7 +61,7 @@ class Activation:
         return self.stored
 
     def kept(self, needed: bool) -> Tensor:
-        """What to save for backward: the activation if it is `needed` and already stored, else no elements."""
+        """The tensor to save for backward: the activation if it is `needed` and already stored, else no elements."""
         return self.stored if needed and self.stored is not None else self.x.new_empty(0)
 
 

@@ -1,4 +1,4 @@
-"""What the three convolution kernels have in common: the layers they compute, their contract, and boxes of pixels.
+"""The layers that the three convolution kernels compute, the kernels' contract, and boxes of pixels.
 
 A tile's rows are pixels of y in the order of memory. Where they form a box of the map, a tensor descriptor loads them,
 shifted by a tap of the filter, with one instruction that also fills what lies outside; the tile is the same as with
@@ -188,7 +188,7 @@ def lines_fit(rows: int, shape: ConvShape) -> bool:
 def activation_descriptor(x: Tensor, rows: int, block_c: int, stride: int = 1, nan: bool = False):
     """A tensor descriptor of x [N,C,H,W]: boxes of `rows` pixels of [N, H/stride, W/stride] maps by `block_c` channels.
 
-    What lies outside of x reads as zero, or as NaN if `nan`. `boxes_fit` must hold.
+    Pixels outside of x read as zero, or as NaN if `nan`. `boxes_fit` must hold.
     """
     from triton.tools.tensor_descriptor import TensorDescriptor
 

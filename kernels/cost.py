@@ -1,4 +1,4 @@
-"""What an op must do at the least: the numerator of every roofline."""
+"""The least work that an op must do: the numerator of every roofline."""
 
 from dataclasses import dataclass
 

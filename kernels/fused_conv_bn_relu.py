@@ -153,10 +153,10 @@ def _backward_flops(dout_shape, x_shape, y_shape, norm_shape, w_shape, *_, **__)
 
 
 def conv_bn_relu_cost(*operands: Tensor | float | str | None) -> Cost:
-    """Of `conv_bn_relu`'s operands, by our kernels: the four passes above, and [C] vectors."""
+    """Cost of `conv_bn_relu` on these operands by our kernels: the four passes above, and [C] vectors."""
     return metered_cost(_forward, *operands[:-1], True)
 
 
 def conv_bn_relu_backward_cost(*operands: Tensor | str | bool | None) -> Cost:
-    """Of `conv_bn_relu_backward`'s operands, by our kernels: the nine passes above, and [C] vectors."""
+    """Cost of `conv_bn_relu_backward` on these operands by our kernels: the nine passes above, and [C] vectors."""
     return metered_cost(_backward, *operands[:-1], True)

@@ -123,7 +123,7 @@ def _backward(dy, x, h, norm1, norm2, a, b, w1, w2, w3, stride, constant, forced
     dz, sums = dgrad(dy, w2, *h.shape[2:], a=b, forced=forced)
     coefficients2 = bn_coefficients(sums, norm2, n2)
     dh = bn_backward_apply(dz, h, norm2, coefficients2)
-    # Of a strided 1x1 convolution only the pixels that it saw get a gradient: that of the same convolution at stride 1.
+    # A strided 1x1 convolution sends a gradient only to the pixels it saw: that of the same convolution at stride 1.
     shortcut = dy if w3 is None else dgrad(dy, w3, *dy.shape[2:], forced=forced)[0]
     dz, sums = dgrad(dh, w1, *x.shape[2:], stride, shortcut, a, forced)
     coefficients1 = bn_coefficients(sums, norm1, n1)
@@ -189,10 +189,10 @@ def _backward_flops(dy_shape, x_shape, h_shape, norm1, norm2, a, b, w1_shape, w2
 
 
 def preact_block_cost(*operands: Tensor | float | None) -> Cost:
-    """Of `preact_block`'s operands, by our kernels: the five passes above over an identity block, and [C] vectors."""
+    """Cost of `preact_block` by our kernels: the five passes above if an identity, and [C] vectors."""
     return metered_cost(_forward, *operands[:-1], True)
 
 
 def preact_block_backward_cost(*operands: Tensor | float | None) -> Cost:
-    """Of `preact_block_backward`'s operands, by our kernels: the seventeen passes above, and [C] vectors."""
+    """Cost of `preact_block_backward` by our kernels: the seventeen passes above if an identity, and [C] vectors."""
     return metered_cost(_backward, *operands[:-1], True)

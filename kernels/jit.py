@@ -17,7 +17,7 @@ try:
 except ImportError:
 
     class _NoTriton:
-        """What is needed to import a kernel file and to compute its cost."""
+        """Stands in for Triton where a kernel file is only imported and its cost computed."""
 
         constexpr = None
 
@@ -88,7 +88,7 @@ def unavailable(device: torch.device) -> str | None:
 def nothing_launched() -> Iterator[list]:
     """Kernels are compiled instead of launched; yields the list of what they were, or will be, compiled to.
 
-    What an op computes within is memory as it came.
+    The results of ops within are memory as it came.
     """
     from triton.runtime.jit import JITFunction
 

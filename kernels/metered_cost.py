@@ -32,14 +32,14 @@ COSTS = {
     torch.ops.cifar.conv_wgrad.default: conv_wgrad_cost,
     torch.ops.cifar.sgd.default: sgd_cost,
 }
-"""What each op that is a kernel costs, from the operands that it is called with."""
+"""The cost of each op that is a kernel, from the operands that it is called with."""
 
 BODIES: dict[torch._ops.OpOverload, Callable[..., object]] = {}
-"""Of each op that is made of other ops of this package, the function that calls them; the op's own module adds it."""
+"""The function behind each op that is made of other ops of this package; the op's own module adds it."""
 
 
 def metered_cost(body: Callable[..., object], *operands: object) -> Cost:
-    """What the ops of this package cost that `body(*operands)` calls, found on fake copies: nothing is computed.
+    """The cost of the ops of this package that `body(*operands)` calls, found on fake copies: nothing is computed.
 
     Casts of weights and PyTorch's own operations are not counted.
     """

@@ -1,4 +1,4 @@
-"""Which statistics a batch norm normalises by, and the running ones, which live outside of the ops.
+"""The statistics that a batch norm normalises by, and the running ones, which live outside of the ops.
 
 While training they are the batch's, as partials [3, T, C] (see `kernels.bn_stats`), and the running statistics move
 towards them afterwards; in evaluation they are the running ones, given to the same kernels as a single tile.

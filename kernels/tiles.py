@@ -1,4 +1,4 @@
-"""Which tile a convolution kernel runs with: measured entries of a committed table, deterministic defaults elsewhere.
+"""The tile that a convolution kernel runs with: a measured entry of a committed table, else a deterministic default.
 
 The table, `tiles.json` beside this file, is a record and no cache: it changes when somebody measures and commits.
 
@@ -92,7 +92,7 @@ class Tile:
 
 
 class Gpu(NamedTuple):
-    """Where a kernel runs: the device's name and compute capability, which is None for the interpreter."""
+    """The place where a kernel runs: the device's name and compute capability, None for the interpreter."""
 
     name: str
     capability: tuple[int, int] | None
@@ -182,7 +182,7 @@ def default_tile(op: str, shape: ConvShape, dtype: torch.dtype, capability: tupl
 
 
 def _default_dgrad_tile_of_hopper(shape: ConvShape) -> Tile:
-    """Of four warps the one that loads least: for each byte, lines do 171 FLOPs, 128x128 columns 64 and 256x64 51.
+    """The tile of four warps that loads least: for each byte, lines do 171 FLOPs, 128x128 columns 64 and 256x64 51.
 
     Two blocks fit into a multiprocessor, so that one's epilogue is under the other's products: hence lines only where
     the nine taps are of one block of filters, and two stages of 256x64.
@@ -200,7 +200,7 @@ def _default_wgrad_tile(shape: ConvShape, dtype: torch.dtype, capability: tuple[
     if capability is None:
         return Tile(_divisor(shape.C, 256), _divisor(shape.K, 256), 1024, num_warps=4, num_stages=1)
     single, descriptors = dtype == torch.float32, _has_descriptors(capability) and dtype != torch.float32
-    # Of 10.x Triton 3.6 does not compile several products of an operand that a prologue has computed.
+    # On 10.x Triton 3.6 does not compile several products of an operand that a prologue has computed.
     taps = 3 if descriptors and capability[0] == 9 and shape.R == 3 and shape.stride == 1 else 1
     block_m = _divisor(shape.C, 32 if single else 128)
     # Three taps of 128x64 or 64x128: 192 accumulators a thread, as many as leave registers for the rest.
@@ -227,7 +227,7 @@ def _default_wgrad_tile(shape: ConvShape, dtype: torch.dtype, capability: tuple[
 
 
 def _has_descriptors(capability: tuple[int, int]) -> bool:
-    """Where descriptors feed wgmma or tcgen05. On 12.x they feed mma.sync, which takes twice the instructions."""
+    """Whether descriptors feed wgmma or tcgen05. On 12.x they feed mma.sync, which takes twice the instructions."""
     return (9, 0) <= capability < (12, 0)
 
 

@@ -1,4 +1,4 @@
-"""What a Hopper GPU's matrix instructions ask of the code around them.
+"""Rules that a Hopper GPU's matrix instructions set for the code around them.
 
 wgmma runs on while the warps go on, and reads a first operand in registers as it comes to it. ptxas before 13.3, which
 Triton up to 3.8 brings for compute capability 9.0, hands the registers out again too early, so that a later operand may

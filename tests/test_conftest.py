@@ -21,16 +21,19 @@ def conftest(pytestconfig):
 
 def test_a_gpu_decides_the_tests_that_ask_for_the_device_and_those_marked_for_it():
     """And not one whose parameter has the same name, or that names the device without asking for it."""
-    files = [
-        "tests/kernels/test_metered_cost.py",
-        *(f"tests/profiling/{name}.py" for name in ("device/test_sustained", "bench/test_tuning", "bench/test_timing")),
-    ]
+    names = (
+        "kernels/test_costs",
+        "profiling/bench/test_timing",
+        "profiling/bench/test_tuning",
+        "profiling/device/test_sustained",
+    )
+    files = [f"tests/{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "-m", "gpu", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert [line.partition("[")[0] for line in done.stdout.splitlines() if "::" in line] == [
-        "tests/profiling/device/test_sustained.py::test_a_captured_call_is_replayed",
         "tests/profiling/bench/test_tuning.py::test_the_backend_refuses_faulty_tiles_and_times_the_others",
         "tests/profiling/bench/test_tuning.py::test_the_backend_names_a_failing_library_and_blames_none_after_a_lost_device",
+        "tests/profiling/device/test_sustained.py::test_a_captured_call_is_replayed",
     ], done.stdout + done.stderr
 
 
@@ -47,10 +50,9 @@ def test_a_file_without_such_a_test_is_not_even_imported(conftest, tmp_path, tex
     """A GPU machine may lack what it needs, and a file that cannot be imported ends the whole collection."""
     path = tmp_path / "test_x.py"
     path.write_text(text)
-    config = types.SimpleNamespace(getoption={"markexpr": "gpu"}.get)
-    assert conftest.pytest_ignore_collect(path, config) is ignored
-    everything = types.SimpleNamespace(getoption={"markexpr": ""}.get)
-    assert conftest.pytest_ignore_collect(path, everything) is None
+    for markers, expected in (("gpu", ignored), ("", None)):
+        config = types.SimpleNamespace(getoption={"markexpr": markers}.get)
+        assert conftest.pytest_ignore_collect(path, config) is expected
 
 
 class Item:

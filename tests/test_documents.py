@@ -120,20 +120,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-def train_as_documented(command: str, folder: Path) -> None:
-    """A command of train.py, or of torchrun, on data that is tiny; what lists something runs as it is."""
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in of("train.py", "torchrun") if "--profile" not in c])
+def test_training_command_runs(command, folder):
+    """On data that is tiny; a command that lists something runs as it is."""
     command = command.replace("~/cifar", "cifar").replace("0.94", "0.01")
     goes_on = "runs/a" in command
     program = ROOT / "train.py" if goes_on or "--list" in command else RUNS
     words = [str(program) if word == "train.py" else word for word in shlex.split(command)]
     start = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "torch.distributed.run"]
     run([*start, *words[1:], *(["--synthetic"] if goes_on else [])], folder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in of("train.py", "torchrun") if "--profile" not in c])
-def test_training_command_runs(command, folder):
-    train_as_documented(command, folder)
 
 
 @pytest.mark.slow
@@ -154,7 +150,7 @@ def test_pytest_command_collects(command):
     "command", [c for c in of("-m experiments", "-m profiling") if not re.search("profiling (report|compare)", c)]
 )
 def test_command_reaches_its_work(command, monkeypatch):
-    """Up to where measuring begins: what the words mean is accepted, not only how they are spelt."""
+    """Up to where measuring begins: the words' meaning is accepted, not only their spelling."""
     program, words = program_of(shlex.split(command))
     reached = []
     for name in ("bench.command.run", "device.command.run", "device.doctor.run", "report.command.collect"):
@@ -164,7 +160,7 @@ def test_command_reaches_its_work(command, monkeypatch):
         module = importlib.import_module(f"experiments.{module}")
         monkeypatch.setattr(module, "run", lambda *_, **__: reached.append(words[0]) or {})
         monkeypatch.setattr("model.interrupts.Interrupts.install", lambda self: None)
-        if {"FOLDER", "runs/a"} & set(words):  # what is finished, and which nobody has here
+        if {"FOLDER", "runs/a"} & set(words):  # finished runs, which nobody has here
             monkeypatch.setattr(module, "check", lambda *_, **__: None, raising=False)
     done = CliRunner().invoke(APPS[program], words)
     assert done.exit_code == 0, done.output

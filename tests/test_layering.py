@@ -1,6 +1,7 @@
 """Imports run one way: from room to room down one stair, inside of functions too."""
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ BELOW = {
     "profiling/account": {"profiling/output", "profiling/device", "profiling/run"},
     "profiling/bench": {"profiling/output", "profiling/device"},
     "profiling/report": {"profiling/output", "profiling/device", "profiling/run", "profiling/account"},
-    "profiling": {f"profiling/{room}" for room in ("output", "device", "run", "account", "bench", "report")},
+    "profiling": {*PROFILED, "profiling/bench"},
     "model/data": {f"model/{name}" for name in ("config", "errors", "files", "implementation", "memory")},
     "model": {"model/data"},
     "profile_pass": {"model", "model/data", *PROFILED},
@@ -29,19 +30,19 @@ BELOW = {
 """What each room may import beside itself. A room stands for those inside of it too, where it is named without them."""
 KERNELS_FOR = ("kernels", "model", "profiling/account", "profiling/bench", "profiling/device", "profiling/report")
 NAMES = {"kernels", "model", "profiling", "profile_pass", "train", "experiments", "tests"}
+HOUSES = ("kernels", "model", "profiling", "experiments")
+MODULES = [ROOT / "train.py", ROOT / "profile_pass.py", *(p for h in HOUSES for p in sorted((ROOT / h).rglob("*.py")))]
 
 
-def modules() -> list[Path]:
-    found = [ROOT / "train.py", ROOT / "profile_pass.py"]
-    for house in ("kernels", "model", "profiling", "experiments"):
-        found += sorted((ROOT / house).rglob("*.py"))
-    return found
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
-def imported(source: str) -> set[str]:
-    """Modules that a module imports, wherever in it, by their full names; `from a import b` gives a.b."""
+def imported(tree: ast.Module, top: bool = False) -> set[str]:
+    """Modules that a module imports, wherever in it or at its `top`, by full names; `from a import b` gives a.b."""
     names = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in tree.body if top else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -50,6 +51,7 @@ def imported(source: str) -> set[str]:
     return names
 
 
+@functools.cache
 def place(name: str) -> str:
     """The file that a dotted name lies in, without its suffix, as "model/config", or the folder of a package."""
     parts = name.split(".")
@@ -60,14 +62,18 @@ def place(name: str) -> str:
     return "/".join(parts)
 
 
+def own_place(path: Path) -> str:
+    return str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__")
+
+
 def room_of(path: str) -> str:
     return max((room for room in BELOW if f"{path}/".startswith(f"{room}/")), key=len)
 
 
-def breaches(room: str, source: str) -> set[str]:
+def breaches(room: str, tree: ast.Module) -> set[str]:
     """Imports that go up the stair."""
     found = set()
-    for name in imported(source):
+    for name in imported(tree):
         if name.split(".")[0] not in NAMES:
             continue
         target = place(name)
@@ -85,20 +91,17 @@ def breaches(room: str, source: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", MODULES, ids=own_place)
 def test_imports_run_down_the_stair(path):
-    room = room_of(str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__"))
-    assert not breaches(room, path.read_text())
+    assert not breaches(room_of(own_place(path)), tree_of(path))
 
 
 def test_no_circle():
     """Module by module, of the imports that run at import."""
     edges = {}
-    for path in modules():
-        own = str(path.relative_to(ROOT).with_suffix("")).removesuffix("/__init__")
-        tops = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
-        names = set().union(*(imported(ast.unparse(node)) for node in tops)) if tops else set()
-        edges[own] = {place(name) for name in names if name.split(".")[0] in NAMES} - {own}
+    for path in MODULES:
+        names = imported(tree_of(path), top=True)
+        edges[own_place(path)] = {place(name) for name in names if name.split(".")[0] in NAMES} - {own_place(path)}
     while edges:
         leaves = {name for name, needs in edges.items() if not needs & set(edges)}
         assert leaves, f"a circle among {sorted(edges)}"
@@ -121,23 +124,21 @@ def test_no_circle():
     ],
 )
 def test_a_breach_is_found(room, source):
-    assert breaches(room, source)
+    assert breaches(room, ast.parse(source))
 
 
 def test_kernels_import_torch_and_triton_only():
     for path in (ROOT / "kernels").glob("*.py"):
-        foreign = {n.split(".")[0] for n in imported(path.read_text())} - {"torch", "triton", "kernels"}
+        foreign = {n.split(".")[0] for n in imported(tree_of(path))} - {"torch", "triton", "kernels"}
         assert foreign <= set(sys.stdlib_module_names), path
 
 
 def test_no_module_without_a_purpose():
-    names = {path.stem for path in modules()}
-    assert not names & {"utils", "util", "common", "base", "misc", "helpers"}
+    assert not {path.stem for path in MODULES} & {"utils", "util", "common", "base", "misc", "helpers"}
 
 
 def test_nothing_is_ever_unpickled():
-    for path in modules():
-        tree = ast.parse(path.read_text())
-        assert "pickle" not in {name.split(".")[0] for name in imported(path.read_text())}, path
-        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    for path in MODULES:
+        assert "pickle" not in {name.split(".")[0] for name in imported(tree_of(path))}, path
+        calls = {ast.unparse(node.func) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)}
         assert "torch.load" not in calls, path

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from interpreter_guard import OutOfBoundsError
+from interpreter_guard import is_out_of_bounds
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import jit
@@ -15,23 +15,13 @@ pytestmark = pytest.mark.skipif(not jit.INTERPRETED, reason="kernels are compile
 
 
 @triton.jit
-def copy_kernel(x_ptr, y_ptr, n, first, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    offs = first + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def copy_kernel(x_ptr, y_ptr, n, first, step, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
     if MASKED:
+        offs += tl.program_id(0) * step
         tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=offs < n), mask=offs < n)
     else:
-        tl.store(y_ptr + offs, tl.load(x_ptr + offs))
-
-
-@triton.jit
-def store_kernel(x_ptr, y_ptr, step, BLOCK: tl.constexpr):
-    offs = tl.program_id(0) * step + tl.arange(0, BLOCK)
-    tl.store(y_ptr + offs, tl.load(x_ptr + tl.arange(0, BLOCK)))
-
-
-@triton.jit
-def stray_kernel(x_ptr, y_ptr, distance):
-    tl.store(y_ptr, tl.load(x_ptr + distance))
+        tl.store(y_ptr + tl.program_id(0) * step + offs, tl.load(x_ptr + first + offs))
 
 
 @triton.jit
@@ -40,51 +30,51 @@ def descriptor_kernel(x_desc, y_desc, row, column):
 
 
 def raised_by_guard(launch, *args) -> bool:
-    """The interpreter wraps what a kernel raises; look for the guard's error behind it."""
     try:
         launch(*args)
     except Exception as error:
-        while error is not None and not isinstance(error, OutOfBoundsError):
-            error = error.__cause__
-        return error is not None
+        return is_out_of_bounds(error)
     return False
+
+
+def copies(x: torch.Tensor, y: torch.Tensor, first: int = 0, n: int = 0, step: int = 64, programs: int = 1) -> bool:
+    """Whether the guard lets programs copy 64 elements each, from `first` on; with `n` masked from there on."""
+    return not raised_by_guard(copy_kernel[(programs,)], x, y, n, first, step, 64, n > 0)
 
 
 def test_a_masked_kernel_passes():
     x, y = torch.arange(100.0), torch.zeros(100)
-    copy_kernel[(2,)](x, y, 100, 0, BLOCK=64, MASKED=True)
+    assert copies(x, y, n=100, programs=2)
     assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.uint8, torch.int64], ids=str)
-def test_unmasked_past_the_end(dtype):
-    x, y = torch.zeros(100, dtype=dtype), torch.zeros(128, dtype=dtype)
-    assert raised_by_guard(copy_kernel[(2,)], x, y, 100, 0, 64, False), "load past the end"
-    assert raised_by_guard(copy_kernel[(2,)], y, x, 100, 0, 64, False), "store past the end"
-
-
-def test_unmasked_before_the_start():
-    assert raised_by_guard(copy_kernel[(1,)], torch.zeros(100), torch.zeros(100), 100, -1, 64, False)
+def test_unmasked_accesses_outside(dtype):
+    short, long = torch.zeros(60, dtype=dtype), torch.zeros(128, dtype=dtype)
+    assert copies(long, long.clone())
+    assert not copies(short, long), "load past the end"
+    assert not copies(long, short), "store past the end"
+    assert not copies(long, long.clone(), first=-1), "load before the start"
 
 
 def test_a_view_ends_where_the_view_ends():
     """Rows 0 and 1 of a [4, 64] tensor: the storage goes on, the argument does not."""
     x, y = torch.zeros(4, 64), torch.zeros(4, 64)
-    assert raised_by_guard(copy_kernel[(3,)], x[:2], y, 192, 0, 64, True)
-    assert not raised_by_guard(copy_kernel[(3,)], x, y, 192, 0, 64, True)
+    assert not copies(x[:2], y, n=192, programs=3)
+    assert copies(x, y, n=192, programs=3)
 
 
 def test_an_address_that_falls_into_another_argument():
     """One buffer holds both: the memory is legal, the tensor that the address was computed from is another."""
     buffer = torch.zeros(128)
-    assert raised_by_guard(stray_kernel[(1,)], buffer[:64], buffer[64:], 64)
-    assert raised_by_guard(stray_kernel[(1,)], buffer[64:], buffer[:64], -64)
+    assert not copies(buffer[:64], buffer[64:], first=64)
+    assert not copies(buffer[64:], buffer[:64], first=-64)
 
 
 def test_two_programs_that_store_the_same_element():
     x, y = torch.zeros(64), torch.zeros(256)
-    assert not raised_by_guard(store_kernel[(4,)], x, y, 64, 64)
-    assert raised_by_guard(store_kernel[(4,)], x, y, 63, 64), "programs overlap by one"
+    assert copies(x, y, programs=4)
+    assert not copies(x, y, step=63, programs=4), "programs overlap by one"
 
 
 def test_descriptors_clip_and_are_checked():

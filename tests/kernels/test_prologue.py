@@ -1,4 +1,4 @@
-"""The prologue in fp16 against float64: means far from zero, scales near it, NaN, and what it is compiled to."""
+"""The prologue in fp16 against float64: means far from zero, scales near it, NaN."""
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kernels import reference, tiles
 from kernels.accuracy import relative_error
-from model.network import BatchNorm, PreactBlock, ResNet9, conv_weight
+from model.network import BatchNorm, PreactBlock, ResNet, ResNet9, conv_weight
 
 
 class TwoBlocks(nn.Module):
@@ -32,23 +32,14 @@ class TwoBlocks(nn.Module):
         return F.linear(x.mean((2, 3)), self.linear.weight.to(x.dtype), self.linear.bias.to(x.dtype))
 
 
-def narrow_resnet9(ops, pool_first: bool = False) -> nn.Module:
-    return ResNet9((16, 16, 16, 32), ops, pool_first=pool_first)
-
-
+WIDTHS = (16, 16, 16, 32)
 NETWORKS = {
     "two_blocks": TwoBlocks,
     "two_blocks_after_a_bn": lambda ops: TwoBlocks(ops, prep_bn=True),
-    "resnet9_pool_last": narrow_resnet9,
-    "resnet9_pool_first": lambda ops: narrow_resnet9(ops, pool_first=True),
+    "resnet": lambda ops: ResNet((8, 16, 16, 24), ops, prep_bn_relu=True),  # widths that only the library convolves
+    "resnet9_pool_last": lambda ops: ResNet9(WIDTHS, ops),
+    "resnet9_pool_first": lambda ops: ResNet9(WIDTHS, ops, pool_first=True),
 }
-GRADIENT_CASES = [
-    pytest.param("two_blocks", torch.float32, id="two_blocks_fp32"),
-    # In fp16 a ReLU or a pool that switches moves a deeper network's gradient by more than rounding does.
-    pytest.param("two_blocks", torch.float16, id="two_blocks_fp16"),
-    pytest.param("resnet9_pool_last", torch.float32, id="resnet9_pool_last_fp32"),
-    pytest.param("resnet9_pool_first", torch.float32, id="resnet9_pool_first_fp32"),
-]
 
 
 def same_networks(name: str, *implementations, device) -> list[nn.Module]:
@@ -66,7 +57,7 @@ def same_networks(name: str, *implementations, device) -> list[nn.Module]:
 
 
 def batch(name: str, images: int, dtype: torch.dtype, seed: int, device) -> tuple[Tensor, Tensor]:
-    size = 16 if name.startswith("resnet9") else 8  # which halves it three times
+    size = 16 if name.startswith("resnet") else 8  # which halves it three times
     x = channels_last(images, 3, size, size, dtype=dtype, seed=seed, device=device)
     return x, torch.randint(10, (images,), generator=torch.Generator().manual_seed(seed)).to(device)
 
@@ -83,27 +74,27 @@ def results(network: nn.Module, x: Tensor, target: Tensor) -> dict[str, Tensor]:
     return {"logits": logits.detach(), **dict(zip(names, gradients, strict=True)), **dict(network.named_buffers())}
 
 
-def check_training(ops, name: str, dtype: torch.dtype, device, *below) -> None:
+def check_training(ops, name: str, dtype: torch.dtype, device, *below, units: int = 16) -> None:
     """A step with `ops` is as near to float64's as twice the reference's, or a tier's `below` if that is farther.
 
-    In fp16, of one of three batches: rounding switches a ReLU of some batch, what is wrong is wrong for each.
+    In fp32 `units` of rounding are allowed: a dozen ops deep it was 8 eps off on a GPU where PyTorch was 4. In fp16 one
+    of three batches must pass: rounding switches a ReLU of some batch, what is wrong is wrong for each.
     """
     *tries, last = (1, 2, 3) if dtype == torch.float16 else (1,)
     for seed in tries:
         with contextlib.suppress(AssertionError):
-            return _check_training(ops, name, dtype, device, below, seed)
-    return _check_training(ops, name, dtype, device, below, last)
+            return _check_training(ops, name, dtype, device, below, 4, seed)
+    return _check_training(ops, name, dtype, device, below, 4 if dtype == torch.float16 else units, last)
 
 
-def _check_training(ops, name: str, dtype: torch.dtype, device, below, seed: int) -> None:
+def _check_training(ops, name: str, dtype: torch.dtype, device, below, units: int, seed: int) -> None:
     x, target = batch(name, 5, dtype, seed, device)
     ours, *others, exact = same_networks(name, ops, reference, *below, device=device)
     truth, mine = results(exact, x.double(), target), results(ours, x, target)
     theirs = [results(other, x, target) for other in others]
     for key in truth:
         baseline = max((other[key] for other in theirs), key=lambda tensor: relative_error(tensor, truth[key]))
-        # A dozen ops deep, fp32 was 8 eps off on a GPU where PyTorch was 4.
-        assert_as_accurate(mine[key], baseline, truth[key], key, units=16 if dtype == torch.float32 else 4)
+        assert_as_accurate(mine[key], baseline, truth[key], key, units)
 
 
 def check_evaluation(ops, name: str, device) -> None:
@@ -117,40 +108,6 @@ def check_evaluation(ops, name: str, device) -> None:
     ours, baseline, truth = (results(n, i, target) for n, i in zip(networks, (x, x, x.double()), strict=True))
     for key in truth:
         assert_as_accurate(ours[key], baseline[key], truth[key], key)
-
-
-def check_two_runs(ops, name: str, device) -> None:
-    """Bit for bit the same results twice."""
-    x, target = batch(name, 4, torch.float16, 3, device)
-    first, second = (results(same_networks(name, ops, device=device)[0], x, target) for _ in range(2))
-    for key in first:
-        assert torch.equal(first[key], second[key]), key
-
-
-def check_compiles(ops, name: str, device, training: bool) -> None:
-    """One graph, forward and backward, with the results of eager mode."""
-    network = same_networks(name, ops, device=device)[0].train(training)
-    x, target = batch(name, 2, torch.float32, 4, device)
-    expected = loss_of(network(x), target)
-    compiled = torch.compile(lambda x: loss_of(network(x), target), fullgraph=True, backend="aot_eager")(x)
-    assert torch.equal(compiled, expected)
-    parameters = list(network.parameters())
-    for a, b in zip(*(torch.autograd.grad(y, parameters) for y in (compiled, expected)), strict=True):
-        torch.testing.assert_close(a, b)  # the graph may add gradients in another order
-
-
-def check_state_dict(ops, name: str, device) -> None:
-    """The same keys in the same order, and each loads the other's."""
-    ours, baseline, _ = same_networks(name, ops, reference, device=device)
-    assert list(ours.state_dict()) == list(baseline.state_dict())
-    with torch.no_grad():
-        for tensor in ours.state_dict().values():
-            tensor.add_(1)
-    baseline.load_state_dict(ours.state_dict())
-    assert all(
-        torch.equal(a, b) for a, b in zip(ours.state_dict().values(), baseline.state_dict().values(), strict=True)
-    )
-    ours.load_state_dict(baseline.state_dict())
 
 
 def skip_overflow_checks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,14 @@
-"""Problems for the three convolution ops, and what their machine code must look like."""
+"""Problems for the three convolution ops."""
 
 import contextlib
+import dataclasses
 import random
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
 
+import pytest
 import torch
-from ahead_of_time import SHARED_LIMIT, Build, Facts
 from kernel_checks import channels_last
 from torch import Tensor
 
@@ -28,11 +32,24 @@ CASES = {  # images, layer; tiles of 32 rows and 16 channels unless the case is 
     "c_not_multiple_of_tile": (2, ConvShape(48, 80, 6, 6)),
 }
 DEFAULT = {"c_not_multiple_of_tile"}
-MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-# Instructions that a warp issues in the main loop for each matrix instruction. The limits are a little above what ptxas
-# makes of the default tiles; on 9.x the schedulers, which issue one a clock, must not be busier than the tensor cores.
-INSTRUCTION_BUDGET = {80: 12, 100: 102}
-MACS_A_CLOCK = 2048  # of a Hopper multiprocessor's tensor cores, whose instruction is four warps', one a scheduler
+
+
+class Conv(NamedTuple):
+    """A convolution op as its tests see it: what may be given to it, and what its results must satisfy.
+
+    `operands(case, options, dtype, device)`; `check(op, case, options, dtype, device, far)`, where x's mean is `far`
+    standard deviations from zero. `of_any_tile` are (options, dtype, far).
+    """
+
+    op: Callable
+    options: tuple[str, ...]
+    operands: Callable[..., list]
+    check: Callable[..., None]
+    of_any_tile: tuple[tuple[str, torch.dtype, float], ...]
+
+
+def use(monkeypatch, tile: Tile) -> None:
+    monkeypatch.setattr(tiles, "tile", lambda *_: tile)
 
 
 def use_tile(monkeypatch, case: str, descriptors: bool = False, **changes) -> None:
@@ -46,9 +63,32 @@ def use_tile(monkeypatch, case: str, descriptors: bool = False, **changes) -> No
         if case in DEFAULT:
             return default(op, shape, dtype, gpu.capability)
         blocks, split = ((16, 16, 32), 3) if op == "conv_wgrad" else ((32, 16, 16), 1)
-        return Tile(*blocks, num_warps=4, num_stages=1, descriptors=descriptors, SPLIT=split, **changes)
+        small = Tile(*blocks, num_warps=4, num_stages=1, descriptors=descriptors, SPLIT=split)
+        return dataclasses.replace(small, **changes)
 
     monkeypatch.setattr(tiles, "tile", tile)
+
+
+def check_of_mutants(conv: Conv, *problems: tuple[str, str, dict]) -> Callable[[ModuleType, torch.device], None]:
+    """The check that a module with the op must pass, and a mutant must not: (case, options, changes of a small tile).
+
+    The problem that caught a mutant comes first for the next one, which is often its like.
+    """
+    order = list(problems)
+
+    def check(changed: ModuleType, device: torch.device) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            for problem in tuple(order):
+                case, options, changes = problem
+                use_tile(patch, case, **changes)
+                try:
+                    conv.check(getattr(changed, conv.op._name), case, options, torch.float16, device)
+                except Exception:
+                    order.remove(problem)
+                    order.insert(0, problem)
+                    raise
+
+    return check
 
 
 def random_tiles(op: str, count: int) -> list[tuple[int, ConvShape, Tile]]:
@@ -70,11 +110,16 @@ def random_tiles(op: str, count: int) -> list[tuple[int, ConvShape, Tile]]:
     return list(found)
 
 
+def problem_of(case: str | tuple[int, ConvShape]) -> tuple[int, ConvShape]:
+    """(images, layer) of a case, by its name or as it is."""
+    return CASES[case] if isinstance(case, str) else case
+
+
 def activation(
     case: str | tuple[int, ConvShape], which: str, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> Tensor:
-    """x, w, or y (also for what has y's shape) of the case, by its name or as (images, layer)."""
-    n, shape = CASES[case] if isinstance(case, str) else case
+    """x, w, or y (also for what has y's shape) of the case."""
+    n, shape = problem_of(case)
     extents = {
         "x": (n, shape.C, shape.H, shape.W),
         "w": (shape.K, shape.C, shape.R, shape.R),
@@ -91,50 +136,9 @@ def affine(channels: int, device: torch.device, seed: int = 0) -> tuple[Tensor, 
     return scale.to(device), shift.to(device)
 
 
-def double(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.double() for t in tensors]
+def in_double(values: list) -> list:
+    return [x.double() if isinstance(x, Tensor) else x for x in values]
 
 
-def in_double(arguments: list) -> list:
-    return [a.double() if isinstance(a, Tensor) else a for a in arguments]
-
-
-def nhwc(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    return channels_last(*shape, dtype=dtype, seed=0, device=torch.device("cpu"))
-
-
-def unaligned(n: int, c: int, h: int, w: int) -> Tensor:
-    """An fp16 activation that begins 2 bytes behind a multiple of 16."""
-    return torch.zeros(n * c * h * w + 1, dtype=torch.float16)[1:].view(n, h, w, c).permute(0, 3, 1, 2)
-
-
-def assert_machine_code(build: Build, facts: Facts) -> None:
-    """No spills, no local memory, no serialised matrix instructions, no operand overwritten before it is read, TMA from
-    sm_90 on, few instructions for an MMA."""
-    name, arch = f"{facts.label} on sm_{facts.arch}", facts.arch
-    assert not facts.error, (name, facts.error)
-    assert (facts.spill_bytes, facts.local_bytes, facts.notes, facts.overwritten) == (0, 0, [], 0), name
-    assert facts.shared_bytes <= SHARED_LIMIT[arch], name
-    matrix = MATRIX_INSTRUCTION[arch]
-    assert facts.count(matrix) > 0, name
-    assert build.constexprs.get("DESCRIPTORS", True) == (arch >= 90) == (facts.count("UTMALDG") > 0), name
-    if arch == 80:
-        assert facts.count("LDGSTS", ".128") > 0 or facts.count("LDG", ".128") > 0, name
-    loop, matrices = facts.main_loop()
-    # There is no loop where it was unrolled, and none to speak of in the few steps of a 1x1 filter.
-    if loop and build.constexprs.get("R", 3) == 3:
-        budget = facts.macs_per_matrix_step() / MACS_A_CLOCK if arch == 90 else INSTRUCTION_BUDGET[arch]
-        assert sum(loop.values()) <= budget * sum(matrices.values()), (name, loop, matrices)
-
-
-def operands_are_shared(facts: Facts) -> bool:
-    """Whether a Hopper GPU's matrix instructions take both operands from shared memory: no warp loads one of them."""
-    loop, _ = facts.main_loop()
-    return not any(name.startswith("LDSM") for name in loop)
-
-
-def layer_operands(shape: ConvShape, device: torch.device) -> tuple[Tensor, ...]:
-    """x, w, y of a layer at 512 images, and fp32 [C] and [K]; uninitialised, for launches that are only recorded."""
-    extents = (512, shape.C, shape.H, shape.W), (shape.K, shape.C, shape.R, shape.R), (512, shape.K, shape.P, shape.Q)
-    x, w, y = (torch.empty(e, dtype=torch.float16, device=device, memory_format=torch.channels_last) for e in extents)
-    return x, w, y, torch.empty(shape.C, device=device), torch.empty(shape.K, device=device)
+def nhwc(*shape: int) -> Tensor:
+    return channels_last(*shape, dtype=torch.float16, seed=0, device=torch.device("cpu"))

@@ -5,6 +5,7 @@ numbers that were recorded, so that a step that hands anything new to its operat
 What a CUDA graph would do in silence is an error where that can be told: CaptureError.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -38,23 +39,24 @@ class HostReads:
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self._modes = _Functions(self.names), _Operations(self.names)
 
     @property
     def count(self) -> int:
         return len(self.names)
 
     def __enter__(self) -> "HostReads":
-        for mode in self._modes:
-            mode.__enter__()
+        self._modes = contextlib.ExitStack()
+        for mode in (_Functions(self.names), _Operations(self.names)):
+            self._modes.enter_context(mode)
         return self
 
     def __exit__(self, *exception) -> None:
-        for mode in reversed(self._modes):
-            mode.__exit__(*exception)
+        self._modes.close()
 
 
 class _Functions(TorchFunctionMode):
+    """Adds to `names` each call that takes a tensor's values to Python."""
+
     def __init__(self, names: list[str]):
         super().__init__()
         self.names = names
@@ -66,6 +68,8 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operations(TorchDispatchMode):
+    """Adds to `names` each operation that waits for the device."""
+
     def __init__(self, names: list[str]):
         super().__init__()
         self.names = names
@@ -81,6 +85,10 @@ def waits(op, args: tuple) -> bool:
     name = op.name().partition("::")[2].partition(".")[0]
     by_mask = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
     return name in WAITING or by_mask
+
+
+def tensors(*values: object) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
 def storage(x: Tensor) -> int:
@@ -99,11 +107,10 @@ class _Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         if waits(op, args):
             raise CaptureError(f"{op} reads device memory on the host")
-        given = {storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        given = set(map(storage, tensors(args, kwargs)))
         self._check_writes(op, args, kwargs)
         result = op(*args, **kwargs)
-        fresh = [x for x in tree_leaves(result) if isinstance(x, Tensor) and storage(x) not in given]
-        self.own |= {storage(x) for x in fresh}
+        self.own |= set(map(storage, tensors(result))) - given
         self.operations.append((op, args, kwargs, result))
         return result
 
@@ -112,16 +119,16 @@ class _Recording(TorchDispatchMode):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             value = kwargs.get(argument.name) if argument.kwarg_only or i >= len(args) else args[i]
-            for x in tree_leaves(value):
-                if isinstance(x, Tensor) and self.buffers is not None and storage(x) not in self.buffers | self.own:
+            for x in tensors(value):
+                if self.buffers is not None and storage(x) not in self.buffers | self.own:
                     raise CaptureError(f"{op} writes {list(x.shape)} {x.dtype} outside of the step's buffers")
 
     def replay(self) -> None:
         with torch.inference_mode():
             for op, args, kwargs, recorded in self.operations:
-                given = {storage(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-                for x, new in zip(tree_leaves(recorded), tree_leaves(op(*args, **kwargs)), strict=True):
-                    if isinstance(x, Tensor) and storage(x) not in given:
+                given = set(map(storage, tensors(args, kwargs)))
+                for x, new in zip(tensors(recorded), tensors(op(*args, **kwargs)), strict=True):
+                    if storage(x) not in given:
                         x.copy_(new)
 
 
@@ -138,7 +145,7 @@ class EmulatedGraphs:
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         buffers = None if self.buffers is None else self.buffers()
-        recording = _Recording(None if buffers is None else {storage(x) for x in buffers})
+        recording = _Recording(None if buffers is None else set(map(storage, buffers)))
         reads: list[str] = []
         with _Functions(reads), recording:
             run()

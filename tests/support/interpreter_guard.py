@@ -21,6 +21,13 @@ class OutOfBoundsError(Exception):
     """A kernel accessed memory outside the tensor that it computed the address from, or stored an element twice."""
 
 
+def is_out_of_bounds(error: BaseException | None) -> bool:
+    """Whether the guard's error is behind this one: the interpreter wraps what a kernel raises."""
+    while error is not None and not isinstance(error, OutOfBoundsError):
+        error = error.__cause__
+    return error is not None
+
+
 class _Tensors:
     """The tensor arguments of one launch and where they really are."""
 
@@ -77,14 +84,9 @@ class _Tensors:
 def guard() -> Iterator[None]:
     """Check every access of every kernel that is launched in the interpreter while the context is open."""
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
-    originals = {
-        (builder, "create_masked_load"): builder.create_masked_load,
-        (builder, "create_masked_store"): builder.create_masked_store,
-        (builder, "create_atomic_rmw"): builder.create_atomic_rmw,
-        (builder, "create_atomic_cas"): builder.create_atomic_cas,
-        (executor, "__call__"): executor.__call__,
-        (interpreter, "_implicit_cvt"): interpreter._implicit_cvt,
-    }
+    names = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas")
+    places = [*((builder, name) for name in names), (executor, "__call__"), (interpreter, "_implicit_cvt")]
+    originals = {(owner, name): getattr(owner, name) for owner, name in places}
     convert, tensors = interpreter._implicit_cvt, _Tensors()
 
     def launch(self, *args, **kwargs):

@@ -37,10 +37,7 @@ MUTANTS = {
     "dropped_mask_on_store": (", mask=mask)\n\n\n@torch", ")\n\n\n@torch"),
     "dropped_mask_on_load": ("mask=readable", "mask=legal"),
     "swapped_flip": ("tl.where(flip != 0, W - 1 - w, w)", "tl.where(flip == 0, W - 1 - w, w)"),
-    "flip_after_the_crop": (
-        "_reflect_index(tl.where(flip != 0, W - 1 - w, w) + dx - PAD, W)",
-        "_reflect_index(tl.where(flip != 0, W - 1 - (w + dx - PAD), w + dx - PAD), W)",
-    ),
+    "flip_after_the_crop": ("W - 1 - w, w) + dx - PAD", "W - 1 - (w + dx - PAD), w + dx - PAD)"),
     "crop_off_by_one": ("_reflect_index(h + dy - PAD, H)", "_reflect_index(h + dy - PAD + 1, H)"),
     "edge_repeated": ("2 * (SIZE - 1) - i, i)", "2 * (SIZE - 1) - i + 1, i)"),
     "rows_for_columns": ("choices_ptr + image * 5 + 1)", "choices_ptr + image * 5 + 0)"),

@@ -26,8 +26,7 @@ def backward(under_test, dy, x, norm, n, pool) -> tuple[torch.Tensor, ...]:
     return under_test.bn_backward_apply(dy, x, norm, coefficients, pool), coefficients[0], coefficients[1]
 
 
-def compare(under_test, shape, pool, dtype, seed, device="cpu", mean=0.0, n=None) -> None:
-    dy, x, norm = problem(shape, pool, dtype, seed, device, mean)
+def compare(under_test, dy, x, norm, pool=False, n=None) -> None:
     n = x.numel() / x.shape[1] if n is None else n
     ours, baseline = backward(under_test, dy, x, norm, n, pool), bn_backward_reference(dy, x, norm, n, pool)
     truth = bn_backward_reference(dy.double(), x.double(), norm.double(), n, pool)
@@ -38,9 +37,9 @@ def compare(under_test, shape, pool, dtype, seed, device="cpu", mean=0.0, n=None
 def check(under_test, _device) -> None:
     bn_stats.MAX_PROGRAMS = 3
     try:
-        compare(under_test, (7, 24, 7, 9), False, torch.float32, 0, mean=1.0)
-        compare(under_test, (7, 24, 8, 10), True, torch.float32, 0, mean=1.0)
-        compare(under_test, (2, 80, 4, 4), False, torch.float16, 0)
+        compare(under_test, *problem((7, 24, 7, 9), False, torch.float32, 0, mean=1.0))
+        compare(under_test, *problem((7, 24, 8, 10), True, torch.float32, 0, mean=1.0), True)
+        compare(under_test, *problem((2, 80, 4, 4), False, torch.float16, 0))
         norm = torch.rand(5, 20)
         partials = torch.randn(2, 1100, 20)
         dgamma, dbeta = under_test.bn_coefficients(partials, norm, 100.0)[:2]

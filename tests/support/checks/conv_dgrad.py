@@ -1,8 +1,7 @@
 """Operands of `conv_dgrad`, the check that its mutants fail, and the mutants."""
 
-import pytest
 import torch
-from conv_cases import CASES, activation, affine, in_double, nhwc, use_tile
+from conv_cases import Conv, activation, affine, check_of_mutants, in_double, nhwc, problem_of
 from kernel_checks import Mutants, assert_as_accurate, channels_last
 
 from kernels import conv_dgrad as module
@@ -11,7 +10,7 @@ from kernels.conv_dgrad import conv_dgrad_reference
 
 
 def operands(case: str | tuple, options: str, dtype: torch.dtype, device, seed: int = 0) -> list:
-    n, shape = CASES[case] if isinstance(case, str) else case
+    n, shape = problem_of(case)
     dy, w = (activation(case, which, dtype, device, seed + i) for i, which in enumerate("yw"))
     shortcut, mask = None, [None] * 4
     if options == "strided_shortcut":
@@ -26,7 +25,7 @@ def operands(case: str | tuple, options: str, dtype: torch.dtype, device, seed: 
 
 
 def check(op, case: str | tuple, options: str, dtype: torch.dtype, device, far: float = 0.0) -> None:
-    """What dz and the partials must satisfy, and a mutant must not; x's mean is `far` standard deviations from 0."""
+    """What dz and the partials must satisfy, and a mutant must not."""
     arguments = operands(case, options, dtype, device)
     if far and arguments[6] is not None:
         arguments[6] += far
@@ -46,6 +45,11 @@ def check(op, case: str | tuple, options: str, dtype: torch.dtype, device, far: 
         assert_as_accurate(
             partials[row].sum(0), terms.float().sum((0, 2, 3)), terms.sum((0, 2, 3)), "sums of dz as stored"
         )
+
+
+OPTIONS = ("plain", "mask", "shortcut", "strided_shortcut", "all")
+OF_ANY_TILE = ("plain", torch.float16, 0), ("strided_shortcut", torch.float16, 0), ("all", torch.float16, -400)
+CONV = Conv(module.conv_dgrad, OPTIONS, operands, check, OF_ANY_TILE)
 
 
 MUTANTS = {
@@ -85,21 +89,17 @@ MUTANTS = {
 OF_THE_OP = {"lines_one_partial_too_few": ("(images + tile.BLOCK_M // shape.W - 1)", "images")}
 
 
-def check_mutant(changed, device) -> None:
-    problems = (
-        ("partial_last_tile", "all", {}),
-        ("stride2_odd", "strided_shortcut", {}),
-        ("stride2_odd", "mask", {"form": "columns"}),
-        ("projection_1x1", "plain", {}),
-        ("stride2", "mask", {"descriptors": True}),
-        ("stride2", "strided_shortcut", {"descriptors": True, "form": "columns"}),
-        ("partial_last_tile", "all", {"descriptors": True, "form": "lines"}),
-        ("several_channel_blocks", "all", {"descriptors": True, "form": "lines"}),
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        for case, options, changes in problems:
-            use_tile(patch, case, **changes)
-            check(changed.conv_dgrad, case, options, torch.float16, device)
+check_mutant = check_of_mutants(
+    CONV,
+    ("partial_last_tile", "all", {}),
+    ("stride2_odd", "strided_shortcut", {}),
+    ("stride2_odd", "mask", {"form": "columns"}),
+    ("projection_1x1", "plain", {}),
+    ("stride2", "mask", {"descriptors": True}),
+    ("stride2", "strided_shortcut", {"descriptors": True, "form": "columns"}),
+    ("partial_last_tile", "all", {"descriptors": True, "form": "lines"}),
+    ("several_channel_blocks", "all", {"descriptors": True, "form": "lines"}),
+)
 
 
 def launch(changed, gpu: tiles.Gpu) -> None:

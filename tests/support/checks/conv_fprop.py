@@ -1,8 +1,7 @@
 """Operands of `conv_fprop`, the check that its mutants fail, and the mutants."""
 
-import pytest
 import torch
-from conv_cases import CASES, activation, affine, in_double, nhwc, use_tile
+from conv_cases import Conv, activation, affine, check_of_mutants, in_double, nhwc, problem_of
 from kernel_checks import Mutants, assert_as_accurate
 
 from kernels import conv_fprop as module
@@ -12,7 +11,7 @@ from kernels.conv_shape import ConvShape
 
 
 def operands(case: str | tuple, options: str, dtype: torch.dtype, device, seed: int = 0) -> list:
-    _, shape = CASES[case] if isinstance(case, str) else case
+    _, shape = problem_of(case)
     x, w = (activation(case, which, dtype, device, seed + i) for i, which in enumerate("xw"))
     prologue = affine(shape.C, device, seed) if options in ("prologue", "all") else (None, None)
     residual = None if options in ("plain", "prologue") else activation(case, "y", dtype, device, seed + 2)
@@ -28,13 +27,13 @@ def statistics_of(y: torch.Tensor, tile_count: int, block_m: int) -> torch.Tenso
     return torch.stack([torch.stack(row) for row in zip(*rows, strict=True)])
 
 
-def check(op, case: str | tuple, options: str, dtype: torch.dtype, device, mean: float = 0.0) -> None:
-    """What y and the partials must satisfy, and a mutant must not; `mean` is x's, in standard deviations."""
+def check(op, case: str | tuple, options: str, dtype: torch.dtype, device, far: float = 0.0) -> None:
+    """What y and the partials must satisfy, and a mutant must not."""
     arguments = operands(case, options, dtype, device)
     x, _, _, scale, shift, *_ = arguments
-    if mean:
-        arguments[0] = x + mean
-        arguments[4] = shift - scale * mean
+    if far:
+        arguments[0] = x + far
+        arguments[4] = shift - scale * far
     y, partials = op(*arguments)
     baseline, _ = conv_fprop_reference(*arguments)
     truth, _ = conv_fprop_reference(*in_double(arguments))
@@ -46,6 +45,11 @@ def check(op, case: str | tuple, options: str, dtype: torch.dtype, device, mean:
     assert torch.equal(partials[0], baseline[0]), "counts"
     assert_as_accurate(partials[1], baseline[1], truth[1], "means of y as stored")
     assert_as_accurate(partials[2], baseline[2], truth[2], "M2 of y as stored")
+
+
+OPTIONS = ("plain", "prologue", "residual", "affine_residual", "all")
+OF_ANY_TILE = ("plain", torch.float16, 0), ("all", torch.float16, 0), ("prologue", torch.float32, 0)
+CONV = Conv(module.conv_fprop, OPTIONS, operands, check, OF_ANY_TILE)
 
 
 MUTANTS = {
@@ -76,19 +80,15 @@ MUTANTS = {
 OF_THE_OP = {"padding_before_the_prologue_descriptors": ("shape, tile), scale is not None", "shape, tile), False")}
 
 
-def check_mutant(changed, device) -> None:
-    problems = (
-        ("partial_last_tile", {}),
-        ("stride2_odd", {}),
-        ("stride2", {"descriptors": True}),
-        ("several_channel_blocks", {"descriptors": True}),
-        ("several_channel_blocks", {"form": "columns", "prologue": "stored"}),
-        ("partial_last_tile", {"descriptors": True, "form": "lines"}),
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        for case, changes in problems:
-            use_tile(patch, case, **changes)
-            check(changed.conv_fprop, case, "all", torch.float16, device)
+check_mutant = check_of_mutants(
+    CONV,
+    ("partial_last_tile", "all", {}),
+    ("stride2_odd", "all", {}),
+    ("stride2", "all", {"descriptors": True}),
+    ("several_channel_blocks", "all", {"descriptors": True}),
+    ("several_channel_blocks", "all", {"form": "columns", "prologue": "stored"}),
+    ("partial_last_tile", "all", {"descriptors": True, "form": "lines"}),
+)
 
 
 def launch(changed, gpu: tiles.Gpu) -> None:

@@ -1,10 +1,7 @@
 """Operands of `conv_wgrad`, the check that its mutants fail, and the mutants."""
 
-import dataclasses
-
-import pytest
 import torch
-from conv_cases import CASES, activation, affine, double, nhwc
+from conv_cases import Conv, activation, affine, check_of_mutants, in_double, nhwc, problem_of
 from kernel_checks import Mutants, assert_as_accurate
 
 from kernels import conv_wgrad as module
@@ -12,13 +9,12 @@ from kernels import tiles
 from kernels.accuracy import relative_error
 from kernels.conv_shape import ConvShape
 from kernels.conv_wgrad import conv_wgrad_reference
-from kernels.tiles import Tile
 
 
-def operands(case: str | tuple, prologue: bool, dtype: torch.dtype, device, seed: int = 0) -> list:
-    _, shape = CASES[case] if isinstance(case, str) else case
+def operands(case: str | tuple, options: str, dtype: torch.dtype, device, seed: int = 0) -> list:
+    _, shape = problem_of(case)
     x, dy = (activation(case, which, dtype, device, seed + i) for i, which in enumerate("xy"))
-    return [x, dy, shape.R, shape.stride, *(affine(shape.C, device, seed) if prologue else (None, None))]
+    return [x, dy, shape.R, shape.stride, *(affine(shape.C, device, seed) if options == "all" else (None, None))]
 
 
 def activated(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, prologue: str) -> torch.Tensor:
@@ -32,25 +28,29 @@ def activated(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, prologu
     return torch.relu((x - pivot).float() * scale.half().float() + bias.float()).half()
 
 
-def check(op, arguments: list, prologue: str = "fp32") -> None:
-    """What dw of these operands must satisfy, and a mutant's must not."""
-    x, dy, size, stride, scale, shift = arguments
-    dw = op(*arguments)
+def check(op, case: str | tuple, options: str, dtype: torch.dtype, device, far: float = 0.0) -> None:
+    """What dw must satisfy, and a mutant must not."""
+    x, dy, size, stride, scale, shift = operands(case, options, dtype, device)
+    if far:  # of x as it is stored, whose own digits are then a quarter of sigma
+        sigma = 2.0 ** (torch.arange(x.shape[1], device=device) % 16 - 8.0) / 16
+        x = ((x + far) * sigma[:, None, None]).to(dtype).contiguous(memory_format=torch.channels_last)
+        scale, shift = scale / sigma, shift - far * scale
+    dw = op(x, dy, size, stride, scale, shift)
     assert dw.is_contiguous(memory_format=torch.channels_last)
-    baseline = conv_wgrad_reference(*arguments)
-    truth = conv_wgrad_reference(*double(x, dy), size, stride, *double(scale, shift))
+    baseline = conv_wgrad_reference(x, dy, size, stride, scale, shift)
+    truth = conv_wgrad_reference(*in_double([x, dy, size, stride, scale, shift]))
     assert_as_accurate(dw, baseline, truth, "dw")
     if scale is not None:
         shape = ConvShape(x.shape[1], dy.shape[1], x.shape[2], x.shape[3], size, stride)
-        if x.is_cuda and tiles.tile("conv_wgrad", shape, x.dtype, tiles.gpu_of(x.device)).prologue == "fp16x2":
+        prologue = tiles.tile("conv_wgrad", shape, dtype, tiles.gpu_of(x.device)).prologue
+        if x.is_cuda and prologue == "fp16x2":
             return  # the last bit of a GPU's division decides which pivot a channel has
         x = activated(x, scale, shift, prologue)
     # Of the activation as it enters the product, the sum is exact to fp32's rounding whatever its dtype.
-    assert relative_error(dw, conv_wgrad_reference(*double(x, dy), size, stride)) < 1e-6
+    assert relative_error(dw, conv_wgrad_reference(*in_double([x, dy, size, stride]))) < 1e-6
 
 
-def use(monkeypatch, tile: Tile) -> None:
-    monkeypatch.setattr(tiles, "tile", lambda *arguments: tile)
+CONV = Conv(module.conv_wgrad, ("plain", "all"), operands, check, (("all", torch.float16, 0),))
 
 
 def check_order(reduce_kernel, split: int, ahead: int, device) -> None:
@@ -85,28 +85,22 @@ MUTANTS = {
     "forgotten_part": ("mask=part < SPLIT", "mask=part < SPLIT - 1"),
     "parts_past_the_last": ("mask=part < SPLIT", "mask=part < SPLIT + 1"),
     "parts_loaded_once": ("part = first + i", "part = i"),
-    "forgotten_partial_block": (
-        "blocks = triton.cdiv(x.shape[0] * shape.P * shape.Q, ",
-        "blocks = (x.shape[0] * shape.P * shape.Q // ",
-    ),
+    "forgotten_partial_block": ("triton.cdiv(x.shape[0] * shape.P * shape.Q,", "(x.shape[0] * shape.P * shape.Q //"),
 }
-SMALL = Tile(16, 16, 32, 4, 1, SPLIT=3)
-MUTANT_CHECKS = (
-    ("odd_map", SMALL),
-    ("stride2_odd", SMALL),
-    ("partial_last_tile", dataclasses.replace(SMALL, descriptors=True)),
-    ("stride2", dataclasses.replace(SMALL, descriptors=True)),
-    ("odd_map", dataclasses.replace(SMALL, BLOCK_K=16, TAPS=3, SPLIT=5)),
-    ("partial_last_tile", dataclasses.replace(SMALL, descriptors=True, TAPS=3, prologue="fp16x2")),
+check_products = check_of_mutants(
+    CONV,
+    ("odd_map", "all", {}),
+    ("stride2_odd", "all", {}),
+    ("partial_last_tile", "all", {"descriptors": True}),
+    ("stride2", "all", {"descriptors": True}),
+    ("odd_map", "all", {"BLOCK_K": 16, "TAPS": 3, "SPLIT": 5}),
+    ("partial_last_tile", "all", {"descriptors": True, "TAPS": 3, "prologue": "fp16x2"}),
 )
 
 
 def check_mutant(changed, device) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        for case, tile in MUTANT_CHECKS:
-            use(patch, tile)
-            check(changed.conv_wgrad, operands(case, True, torch.float16, device), tile.prologue)
     check_order(changed.conv_wgrad_reduce_kernel, 5, 2, device)
+    check_products(changed, device)
 
 
 def launch(changed, gpu: tiles.Gpu) -> None:

@@ -2,7 +2,6 @@
 
 import torch
 from kernel_checks import Mutants, assert_as_accurate
-from torch import Tensor
 
 from kernels import sgd as module
 from kernels.sgd import BLOCK
@@ -26,52 +25,38 @@ def problem(n: int, momentum: float, device, copy: torch.dtype | None = torch.fl
     }
 
 
-def hundred_steps(op, n: int, momentum: float, device) -> Tensor:
-    """w after steps whose rates end with the table, each with a gradient of its own."""
-    operands = problem(n, momentum, device)
+def check_steps(op, n: int, momentum: float, device, steps: int = 100) -> None:
+    """w is torch.optim.SGD's after steps whose rates end with the table, each with a gradient of its own."""
+    operands, theirs = problem(n, momentum, device), []
+    for dtype in (torch.float64, torch.float32):
+        w = torch.nn.Parameter(operands["w"].to(dtype, copy=True))
+        theirs.append(torch.optim.SGD([w], lr=1.0, momentum=momentum, nesterov=momentum > 0, weight_decay=DECAY))
     if momentum:
         operands["v"].zero_()
-    for step in range(1, 101):
+    for step in range(1, steps + 1):
+        gradient = torch.randn(n, generator=torch.Generator().manual_seed(step)).to(device)
         operands["step"].fill_(step)
-        operands["dw"].copy_(gradient(n, step))
+        operands["dw"].copy_(gradient)
         op(**operands)
+        for optimiser in theirs:
+            (group,) = optimiser.param_groups
+            group["lr"], (w,) = float(operands["rates"][min(step, 3)]), group["params"]
+            w.grad = gradient.to(w.dtype)
+            optimiser.step()
     assert int(operands["bad_step"]) == -1
     assert torch.equal(operands["copy"], operands["w"].half())
-    return operands["w"]
-
-
-def library_s(n: int, momentum: float, device, dtype: torch.dtype) -> Tensor:
-    """The same by torch.optim.SGD."""
-    operands = problem(n, momentum, device)
-    w = torch.nn.Parameter(operands["w"].to(dtype))
-    optimiser = torch.optim.SGD([w], lr=1.0, momentum=momentum, nesterov=momentum > 0, weight_decay=DECAY)
-    for step in range(1, 101):
-        w.grad = gradient(n, step).to(device, dtype)
-        optimiser.param_groups[0]["lr"] = float(operands["rates"][min(step, 3)])
-        optimiser.step()
-    return w.detach()
-
-
-def gradient(n: int, step: int) -> Tensor:
-    return torch.randn(n, generator=torch.Generator().manual_seed(step))
-
-
-def check_hundred_steps(op, n: int, momentum: float, device) -> None:
-    truth, baseline = (library_s(n, momentum, device, dtype) for dtype in (torch.float64, torch.float32))
-    assert_as_accurate(hundred_steps(op, n, momentum, device), baseline, truth)
+    truth, baseline = (optimiser.param_groups[0]["params"][0].detach() for optimiser in theirs)
+    assert_as_accurate(operands["w"], baseline, truth)
 
 
 def check_masking(op, place: int, value: float, device) -> None:
     operands = problem(BLOCK + 9, 0.9, device)
     before = {name: operands[name].clone() for name in ("w", "v", "copy")}
-    operands["dw"][place] = value
-    operands["step"].fill_(3)
-    op(**operands)
-    assert int(operands["bad_step"]) == 3
-    operands["dw"].fill_(1.0)
-    operands["step"].fill_(4)
-    op(**operands)
-    assert int(operands["bad_step"]) == 3, "the first one is kept"
+    for step, bad in ((3, value), (4, 1.0)):
+        operands["dw"][place] = bad
+        operands["step"].fill_(step)
+        op(**operands)
+        assert int(operands["bad_step"]) == 3, "the first one is kept"
     for name, tensor in before.items():
         assert torch.equal(operands[name], tensor), name
 
@@ -86,7 +71,7 @@ def check_all(changed, device) -> None:
         operands["step"].fill_(step)
         op(**operands)
     assert int(operands["bad_step"]) == 2
-    check_hundred_steps(op, BLOCK + 7, 0.9, device)
+    check_steps(op, BLOCK + 7, 0.9, device, steps=10)
 
 
 MUTANTS = {
