@@ -74,7 +74,12 @@ def test_resuming_in_each_pipeline(tmp_path, preprocess):
 
 @pytest.mark.usefixtures("cpu_modes")
 @pytest.mark.parametrize(
-    ("mode", "stops"), [("captured", (1, 6, 11)), pytest.param("compiled", (6,), marks=pytest.mark.slow)]
+    ("mode", "stops"),
+    [
+        ("captured", (6,)),
+        pytest.param("captured", (1, 11), marks=pytest.mark.slow),
+        pytest.param("compiled", (6,), marks=pytest.mark.slow),
+    ],
 )
 def test_resuming_in_each_mode(whole, tmp_path, mode, stops):
     config = tiny_config(step=mode)
