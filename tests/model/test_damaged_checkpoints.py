@@ -100,20 +100,15 @@ def put(where: str, value: object = LOST):
 OURS = "is not a checkpoint of this program: "
 DAMAGES = [  # to which of step 25's files, what happens, and words of the message
     (TENSORS, flipped(0, 1), "is damaged: sha256 expected"),  # the length of the header
-    (TENSORS, flipped(20, 1), "is damaged: sha256 expected"),
-    (TENSORS, flipped(-800, 1), "is damaged: sha256 expected"),  # a value
     (TENSORS, flipped(-1, 0x80), "is damaged: sha256 expected"),
-    (TENSORS, cut(20), "is damaged: sha256 expected"),
     (TENSORS, cut(-1), "is damaged: sha256 expected"),
     (TENSORS, cut(0), "is damaged: sha256 expected"),
     (TENSORS, lambda path: path.write_bytes(path.read_bytes() + b"\0"), "is damaged: sha256 expected"),
     (TENSORS, torch_zip, "is a pickle or a zip archive, not a safetensors file: refused unopened"),
     (TENSORS, bare_pickle, "is a pickle or a zip archive, not a safetensors file: refused unopened"),
-    (JSON, flipped(0, 1), "is damaged: not JSON"),
     (JSON, flipped(30, 0x80), "is damaged: not JSON"),
     (JSON, flipped(b"_sha256", 1), "is damaged: sha256 expected"),
     (JSON, flipped(b"batch_size", 1), "is damaged: sha256 expected"),
-    (JSON, cut(-10), "is damaged: not JSON"),
     (JSON, cut(0), "is damaged: not JSON"),
     (JSON, text("[" * 200_000), "is damaged: not JSON"),
     (JSON, text('{"status": "ok"}'), OURS),

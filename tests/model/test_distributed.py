@@ -56,6 +56,7 @@ def test_the_ranks_batches_are_one_process_s_batches_cut_up(images, batch_size, 
         for number, (x, labels) in enumerate(whole):
             assert torch.equal(torch.cat([part[number][0] for part in parts]), x)
             assert torch.equal(torch.cat([part[number][1] for part in parts]), labels)
+            assert all(part[number][0].shape[1:] == (3, 32, 32) for part in parts)  # an empty one too
             sizes = [len(part[number][1]) for part in parts]
             assert max(sizes) - min(sizes) <= 1
             seen += labels.tolist()

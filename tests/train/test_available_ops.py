@@ -15,8 +15,9 @@ from model.session import require_fit
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the kernels need triton")
-def test_training_on_the_fused_kernels_is_training(tmp_path):
+def test_training_on_the_fused_kernels_is_training(tmp_path, monkeypatch):
     """A run of `ops=fused` ends where the reference's does, and either's checkpoint goes on in the other."""
+    monkeypatch.setattr("model.verdict.refusal", lambda *_: None)  # tests/model/test_probe.py asks
     data = tiny_dataset(8, 4)
     config = tiny_config(widths=(16, 16, 16, 16), batch_size=4, epochs=1, lr_epochs=(0, 0.5, 1), lr_values=(0, 0.02, 0))
     fused_config = dataclasses.replace(config, ops="fused")

@@ -184,6 +184,7 @@ def test_no_data_and_no_network_trains_on_synthetic_images(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert b"SYNTHETIC IMAGES" in done.stderr
+    assert b"1 epoch of 5,000 images" in b" ".join(done.stderr.split())
     summary = json.loads(done.stdout)
     assert (summary["data_identity"], summary["preset"]) == ("synthetic", "laptop")
     assert 0 < summary["wall_s"] <= time.monotonic() - start_s
