@@ -80,21 +80,14 @@ def torchrun(tmp_path: Path) -> Iterator:
     jobs = []
 
     def start(*arguments, **environment) -> Torchrun:
-        jobs.append(Torchrun(tmp_path, *arguments, **environment))
+        folder = tmp_path / f"job-{len(jobs)}"
+        folder.mkdir()
+        jobs.append(Torchrun(folder, *arguments, **environment))
         return jobs[-1]
 
     yield start
     for job in jobs:
         job.kill()
-
-
-FAULTS = [
-    pytest.param("killed", 1, id="sigkill"),
-    pytest.param("killed", 0, id="sigkill_of_the_first"),
-    pytest.param("out of memory", 1, id="exception_with_an_exit_code"),
-    pytest.param("a bug", 1, id="exception_without_one"),
-    pytest.param("stopped", 1, id="sigstop"),
-]
 
 
 def assert_lost(out: Path, err: str) -> None:
@@ -106,12 +99,21 @@ def assert_lost(out: Path, err: str) -> None:
 
 
 @needs_gloo
-@pytest.mark.parametrize(("fault", "rank"), FAULTS)
-def test_a_lost_rank_ends_the_others(tmp_path, fault, rank):
+@pytest.mark.parametrize(
+    ("fault", "rank", "code"),
+    [
+        pytest.param("killed", 1, -signal.SIGKILL, id="sigkill"),
+        pytest.param("killed", 0, -signal.SIGKILL, id="sigkill_of_the_first"),
+        pytest.param("out of memory", 1, 6, id="exception_with_an_exit_code"),
+        pytest.param("a bug", 1, 1, id="exception_without_one"),
+        pytest.param("stopped", 1, -signal.SIGKILL, id="hanging"),
+    ],
+)
+def test_a_lost_rank_ends_the_others(tmp_path, fault, rank, code):
     env = {"FAULT": fault, "FAULTY_RANK": str(rank), "CIFAR10_RANK_TIMEOUT_S": "3"}
     arguments = (str(tmp_path), *TINY, "--out", str(tmp_path / "run"))
     ranks = forks.run("rank_jobs:command", *arguments, world=2, env=env)
-    assert ranks[rank].returncode == {"out of memory": 6, "a bug": 1}.get(fault, -signal.SIGKILL)
+    assert ranks[rank].returncode == code
     assert ranks[1 - rank].returncode == 1, ranks[1 - rank].stderr
     if rank == 1:
         assert_lost(tmp_path / "run", ranks[0].stderr.decode())
@@ -121,14 +123,14 @@ def test_a_lost_rank_ends_the_others(tmp_path, fault, rank):
 @pytest.mark.parametrize(
     ("fault", "rank"),
     [
-        pytest.param(*each.values, id=each.id, marks=() if "memory" in each.values[0] else pytest.mark.slow)
-        for each in [*FAULTS, pytest.param("asleep", 1, id="a_call_that_never_returns")]
+        pytest.param("out of memory", 1, id="exception_with_an_exit_code"),
+        pytest.param("a bug", 1, id="exception_without_one", marks=pytest.mark.slow),
+        pytest.param("killed", 1, id="sigkill", marks=pytest.mark.slow),
+        pytest.param("killed", 0, id="sigkill_of_the_first", marks=pytest.mark.slow),
     ],
 )
 def test_a_lost_rank_ends_the_job(torchrun, fault, rank):
-    """torchrun waits 30 s for one that hangs, whatever else is asked of it."""
-    patience = {"CIFAR10_RANK_TIMEOUT_S": "3"} if fault in ("stopped", "asleep") else {}
-    job = torchrun(2, FAULT=fault, FAULTY_RANK=str(rank), **patience)
+    job = torchrun(2, FAULT=fault, FAULTY_RANK=str(rank))
     code, _, err = job.end()
     assert code != 0
     if rank == 1:
@@ -140,7 +142,17 @@ def test_a_lost_rank_ends_the_job(torchrun, fault, rank):
 
 
 @needs_gloo
-def test_sigterm_saves_and_the_run_goes_on_with_as_many_processes(torchrun, tmp_path):
+@pytest.mark.slow
+def test_a_hanging_rank_ends_the_job(torchrun):
+    """Stopped, or in a call that never returns. torchrun waits 30 s for it, whatever else is asked of it."""
+    for job in [torchrun(2, FAULT=fault, CIFAR10_RANK_TIMEOUT_S="3") for fault in ("stopped", "asleep")]:
+        code, _, err = job.end()
+        assert code != 0
+        assert_lost(job.out, err)
+
+
+@needs_gloo
+def test_sigterm_saves_and_the_run_goes_on_with_as_many_processes(torchrun):
     workers = ["--set", "preprocess=once", "--set", "workers=1"]  # which torchrun's signal must not end first
     job = torchrun(2, *workers, FAULT="slow")
     job.wait_until_it_trains()
@@ -153,7 +165,7 @@ def test_sigterm_saves_and_the_run_goes_on_with_as_many_processes(torchrun, tmp_
     assert 6 <= summary["steps"] < 12
     assert (job.out / f"checkpoint-{summary['steps']:08d}.json").exists()
 
-    again = ["rank_jobs:command", str(tmp_path), *TINY, "--out", str(job.out), "--resume", "auto"]
+    again = ["rank_jobs:command", str(job.folder), *TINY, "--out", str(job.out), "--resume", "auto"]
     (alone,) = forks.run(*again, world=1)
     assert alone.returncode == 8
     assert len(re.findall(rb"^error: .*processes: 2 in the checkpoint, 1 asked for", alone.stderr, re.MULTILINE)) == 1
