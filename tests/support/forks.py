@@ -1,6 +1,6 @@
 """Processes of the program without the seconds of its imports: forks of one that has imported it, and computed nothing.
 
-What a process does as it starts, or with its parent, needs a process of its own, and so do variables that imports read.
+Tests of a process's start or parent, and of variables that imports read, need a process of their own instead.
 """
 
 import functools
@@ -23,10 +23,10 @@ PATIENCE_S = 120
 def run(
     function: str, *arguments: str, world: int = 0, env: dict[str, str] | None = None, cwd: Path | None = None
 ) -> list[subprocess.CompletedProcess]:
-    """Call "module:function" in a fork whose command line has these arguments: what came of it, output as bytes.
+    """Call "module:function" in a fork with these arguments; returns its exit code and its output as bytes.
 
-    With a `world` in as many forks at once, each a rank as torchrun has it in the environment. One that is stopped by
-    a signal is killed when the others have ended. `env` is added to the environment.
+    `world` forks run at once, each a rank by the variables that torchrun sets; a fork that a signal has stopped is
+    killed when the others have ended. `env` is added to the environment.
     """
     with tempfile.TemporaryDirectory() as folder:
         request = {"function": function, "arguments": arguments, "world": world, "folder": folder}

@@ -80,7 +80,7 @@ def tiny(
 ) -> subprocess.CompletedProcess:
     """The program as users run it, but on the tiny data; in a fork, or in a `fresh` process with its `options`."""
     words, env = [str(word) for word in arguments], {"FAULT": fault, **(env or {})}
-    if not fresh:
+    if not fresh and hasattr(os, "fork"):
         return forks.run("runs:main", *words, env=env)[0]
     command, env = [sys.executable, ROOT / "tests" / "support" / "runs.py", *words], {"OMP_NUM_THREADS": "1"} | env
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
