@@ -63,7 +63,7 @@ def command_of(perform: Callable[[Request], Any]) -> typer.Typer:
 
 
 def _speaks() -> bool:
-    """Whether this process is the one of torchrun's that prints."""
+    """Whether this process is the rank that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -194,7 +194,7 @@ def run(
         if trainer:
             steps, images, recorded = trainer.step.number, trainer.images_seen(), trainer.recorded_bytes()
         if error:
-            clock.synchronize = lambda: None  # a device that has failed raises again whoever waits for it
+            clock.synchronize = lambda: None  # waiting for a device that has failed raises again
         clock.stop()
         if collection:
             collection.finish(clock)

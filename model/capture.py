@@ -1,7 +1,7 @@
-"""A function of device memory, run as it is or recorded once and replayed: what a training epoch on a GPU consists of.
+"""Functions of device memory that are run as they are, or recorded once and replayed: a training epoch on a GPU.
 
 A recording (a CUDA graph) repeats the launches that it saw, with the addresses and the Python numbers that it saw.
-Whatever is to change from one call to the next must therefore be read from tensors that stay where they are.
+Whatever changes from one call to the next must therefore be read from tensors that stay where they are.
 """
 
 import contextlib
@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 REHEARSALS = 3
-"""Runs before a recording: they compile, choose algorithms and take workspaces, which a capture must not."""
+"""Runs before a recording. They compile, choose algorithms and take workspaces, which a capture must not."""
 
 
 class Recorder(Protocol):
-    """What turns a function into its replay.
+    """Turns a function into its replay.
 
-    held_bytes  the most that a recording allocated of its own, and needs again whenever it is replayed
+    held_bytes  the most bytes that one recording allocated for itself, and needs again at each replay
     """
 
     held_bytes: int
 
     def rehearse(self, run: Callable[[], None]) -> None:
-        """Run it as often as is needed before it can be recorded."""
+        """Run it as often as a recording needs it to have run."""
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        """The replay; whether `run` is executed while it is recorded is the recorder's affair."""
+        """Return the replay. The recorder may or may not execute `run` while it records."""
 
 
 class CudaGraphs:
@@ -41,7 +41,7 @@ class CudaGraphs:
         self.held_bytes = 0
 
     def rehearse(self, run: Callable[[], None]) -> None:
-        """On the stream that will be recorded, whose workspaces are then there."""
+        """Run it on the stream that will be recorded, so that its workspaces are there."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -50,7 +50,7 @@ class CudaGraphs:
         current.wait_stream(self.stream)
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        """The replay of one CUDA graph; nothing is executed. Raises what the function or the driver raises.
+        """Return the replay of one CUDA graph; nothing is executed. Raises what the function or the driver raises.
 
         Only this thread's forbidden calls end the recording: a loader's thread may pin memory, and NCCL's may ask for
         its events.
@@ -71,7 +71,7 @@ class CudaGraphs:
         return graph.replay
 
     def _end_allocation(self) -> None:
-        """Before 2.12 torch's allocator goes on as if it were recording after a recording that failed."""
+        """End the allocator's recording: before 2.12 torch leaves it on after a recording that failed."""
         with contextlib.suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
 
@@ -88,7 +88,7 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 def recorder(device: torch.device) -> Recorder:
-    """What records on `device`. Raises RuntimeError where nothing does."""
+    """The recorder for `device`. Raises RuntimeError where there is none."""
     if device.type != "cuda":
         raise RuntimeError(f"a CUDA graph needs a CUDA GPU, and this run is on {device.type}")
     return CudaGraphs(device)
@@ -102,7 +102,7 @@ class Program:
 
     state     every tensor, and nothing else, that `run` changes; it is put back after rehearsals and recordings
     recorder  None to run it as it is
-    rehearsal what is run before recording, and to prepare where nothing is recorded; by default `run`
+    rehearsal run before a recording, and to prepare where nothing is recorded; by default `run`
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Program:
         self.recordings: dict[tuple, tuple[tuple, Callable[[], None]]] = {}
 
     def __call__(self, *batch: Any) -> None:
-        """Run on `batch`, preparing for its kind if nobody has."""
+        """Run on `batch`, after preparing for its kind if it is new."""
         if self.recorder is None:
             self.run(*batch)
             return

@@ -13,10 +13,9 @@ from kernels.jit import nothing_launched
 def compile_kernels(run: Callable[[], Any], device: torch.device) -> None:
     """Compile the kernels that `run` would launch on `device`, on all cores, and load them; none is launched.
 
-    What `run` computes is therefore of no meaning. Kernels are not specialised on the size of a batch, so that any size
-    stands for all. Triton compiles outside of Python's lock, and
-    assembles in another process, so that threads suffice. A kernel that fails is left for the step that needs it, which
-    says so; what `run` itself raises is passed on.
+    The results of `run` are therefore meaningless. Kernels are not specialised on the size of a batch, so any size
+    stands for all. Triton compiles outside of Python's lock and assembles in another process, so threads suffice. A
+    kernel that fails is left for the step that needs it, which says so; an error of `run` itself is passed on.
     """
     from triton import AsyncCompileMode
 
@@ -26,7 +25,7 @@ def compile_kernels(run: Callable[[], Any], device: torch.device) -> None:
     def load(kernel: Any) -> None:
         with contextlib.suppress(Exception), on_device():
             kernel = kernel.result() if hasattr(kernel, "result") else kernel
-            kernel.run  # noqa: B018  # the launcher, which a C compiler makes at the first look, and the module on the GPU
+            kernel.run  # noqa: B018  # makes the launcher with a C compiler, and loads the module onto the GPU
 
     with ThreadPoolExecutor() as threads:
         # Backward too in this thread: in the engine's own, the launches would wait for the compiler one after another.

@@ -230,7 +230,7 @@ _SHORT = {
     "dtype": {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32"},
     "device": {"gpu": "cuda"},
 }
-"""What people type for values."""
+"""Short names of values."""
 
 
 def _parse(f: dataclasses.Field, text: str) -> Any:

@@ -20,15 +20,14 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from model.errors import DeviceError, RunError, UsageError
 
 SET_UP_S = 600
-"""How long ranks wait for each other before the first step: one may be compiling kernels or reading a slow disk."""
+"""Seconds that ranks wait for each other before the first step: one may be compiling kernels or reading a slow disk."""
 
 STEP_S = 20
-"""How long ranks wait for each other afterwards, unless CIFAR10_RANK_TIMEOUT_S says otherwise. torchrun then gives
-those still there 30 s to end: a hanging rank ends the job within a minute."""
-
+"""Seconds that ranks wait for each other afterwards, unless CIFAR10_RANK_TIMEOUT_S says otherwise. torchrun then gives
+the others 30 s to end: a hanging rank ends the job within a minute."""
 
 LEAVE_S = 3
-"""How long a rank that fails waits for the first one to fail too."""
+"""Seconds that a failing rank waits for the first one to fail too."""
 
 _groups: dict[str, dist.ProcessGroup] = {}
 """Process groups, which are the process's as torch.distributed's own are. Nothing else holds them, so that `leave` ends
@@ -60,9 +59,9 @@ class Ranks:
         """`x` summed over ranks, in place; bit-equal on all of them.
 
         All gradients are one `x`, with the same parameters at the same places in every step. From three ranks on, the
-        order in which an element is summed depends on its place, and a resumed run has to repeat the bits: this is why
-        DistributedDataParallel, which rearranges its buckets after a process's first step, is not used. What that would
-        gain is to hide the sum behind backward: 20 MB for the article's network.
+        order in which an element is summed depends on its place, and a resumed run has to repeat the bits:
+        DistributedDataParallel is not used, since it rearranges its buckets after a process's first step. It would hide
+        the sum behind backward: 20 MB for the article's network.
         """
         if self.world > 1:
             with _reporting_loss():
@@ -79,7 +78,7 @@ class Ranks:
             torch._foreach_div_(statistics, self.world)
 
     def any(self, flag: int) -> int:
-        """The largest of the ranks' flags, so that all of them stop after the same step."""
+        """The largest of the ranks' flags, by which all of them stop after the same step."""
         if self.world == 1:
             return flag
         highest = torch.tensor(flag)
@@ -124,7 +123,7 @@ def join(device: torch.device) -> Ranks:
             )
         torch.cuda.set_device(device)
     with _reporting_loss():
-        # What set-up waits for is on the host: a barrier of NCCL's would make a second communicator for it.
+        # Set-up waits on the host: a barrier of NCCL's would make a second communicator for it.
         try:
             dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=SET_UP_S))
         except ValueError as error:  # a variable of the environment is missing or is no number
@@ -145,10 +144,10 @@ def leave() -> None:
 
 
 def report(error: BaseException) -> None:
-    """What a rank that does not speak does with the `error` that ends it: torchrun finds it, and shows the job's first.
+    """Record the `error` that ends a rank that does not speak: torchrun finds it, and shows the job's first.
 
-    torchrun also ends the other ranks as soon as one has ended, and the first one may be about to write and to say the
-    same: it gets a moment to leave before this one.
+    torchrun ends the other ranks as soon as one has ended. The first rank may be about to write and to say the same,
+    and gets a moment to leave before this one.
     """
     get_error_handler().record_exception(error)
     if "leave" in _groups:
@@ -158,7 +157,7 @@ def report(error: BaseException) -> None:
 
 @contextlib.contextmanager
 def _reporting_loss() -> Iterator[None]:
-    """What gloo and NCCL raise for a rank that is gone or late, as a RunError."""
+    """Turn the error of gloo or NCCL for a rank that is gone or late into a RunError."""
     try:
         yield
     except RuntimeError as error:

@@ -14,7 +14,7 @@ from model.errors import UsageError
 
 LOCK, OWNER = ".lock", ".owner"
 PATIENCE_S = 1.0
-"""How long to wait for a lock: its owner may be about to end, or about to say who it is."""
+"""Seconds to wait for a lock: its owner may be about to end, or about to say who it is."""
 
 
 def make(folder: Path) -> None:

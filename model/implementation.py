@@ -7,7 +7,7 @@ from model.config import Config
 
 
 def implementation(config: Config) -> Any:
-    """What has the functions of `kernels.reference`: the networks' blocks, the augmentation and the optimiser.
+    """A module with the functions of `kernels.reference`: the networks' blocks, the augmentation and the optimiser.
 
     It is the one that `config.ops` and `config.conv` name, for all of a run.
     """

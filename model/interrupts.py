@@ -10,9 +10,9 @@ from typing import Any
 BURST_S = 0.3
 """Signals that follow one within this time are the same request: a terminal, a launcher and `timeout` each send one."""
 PARENT_S = 1.0
-"""How often `follow` looks for the parent."""
+"""Seconds between two looks of `follow` for the parent."""
 END_S = 30.0
-"""How long a process without its parent may take to finish its step and to save, as torchrun has it for SIGTERM."""
+"""Seconds for a process without its parent to finish its step and to save: torchrun's for SIGTERM."""
 
 
 class Interrupted(BaseException):
@@ -43,7 +43,7 @@ class Interrupts:
         _handle_all(self.handle)
 
     def handle(self, signum: int, _: Any = None) -> None:
-        """What a signal does; raises Interrupted unless it is to wait."""
+        """Do what a signal asks for: raises Interrupted unless it is to wait."""
         now_s = time.monotonic()
         if self.requested and now_s - self._last_s < BURST_S:
             return

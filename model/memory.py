@@ -68,7 +68,7 @@ def peak(device: torch.device, recorded: int = 0) -> Peak:
 
 
 def free_shared_bytes() -> int | None:
-    """What is free of /dev/shm, by which processes hand each other tensors; who needs more dies of SIGBUS.
+    """Free bytes of /dev/shm, by which processes hand each other tensors; a process that needs more dies of SIGBUS.
 
     None where there is no such place. Containers have 64 MB there if nobody asks for more.
     """

@@ -112,7 +112,7 @@ _CONV_SHAPES: dict[str, Callable[..., ConvShape]] = {
 
 
 def comparable(name: str, result: Any, args: tuple) -> list[Tensor]:
-    """What is compared of an op's result, or of its reference's: nothing in it depends on the tiles."""
+    """The part of an op's result, or of its reference's, that is compared: nothing in it depends on the tiles."""
     if name == "sgd":  # of w what it moved by, which is small beside w
         return [result[0].double() - args[0].double(), *(t for t in result[1:] if t is not None)]
     if name == "bn_finalize" or name == "bn_coefficients":
@@ -188,7 +188,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "conv_wgrad": conv_wgrad_reference,
     "sgd": _sgd,
 }
-"""What each op computes, in PyTorch, on operands of any dtype."""
+"""Each op in PyTorch, on operands of any dtype."""
 
 
 def _in_float64(operands: Any) -> Any:

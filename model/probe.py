@@ -35,13 +35,13 @@ INTERPRETED_IMAGES = 2
 OWN_DEVIATIONS = 3
 GRADIENT_TOLERANCE = 0.1
 LOSS_TOLERANCE = 0.02
-"""Gradients may deviate from the reference ops' in fp32 so many times as far as the worst of theirs does in the run's
-dtype, or this, relatively (L2). Each implementation rounds on its own, and so switches other ReLUs and pools: of the
-article's network in fp16 both deviate by up to 0.15, tensor by tensor some by 15 times the other's. It is no test of a
-kernel, which the ops' comparisons are; a term or a factor that is wrong between them is of the order of 1."""
+"""Gradients may deviate (relatively, L2) from the reference ops' in fp32 by OWN_DEVIATIONS times the worst deviation of
+the reference ops in the run's dtype, or by the tolerance. Each implementation rounds on its own, and so switches other
+ReLUs and pools: in fp16 both deviate on the article's network by up to 0.15, single tensors by 15 times the other's.
+This tests no kernel, as the ops' comparisons do; a wrong term or factor between the ops is of the order of 1."""
 
 SHOWN = 3
-"""So many wrong ops are named; the others are counted."""
+"""Wrong ops that are named; the others are counted."""
 
 
 def refusal(config: Config, begin: Callable[[str], Any] = lambda place: None) -> tuple[str | None, list[str]]:

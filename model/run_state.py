@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run, read back once: every name, type and range checked, and nothing after that."""
+"""The state of a run in its checkpoint: every name, type and range is checked as it is read, and nothing after that."""
 
 import dataclasses
 import json
@@ -34,12 +34,12 @@ ROW = {
     "train_s": _POSITIVE,
     "eval_s": _POSITIVE,
 }
-"""What there is of each epoch, and of which kind. Losses are means over images, times are in seconds."""
+"""The values of each epoch and their kinds. Losses are means over images, times are in seconds."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Of the run that a checkpoint belongs to, after `history`'s epochs and perhaps a part of the next.
+    """The run of a checkpoint, after the epochs of `history` and perhaps a part of the next.
 
     data        sha256 of all images and labels, see `Dataset.fingerprint`
     world_size  processes that the run was split over

@@ -196,7 +196,7 @@ class Trainer:
 
     @torch.no_grad()
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds. Under several ranks the running statistics are averaged first.
+        """The tensors of a checkpoint. Under several ranks the running statistics are averaged first.
 
         Waits for the device; raises NonFiniteError where one is not finite, as running statistics can become while
         every gradient is.

@@ -40,7 +40,7 @@ ASKED = (
 """The settings that decide which kernels run, and on what."""
 
 _known: dict[str, str | None] = {}
-"""What this process has been told: a probe that failed is not asked again, though the next process may."""
+"""This process's verdicts: a probe that failed is not asked again, though the next process may."""
 
 
 def refusal(
@@ -126,7 +126,7 @@ def _ask(asked: Config, key: dict[str, Any], say: Callable[[str], Any]) -> str |
 
 
 def _probe(asked: Config) -> dict[str, Any]:
-    """What `model.probe` answers within `LIMIT_S`; otherwise {"reason": how it ended, and at what}."""
+    """The answer of `model.probe` within `LIMIT_S`; otherwise {"reason": how it ended, and at what}."""
     pipe = subprocess.PIPE
     try:  # in a process group: its compilers end with it, and Ctrl-C is not for it to answer
         process = subprocess.Popen(COMMAND, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe, process_group=0)
@@ -157,7 +157,7 @@ def _last(out: bytes) -> dict[str, Any]:
 
 
 def _end(process: subprocess.Popen, err: bytes) -> str:
-    """How a process without a verdict ended."""
+    """The end of a process without a verdict, in words."""
     code, lines = process.returncode, err.decode(errors="replace").strip().splitlines()
     if code == -signal.SIGALRM:
         return "did not end within the time limit of one op"

@@ -40,7 +40,7 @@ OTHER_MEMBERS = ("batches.meta.txt", "readme.html")  # in the archive too; not n
 OTHER_BYTES = 1 << 20  # more than those two and the tar format itself take
 
 ERRORS = (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError, RecursionError)
-"""Of an archive that is not what it should be."""
+"""Errors of an archive that is not the official one."""
 
 
 def is_archive(archive: Path) -> bool:

@@ -235,7 +235,7 @@ class PreparedImages(_Samples):
 
 
 def _affordable(workers: int, batch_bytes: int, ranks: int, warn: Callable[[str], Any]) -> int:
-    """How many workers find room in /dev/shm for what they make in advance, beside those of all ranks."""
+    """The number of workers whose batches made in advance, beside those of all ranks, fit into /dev/shm."""
     free = free_shared_bytes()
     if free is None:
         return workers

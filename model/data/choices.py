@@ -29,7 +29,7 @@ def philox(counter: tuple, key: tuple[int, int]) -> tuple:
 
 
 class Augmentation(NamedTuple):
-    """What is drawn: crops of an image padded by `crop_pad`, flips, and the corner of a cutout square."""
+    """The random choices: crops of an image padded by `crop_pad`, flips, and the corner of a cutout square."""
 
     crop_pad: int
     flip: str  # "random", "alternating" (each image both ways round in any two epochs) or "none"

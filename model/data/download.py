@@ -49,7 +49,7 @@ class DownloadError(DataError):
 
 
 class _MirrorError(Exception):
-    """What is wrong with one mirror."""
+    """A fault of one mirror."""
 
 
 def fetch(data_dir: Path, *, say: Callable[[str], None], progress: Callable[[int, int], None]) -> None:
@@ -234,10 +234,10 @@ def _download(
 
 
 def _in_time(body: Iterator[tuple[int, bytes]], deadline: float) -> Iterator[tuple[int, bytes]]:
-    """What `body` yields, as long as SLOW_BYTES come in each SLOW_S, until `deadline`; then raises _MirrorError.
+    """Yield from `body` as long as SLOW_BYTES come in each SLOW_S, until `deadline`; then raise _MirrorError.
 
-    A thread reads it: a name lookup, or a header sent letter by letter, cannot be interrupted. One that is given up
-    ends with its next chunk, or with the process.
+    A thread reads it, since a name lookup, or a header sent letter by letter, cannot be interrupted. A thread that is
+    given up ends with its next chunk, or with the process.
     """
     chunks: queue.SimpleQueue[tuple[int, bytes] | BaseException | None] = queue.SimpleQueue()
     given_up = threading.Event()

@@ -86,6 +86,7 @@ def test_a_replay_goes_on_in_the_middle_of_an_epoch(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the kernels need triton")
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_overflow_checks")
 def test_a_replayed_fused_step_is_the_eager_step_bit_for_bit():
     """In fp16, with the weights' copies; on maps of a sixteenth, for the interpreter."""
@@ -133,63 +134,54 @@ def rebound_view(monkeypatch, trainer):
     monkeypatch.setattr(Batches, "epoch", epoch)
 
 
-def update_outside_of_the_buffers(monkeypatch, trainer):
-    average, loss = torch.zeros(()), TrainingStep._loss
-    monkeypatch.setattr(TrainingStep, "_loss", lambda self, x, labels: loss(self, x, labels) + average.add_(1e-3))
+def in_the_loss(change):
+    """`change(step, loss, labels)` is the loss."""
+
+    def broken(monkeypatch, trainer):
+        loss = TrainingStep._loss
+        changed = lambda self, x, labels: change(self, loss(self, x, labels), labels)  # noqa: E731
+        monkeypatch.setattr(TrainingStep, "_loss", changed)
+
+    return broken
 
 
-def host_read(monkeypatch, trainer):
-    loss = TrainingStep._loss
-    monkeypatch.setattr(TrainingStep, "_loss", lambda self, *batch: loss(self, *batch) * min(1, int(self.correct) + 1))
-
-
-def host_read_without_an_operation(monkeypatch, trainer):
-    loss = TrainingStep._loss
-    monkeypatch.setattr(
-        TrainingStep, "_loss", lambda self, *batch: loss(self, *batch) * len(self.correct.view(1).tolist())
-    )
-
-
-def mask_as_an_index(monkeypatch, trainer):
-    loss = TrainingStep._loss
-    monkeypatch.setattr(
-        TrainingStep, "_loss", lambda self, x, labels: loss(self, x, labels) + 0 * labels[labels > 4].sum()
-    )
-
-
-BROKEN = {
-    python_learning_rate: None,
-    moved_tensor: "has moved",
-    rebound_view: None,
-    update_outside_of_the_buffers: r"writes \[\].* outside",
-    host_read: "reads device memory",
-    host_read_without_an_operation: "tolist reads device memory",
-    mask_as_an_index: "reads device memory",
+average = torch.zeros(())
+READS = {  # name: (break the step, words of the error)
+    "host_read": (in_the_loss(lambda step, loss, _: loss * min(1, int(step.correct) + 1)), "reads device memory"),
+    "host_read_without_an_operation": (
+        in_the_loss(lambda step, loss, _: loss * len(step.correct.view(1).tolist())),
+        "tolist reads device memory",
+    ),
+    "mask_as_an_index": (
+        in_the_loss(lambda step, loss, labels: loss + 0 * labels[labels > 4].sum()),
+        "reads device memory",
+    ),
+}
+BROKEN = READS | {
+    "python_learning_rate": (python_learning_rate, None),
+    "moved_tensor": (moved_tensor, "has moved"),
+    "rebound_view": (rebound_view, None),
+    "update_outside_of_the_buffers": (
+        in_the_loss(lambda step, loss, _: loss + average.add_(1e-3)),
+        r"writes \[\].* outside",
+    ),
 }
 
 
-@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
-def test_a_step_that_cannot_be_replayed_is_caught(monkeypatch, broken):
+@pytest.mark.parametrize(("broken", "words"), BROKEN.values(), ids=BROKEN)
+def test_a_step_that_cannot_be_replayed_is_caught(monkeypatch, broken, words):
     """By its name, or because it ends elsewhere than the same step run eagerly."""
-    eager = make(momentum=0.0)
-    broken(monkeypatch, eager)
-    expected = learned(eager)
-    trainer = make(step="captured", momentum=0.0)
-    monkeypatch.undo()
+    eager, trainer = make(momentum=0.0), make(step="captured", momentum=0.0)
+    with monkeypatch.context() as patch:
+        broken(patch, eager)
+        expected = learned(eager)
     broken(monkeypatch, trainer)
-    graphs = EmulatedGraphs(lambda: [*trainer.step.state(), *trainer.evaluator.state()])
-    trainer.step.program.recorder = graphs
-    if BROKEN[broken]:
-        with pytest.raises(CaptureError, match=BROKEN[broken]):
+    trainer.step.program.recorder = EmulatedGraphs(lambda: [*trainer.step.state(), *trainer.evaluator.state()])
+    if words:
+        with pytest.raises(CaptureError, match=words):
             learned(trainer)
     else:
         assert not same(learned(trainer), expected)
-
-
-def test_what_the_broken_steps_differ_from(monkeypatch):
-    trainer = make(step="captured", momentum=0.0)
-    trainer.step.program.recorder = EmulatedGraphs(trainer.step.state)
-    assert same(learned(trainer), learned(make(momentum=0.0)))
 
 
 # The program around a recording
@@ -252,10 +244,10 @@ def test_an_epoch_reads_three_times():
     assert reads.count == 3, reads.names
 
 
-@pytest.mark.parametrize("added", [host_read, host_read_without_an_operation, mask_as_an_index])
-def test_a_read_that_is_added_is_counted(monkeypatch, added):
+@pytest.mark.parametrize("broken", [broken for broken, _ in READS.values()], ids=READS)
+def test_a_read_that_is_added_is_counted(monkeypatch, broken):
     trainer = make()
-    added(monkeypatch, trainer)
+    broken(monkeypatch, trainer)
     with HostReads() as reads:
         list(trainer.train(0))
     assert reads.count == trainer.epoch_steps
@@ -326,9 +318,8 @@ def test_an_epoch_on_a_gpu_waits_for_nothing():
 @pytest.mark.gpu
 def test_a_recording_that_fails_leaves_a_gpu_that_trains(monkeypatch):
     """A host read in the step: not captured, and eager from then on."""
-    loss = TrainingStep._loss
     trainer = make(GPU, torch.float16, step="captured")
-    monkeypatch.setattr(TrainingStep, "_loss", lambda self, *batch: loss(self, *batch) * min(1, int(self.correct) + 1))
+    READS["host_read"][0](monkeypatch, trainer)
     reason = trainer.warm_up()
     assert reason
     assert "\n" not in reason

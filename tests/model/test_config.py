@@ -94,21 +94,21 @@ def test_bad_settings_are_named(setting, words):
     assert "\n" not in str(error.value)
 
 
-def test_contradictions_raise():
-    with pytest.raises(UsageError, match="workers"):
-        preset("resnet9").with_settings(["workers=2"])
-    with pytest.raises(UsageError, match="per_image"):
-        preset("resnet9").with_settings(["draw=per_image"])
-    with pytest.raises(UsageError, match="prep_bn_relu"):
-        preset("resnet9").with_settings(["prep_bn_relu=true"])
-    with pytest.raises(UsageError, match="it is called fused now"):
-        preset("article-256").with_settings(["ops=triton"])
-    with pytest.raises(UsageError, match="conv=ours needs ops=fused"):
-        preset("article-256").with_settings(["conv=ours"])
-    with pytest.raises(UsageError, match="multiples of 16"):
-        preset("fused").with_settings(["widths=8,16,16,16"])
-    with pytest.raises(UsageError, match="twice"):
-        preset("resnet9").with_settings(["seed=1", "seed=2"])
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("resnet9", ["workers=2"], "workers"),
+        ("resnet9", ["draw=per_image"], "per_image"),
+        ("resnet9", ["prep_bn_relu=true"], "prep_bn_relu"),
+        ("article-256", ["ops=triton"], "it is called fused now"),
+        ("article-256", ["conv=ours"], "conv=ours needs ops=fused"),
+        ("fused", ["widths=8,16,16,16"], "multiples of 16"),
+        ("resnet9", ["seed=1", "seed=2"], "twice"),
+    ],
+)
+def test_contradictions_are_named(name, settings, words):
+    with pytest.raises(UsageError, match=words):
+        preset(name).with_settings(settings)
 
 
 @pytest.mark.parametrize(

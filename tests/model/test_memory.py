@@ -1,4 +1,5 @@
 import platform
+import resource
 import subprocess
 import sys
 
@@ -12,42 +13,43 @@ from profiling import ROOT
 CPU = torch.device("cpu")
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_freed_memory_is_kept():
-    """Page faults of repeated large allocations; in a process of its own, since the switch is process-wide."""
-    code = """
-import resource, torch
-from model.memory import keep_freed_memory
-def faults():
+FAULTS = """
+import resource, sys, torch
+from model.memory import keep_freed_memory, preallocate
+
+def faults(allocate):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    allocate()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def again():
     for _ in range(5):
         torch.empty(64 * 2**20 // 4).fill_(1)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(), keep_freed_memory(), min(faults() for _ in range(4)), sep=";")
+
+def held():
+    return [torch.empty(4 * 2**20).fill_(1) for _ in range(10)]
+
+if sys.argv[1] == "freed":
+    print(faults(again), int(keep_freed_memory()), min(faults(again) for _ in range(4)))
+else:
+    preallocate(200 * 2**20 * keep_freed_memory())
+    print(faults(held))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    before, switched, after = done.stdout.split(";")
-    assert switched == "True"
-    assert int(after) < int(before) / 100
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_memory_at_hand_needs_no_new_pages():
-    code = """
-import resource, sys, torch
-from model.memory import preallocate, keep_freed_memory
-keep_freed_memory()
-if sys.argv[1] == "at hand":
-    preallocate(200 * 2**20)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-held = [torch.empty(4 * 2**20).fill_(1) for _ in range(10)]
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
+def test_freed_memory_is_kept_and_memory_at_hand_needs_no_new_pages():
+    """Page faults of large allocations; each case in a process of its own, since the switch is process-wide."""
 
-    def faults(case: str) -> int:
-        return int(subprocess.run([sys.executable, "-c", code, case], capture_output=True, check=True, cwd=ROOT).stdout)
+    def faults(case: str) -> list[int]:
+        done = subprocess.run([sys.executable, "-c", FAULTS, case], capture_output=True, check=True, cwd=ROOT)
+        return [int(word) for word in done.stdout.split()]
 
-    assert faults("at hand") < faults("not") / 10
+    before, switched, after = faults("freed")
+    assert switched
+    assert after < before / 100
+    (at_hand,) = faults("at hand")
+    assert at_hand < 10 * 4 * 2**20 * 4 / resource.getpagesize() / 10  # of ten tensors of 16 MB
 
 
 def test_the_peak_is_at_least_what_was_held():

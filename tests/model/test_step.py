@@ -166,8 +166,8 @@ def compiler(monkeypatch):
 @pytest.mark.parametrize(
     ("network", "ops", "widths", "sizes"),
     [
-        pytest.param(ResNet, reference, (8, 8, 8, 8), (4,), id="resnet"),
-        pytest.param(ResNet9, reference, (8, 8, 8, 8), (20, 20, 10, 0), id="resnet9"),
+        pytest.param(ResNet, reference, (8, 8, 8, 8), (4,), id="resnet", marks=pytest.mark.slow),
+        pytest.param(ResNet9, reference, (8, 8, 8, 8), (4, 4, 0), id="resnet9"),
         pytest.param(ResNet9, fused, (16, 16, 16, 16), (2,), id="fused"),
     ],
 )

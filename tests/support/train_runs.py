@@ -8,14 +8,20 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
+import torch.distributed as dist
 from runs import final_tensors
 from typer.testing import CliRunner
 
 import train
 from profiling import ROOT
 from profiling.output.files import read_jsonl
+
+needs_gloo = pytest.mark.skipif(
+    os.name == "nt" or not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo and POSIX signals"
+)
 
 
 def losses(out: Path) -> list[tuple]:
@@ -65,16 +71,17 @@ def nowhere(how: str):
     return os.fdopen(write, "w")
 
 
-def tiny(*arguments: str, fault: str = "", **kwargs) -> subprocess.CompletedProcess:
-    """The program as users run it, but on the tiny data."""
-    env = {**os.environ, "FAULT": fault, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
-    command = [
-        sys.executable,
-        str(ROOT / "tests" / "support" / "runs.py"),
-        "--preset",
-        "laptop",
-        "--epochs",
-        "3",
-        *arguments,
-    ]
-    return subprocess.run(command, env=env, capture_output=True, timeout=120, **kwargs)
+RUN = ("--preset", "laptop", "--epochs", "3", "--out")
+"""Arguments of the run that the tests stop and resume, up to its folder."""
+
+
+def tiny(
+    *arguments: object, fault: str = "", env: dict[str, str] | None = None, fresh: bool = False, **options
+) -> subprocess.CompletedProcess:
+    """The program as users run it, but on the tiny data; in a fork, or in a `fresh` process with its `options`."""
+    words, env = [str(word) for word in arguments], {"FAULT": fault, **(env or {})}
+    if not fresh and hasattr(os, "fork"):
+        return forks.run("runs:main", *words, env=env)[0]
+    command, env = [sys.executable, ROOT / "tests" / "support" / "runs.py", *words], {"OMP_NUM_THREADS": "1"} | env
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.run(command, env={**os.environ, **env}, timeout=120, **{**pipes, **options})

@@ -2,7 +2,7 @@ import pytest
 import torch
 from emulation import EmulatedGraphs
 from runs import tiny_config, tiny_dataset, tiny_session
-from train_runs import invoke, tiny
+from train_runs import RUN, invoke, tiny
 
 import train
 
@@ -19,7 +19,7 @@ def whole(tmp_path_factory):
 def finished(tmp_path_factory):
     """A run by the command line: its folder and what it printed."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    return out, tiny("--json", "--out", str(out))
+    return out, tiny(*RUN, out, "--json")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from runs import final_tensors, tiny_config, tiny_dataset, tiny_session
-from train_runs import invoke, stop_at, tiny
+from train_runs import RUN, invoke, stop_at, tiny
 
 import train
 from model import checkpoint
@@ -15,10 +15,11 @@ from model.session import require_fit
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the kernels need triton")
-def test_training_on_the_fused_kernels_is_training(tmp_path):
+def test_training_on_the_fused_kernels_is_training(tmp_path, monkeypatch):
     """A run of `ops=fused` ends where the reference's does, and either's checkpoint goes on in the other."""
-    data = tiny_dataset(16, 10)
-    config = tiny_config(widths=(16, 16, 16, 16), batch_size=8, epochs=1, lr_epochs=(0, 0.5, 1), lr_values=(0, 0.02, 0))
+    monkeypatch.setattr("model.verdict.refusal", lambda *_: None)  # tests/model/test_probe.py asks
+    data = tiny_dataset(8, 4)
+    config = tiny_config(widths=(16, 16, 16, 16), batch_size=4, epochs=1, lr_epochs=(0, 0.5, 1), lr_values=(0, 0.02, 0))
     fused_config = dataclasses.replace(config, ops="fused")
     session = tiny_session(data)
     with pytest.raises(Interrupted):
@@ -42,8 +43,8 @@ NO_KERNELS = {"TRITON_INTERPRET": "0"}
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run here")
 def test_a_preset_falls_back_to_the_reference_ops_and_says_so(tmp_path):
-    widths = ("--set", "widths=16,16,16,16")
-    done = tiny("--preset", "fused", *widths, "--json", "--out", str(tmp_path / "run"), env=NO_KERNELS)
+    run = ["--preset", "fused", "--epochs", "1", "--set", "widths=16,16,16,16", "--json", "--out", tmp_path / "run"]
+    done = tiny(*run, env=NO_KERNELS, fresh=True)
     assert done.returncode == 0, done.stderr
     assert b"REFERENCE OPS, NOT FUSED" in done.stderr
     summary = json.loads(done.stdout)
@@ -51,9 +52,12 @@ def test_a_preset_falls_back_to_the_reference_ops_and_says_so(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run here")
-@pytest.mark.parametrize("ops", ["batchnorm", "composed", "fused"])
+@pytest.mark.parametrize(
+    "ops", [*(pytest.param(o, marks=pytest.mark.slow) for o in ("batchnorm", "composed")), "fused"]
+)
 def test_kernels_asked_for_by_name_never_fall_back(tmp_path, ops):
-    done = tiny("--set", f"ops={ops}", "--set", "widths=16,16,16,16", "--out", str(tmp_path / "run"), env=NO_KERNELS)
+    run = [*RUN, tmp_path / "run", "--set", f"ops={ops}", "--set", "widths=16,16,16,16"]
+    done = tiny(*run, env=NO_KERNELS, fresh=True)
     assert done.returncode == 4
     assert f"ops={ops} cannot run here".encode() in done.stderr
     assert b"ops=reference" in done.stderr

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from runs import tiny_config, tiny_dataset, tiny_session
-from train_runs import tiny
+from train_runs import RUN, tiny
 
 import train
 from model import folder
@@ -30,7 +30,7 @@ def test_two_runs_of_one_second_have_a_folder_each(tiny_here, tmp_path, monkeypa
 
 def test_a_second_process_is_refused_and_named_the_first(tmp_path):
     with folder.hold(tmp_path, pytest.fail):
-        done = tiny("--out", str(tmp_path), "--resume", "auto")
+        done = tiny(*RUN, tmp_path, "--resume", "auto")
         assert folder.is_empty(tmp_path)
     assert done.returncode == 2
     assert re.search(f"error: .* is in use by process {os.getpid()} on .* since 20", done.stderr.decode())

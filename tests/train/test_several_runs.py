@@ -49,7 +49,8 @@ def test_94_percent_is_of_the_official_images(tmp_path, identity, counted):
     session = tiny_session(dataclasses.replace(tiny_dataset(), identity=identity))
     summary = train.repeat(session, tiny_config(), tmp_path / "a", 1, target=None, resume=False)
     assert summary["target_accuracy"] == counted
-    assert train.repeat(session, tiny_config(), tmp_path / "b", 1, 0.01, resume=False)["target_accuracy"] == 0.01
+    if identity == "synthetic":
+        assert train.repeat(session, tiny_config(), tmp_path / "b", 1, 0.01, resume=False)["target_accuracy"] == 0.01
 
 
 @pytest.mark.usefixtures("cpu_modes")

@@ -18,9 +18,9 @@ PIPELINES = [
 ]
 
 
-def make(dtype=torch.float32, rank=0, world=1, **changes) -> Batches:
+def make(dtype=torch.float32, **changes) -> Batches:
     data = tiny_dataset()
-    return Batches(data.train_images, data.train_labels, tiny_config(**changes), CPU, dtype, rank, world)
+    return Batches(data.train_images, data.train_labels, tiny_config(**changes), CPU, dtype)
 
 
 @pytest.mark.parametrize(
@@ -96,21 +96,6 @@ def test_an_epoch_can_start_at_any_step(preprocess, first):
     for (x, y), (x2, y2) in zip(whole[first:], rest, strict=True):
         assert torch.equal(x, x2)
         assert torch.equal(y, y2)
-
-
-@pytest.mark.parametrize("world", [2, 3, 12])
-def test_ranks_share_the_global_batch(world):
-    whole = [x for x, _ in loaded(make(), 0)]
-    parts = [[x for x, _ in loaded(make(rank=rank, world=world), 0)] for rank in range(world)]
-    for step, x in enumerate(whole):
-        assert torch.equal(x, torch.cat([part[step] for part in parts]))
-
-
-@pytest.mark.parametrize("preprocess", ["on_device", "once"])
-def test_a_rank_s_part_may_be_empty(preprocess):
-    x, labels = loaded(make(rank=11, world=12, preprocess=preprocess), 0)[-1]
-    assert x.shape == (0, 3, 32, 32)
-    assert len(labels) == 0
 
 
 def test_augmentation_moves_flips_and_cuts():
