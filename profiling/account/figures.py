@@ -32,7 +32,7 @@ def figures(run: Run, a: Analysis) -> dict[str, dict[str, Any]]:
 
     flops = unavailable("FLOP", no_rate)
     if e.flops:
-        flops = modelled(e.flops, "FLOP", "FlopCounterMode on the meta device, times images")
+        flops = modelled(e.flops, "FLOP", "PyTorch's formulas for each op, times images")
     step, spread = _step(a)
     found = {
         "training_s": ("training", measured(seconds, "s", clock)),

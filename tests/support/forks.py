@@ -107,10 +107,8 @@ def _become(request: dict, rank: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    import runs  # noqa: F401  which finds the program
+    import rank_jobs  # noqa: F401  which finds the program
 
     import train
 
-    for _name in ("rank_jobs", "torch._dynamo"):  # a run imports the latter as it counts FLOPs
-        importlib.import_module(_name)
     _serve()
