@@ -302,6 +302,7 @@ def test_wrong_word_is_refused(options, message):
         reproduce.check(**{"request": Request(), **options})
 
 
+@pytest.mark.slow
 def test_machine_is_asked_in_a_process_of_its_own(monkeypatch):
     """A context on the device would stay open, and a device may never answer."""
     here = reproduce.facts()

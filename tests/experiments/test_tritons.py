@@ -142,6 +142,7 @@ def test_folder_without_a_triton_of_its_own_is_refused(tmp_path, changes, said):
         tritons.environment(fake_triton(tmp_path / "a", **changes), tmp_path)
 
 
+@pytest.mark.slow
 def test_installed_triton_compiles_in_an_environment_of_its_own(tmp_path, kernels):
     place = Path(importlib.util.find_spec("triton").origin).resolve().parent.parent
     own = tritons.environment(place, tmp_path)

@@ -45,6 +45,7 @@ def test_a_whole_run_needs_few_builds_and_all_are_there_before_its_first_step(wh
     assert whole_run["launched_later"] > 3 * len(whole_run["ahead"])
 
 
+@pytest.mark.slow
 def test_a_network_s_builds_are_in_the_cache_since_the_probe(whole_run, tmp_path):
     probed = in_a_process("probe", tmp_path, "fused")
     assert probed["launched_ahead"] == 0, "or a kernel that never ends would not be named"

@@ -123,7 +123,7 @@ def test_a_lost_rank_ends_the_others(tmp_path, fault, rank, code):
 @pytest.mark.parametrize(
     ("fault", "rank"),
     [
-        pytest.param("out of memory", 1, id="exception_with_an_exit_code"),
+        pytest.param("out of memory", 1, id="exception_with_an_exit_code", marks=pytest.mark.slow),
         pytest.param("a bug", 1, id="exception_without_one", marks=pytest.mark.slow),
         pytest.param("killed", 1, id="sigkill", marks=pytest.mark.slow),
         pytest.param("killed", 0, id="sigkill_of_the_first", marks=pytest.mark.slow),

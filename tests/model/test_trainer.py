@@ -35,7 +35,7 @@ class OurOps(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("ops", ["reference", "batchnorm", "composed", "fused"])
+@pytest.mark.parametrize("ops", ["reference", "batchnorm", pytest.param("composed", marks=pytest.mark.slow), "fused"])
 def test_ops_choose_what_makes_a_batch_and_what_updates_the_weights_too(device, ops):
     """`reference` is PyTorch alone, on a GPU as well: what the others are held against must have nothing of ours."""
     trainer = make(tiny_dataset(4, 2), device=device, ops=ops, widths=(16, 16, 16, 16), batch_size=2)

@@ -81,6 +81,7 @@ def _become(request: dict, rank: int, port: int) -> None:
     code = 1
     try:
         signal.alarm(PATIENCE_S)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as at a terminal: under nohup it is ignored
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for descriptor, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(f"{request['folder']}/{name}-{rank}", os.O_WRONLY | os.O_CREAT), descriptor)

@@ -179,7 +179,17 @@ def test_a_profiled_pass_ends_when_its_parent_is_killed(finished):
 def test_no_data_and_no_network_trains_on_synthetic_images(tmp_path):
     """The whole program, as a newcomer meets it, with one epoch of a very narrow network."""
     env = {**os.environ, "CIFAR10_MIRRORS": "off", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ROOT / "train.py", "--epochs", "1", "--set", "widths=8,8,8,8", "--json"]
+    command = [
+        sys.executable,
+        ROOT / "train.py",
+        "--epochs",
+        "1",
+        "--set",
+        "widths=8,8,8,8",
+        "--set",
+        "dtype=float32",
+        "--json",
+    ]
     start_s = time.monotonic()
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr
