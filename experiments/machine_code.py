@@ -105,7 +105,7 @@ def flops_per_l2_byte(build: "Build") -> float | None:
 
 
 def _tile(build: "Build") -> str:
-    """As in "128x64x64 4w 3s lines" for warps and stages; what the kernel has as constants."""
+    """The kernel's constants, such as "128x64x64 4w 3s lines" (4 warps, 3 stages)."""
     values, options = {**build.constexprs, **build.integers}, build.options
     blocks = "x".join(
         str(values[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_T", "BLOCK_C") if name in values

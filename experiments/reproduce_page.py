@@ -28,7 +28,7 @@ def text(out: Path, document: Row) -> str:
 
 
 def clipped(whole: str) -> str:
-    """As much of it as is printed: whole lines, and the last one, which says what is left."""
+    """The part to print: whole lines, and the last one, which says what is left."""
     if len(whole) <= LONGEST:
         return whole
     last = "\n... the rest is in reproduce.md\n" + whole.rpartition("\n")[2]

@@ -296,7 +296,7 @@ def faults(build: "Build", facts: "Facts") -> list[str]:
 
 
 def tile(build: "Build") -> str:
-    """As in "128x64x64 4 warps 3 stages H=32 ...": all that decides its code but the operands."""
+    """All that decides the code but the operands, such as "128x64x64 4 warps 3 stages H=32 ..."."""
     blocks = [name for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if name in build.constexprs]
     words = ["x".join(str(build.constexprs[name]) for name in blocks)] if blocks else []
     words += [f"{build.options[name]} {name[4:]}" for name in ("num_warps", "num_stages") if name in build.options]

@@ -12,7 +12,7 @@ ACTIVATION_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As in "float16"."""
+    """The dtype's name, such as "float16"."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -210,7 +210,7 @@ def pixel_descriptor(x: Tensor, pixels: int, block_c: int):
 
 
 def line_descriptor(x: Tensor, rows: int, block_c: int, nan: bool = False):
-    """As `activation_descriptor` at stride 1, but the `rows` pixels of a box are a line each of several images."""
+    """Like `activation_descriptor` at stride 1, but the `rows` pixels of a box are a line each of several images."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     n, c, h, w = x.shape

@@ -58,7 +58,7 @@ class Tile:
     prologue: str = "fp32"
 
     def __str__(self) -> str:
-        """As in "128x64x64 4 warps 3 stages descriptors"; what is as by default is left out."""
+        """Such as "128x64x64 4 warps 3 stages descriptors", without defaults."""
         words = [f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K} {self.num_warps} warps {self.num_stages} stages"]
         words.append("descriptors" if self.descriptors else "pointers")
         words += [f"{name.lower()} {n}" for name, n in (("SPLIT", self.SPLIT), ("TAPS", self.TAPS)) if n > 1]

@@ -1,4 +1,4 @@
-"""What a run is: a frozen `Config`.
+"""A run is a frozen `Config`.
 
 Nothing here imports torch: a wrong key or a contradiction is answered before a second is spent on loading anything.
 """

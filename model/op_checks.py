@@ -26,8 +26,8 @@ from kernels.metered_cost import BODIES
 from kernels.sgd import sgd_reference
 
 OP_LIMIT_S = 60
-"""How long an op may take: its launch and, where nobody has compiled it yet, its compiler, some seconds; or Triton's
-interpreter on a busy machine."""
+"""Limit for one op: its launch and, on a cold cache, some seconds of compiling; or Triton's interpreter on a busy
+machine."""
 
 OWN_ERRORS = 4
 TOLERANCE = 0.01

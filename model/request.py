@@ -76,7 +76,7 @@ class Request:
         _require_launch()
 
     def _require_paths(self) -> None:
-        """What is named must be there: nothing is loaded or downloaded for what will be refused."""
+        """Refuse paths that do not exist before anything is loaded or downloaded."""
         for checkpoint in (self.evaluate, None if self.resume == "auto" else self.resume):
             if checkpoint and not Path(checkpoint).exists():
                 raise CheckpointError(f"{checkpoint} does not exist; name a checkpoint, or the folder of a run")

@@ -165,7 +165,7 @@ def choose_dtype(name: str, device: torch.device, ops: str = "reference") -> tor
 
 
 def step_mode(config: Config, device: torch.device) -> str:
-    """How a step is asked to run, "eager", "compiled" or "captured"; auto is captured on a GPU, and eager elsewhere."""
+    """The requested mode, "eager", "compiled" or "captured"; auto is captured on a GPU and eager elsewhere."""
     if config.step != "auto":
         return config.step
     return "captured" if device.type == "cuda" else "eager"

@@ -30,8 +30,8 @@ from model.files import read_regular, write_files
 COMMAND = [sys.executable, "-m", "model.probe"]
 
 LIMIT_S = 300
-"""How long a probe may take. From a cold cache it needs some 100 s of compiling, spread over the cores, 10 s to start
-and 10 s to compare: a single core makes it with a factor of two to spare. Ranks wait twice as long for each other."""
+"""Limit for a probe. From a cold cache it needs some 100 s of compiling, spread over the cores, 10 s to start and 10 s
+to compare: a single core makes it with a factor of two to spare. Ranks wait twice as long for each other."""
 
 ASKED = (
     *("network", "widths", "prep_bn_relu", "uniform_gamma", "pool_first"),

@@ -89,7 +89,7 @@ def device(
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON; the tables go to stderr.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="Print the table of specifications instead.")] = False,
 ) -> None:
-    """What this device sustains, beside what its data sheet promises."""
+    """Measure the rates that this device sustains, beside its data sheet."""
     from profiling.device.command import run
     from profiling.output.terminal import Terminal
 
@@ -101,9 +101,9 @@ def device(
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON; the lines go to stderr.")] = False,
 ) -> None:
-    """What this machine lacks for training and profiling.
+    """Check what this machine has and lacks for training and profiling.
 
-    It says what the machine has, too, and the remedies. Always exits with 0.
+    Each lack comes with its remedy. Always exits with 0.
     """
     from profiling.device.doctor import run
     from profiling.output.terminal import Terminal
@@ -158,7 +158,7 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Draw the comparison as a page in this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
-    """What each term of the account gained or lost from run A to run B."""
+    """Compare two runs: each term's gain or loss from A to B."""
     from profiling.output.terminal import Terminal
     from profiling.report.compare import run
 

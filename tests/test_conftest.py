@@ -56,7 +56,7 @@ def test_a_file_without_such_a_test_is_not_even_imported(conftest, tmp_path, tex
 
 
 class Item:
-    """As much of a test as the hook looks at."""
+    """The part of a test that the hook reads."""
 
     def __init__(self, *fixtures: str):
         self.fixturenames, self.markers = fixtures, {}

@@ -79,7 +79,7 @@ class Row:
     source: str
 
     def to_json(self) -> dict[str, Any]:
-        """As a record."""
+        """The record of report.json."""
         return asdict(self)
 
 

@@ -85,7 +85,7 @@ class Term:
         return 0 if self.key in (*NECESSARY, *UNEXPLAINED) else max(self.ns - max(self.floor_ns, 0), 0)
 
     def to_json(self, total_ns: int) -> dict[str, Any]:
-        """As a record, with the time that training would take if the term were at its floor."""
+        """The record, with the time that training would take if the term were at its floor."""
         left, what_if = total_ns - self.recoverable_ns, ""
         if self.recoverable_ns > 0.005 * total_ns and left > 0:
             what_if = f"training takes {left / 1e9:.3g} s, {total_ns / left:.3g} times as fast"

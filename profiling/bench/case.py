@@ -110,7 +110,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As in "conv_fprop[statistics] 64x32x32-64x3x3-s1"."""
+        """The case's name, such as "conv_fprop[statistics] 64x32x32-64x3x3-s1"."""
         return f"{self.op}[{self.variant}] {self.shape}" if self.variant else f"{self.op} {self.shape}"
 
     def call(self, function: Callable[..., Any], operands: tuple) -> Callable[[], Any]:

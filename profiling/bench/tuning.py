@@ -182,7 +182,7 @@ def _problem(op: str, shape: ConvShape, dtype: torch.dtype, gpu: Gpu) -> Problem
 
 
 MOST_PROCESSES = 8
-"""Of a precompiler: each holds a CUDA context."""
+"""Limit of a precompiler's processes: each holds a CUDA context."""
 
 
 class Precompiler:

@@ -141,7 +141,7 @@ LIMITS = {
 }
 """By architecture, from the table of technical specifications in NVIDIA's CUDA C++ Programming Guide."""
 MULTIPROCESSORS = 132
-"""Of an H100 SXM and an H200 (NVIDIA H100 architecture white paper)."""
+"""The multiprocessors of an H100 SXM and an H200 (NVIDIA H100 architecture white paper)."""
 REGISTERS = 64 * 1024
 """32-bit registers of a multiprocessor; a warp gets them in units of 256 (the same table)."""
 RESERVED_SHARED_BYTES = 1024

@@ -67,14 +67,14 @@ def render_html(report: Record) -> str:
 
 
 def head(report: Record) -> list[tuple[str, str]]:
-    """What is known of HEAD, name by name."""
+    """Names and values of the known entries of HEAD."""
     run = report["run"]
     known = [(name.replace("_", " "), plain(run[name])) for name in HEAD if run[name] is not None]
     return [(name, value[:12] if name == "git sha" else value) for name, value in known]
 
 
 def data_warning(report: Record) -> tuple[str, str] | None:
-    """What to know about images that are not the official ones."""
+    """A warning about images that are not the official ones."""
     unknown = ("IMAGES OF UNKNOWN ORIGIN.", "Accuracies are not comparable with published ones.")
     return WARNINGS.get(report["run"]["data_identity"], unknown)
 

@@ -81,7 +81,7 @@ def margin(left: int = 0, right: int = 12, top: int = 8, bottom: int = 44) -> di
 
 
 def layout(**properties: Any) -> dict[str, Any]:
-    """What all charts share, and `properties`."""
+    """The layout that all charts share, with `properties`."""
     font = {"family": FONT, "size": 12}
     tip = {"bgcolor": colour("paper"), "bordercolor": colour("faint"), "align": "left"}
     return {

@@ -19,7 +19,7 @@ NEXT = {
     "unknown": "name those kernels in profiling/account/categories.py",
     "idle": "a larger batch, or --set step=captured: the device waits for the host",
 }
-"""What to try against a term."""
+"""A remedy for each term."""
 
 FUSED_NEXT = {
     "batch norm": "the batch-norm kernels in the table of kernels; python -m profiling bench bn_backward_apply",
@@ -103,7 +103,7 @@ def sentences(report: dict[str, Any]) -> list[str]:
 
 
 def assumption(report: dict[str, Any]) -> str:
-    """What the account takes for granted."""
+    """The assumption of the account, as a sentence."""
     ratio, eager = report["figures"]["perturbation"]["value"], report["profiled"]["eager_step"]
     text = "Assumed: operations take as long in the run as in the profiled pass."
     if ratio is not None:
@@ -117,7 +117,7 @@ def assumption(report: dict[str, Any]) -> str:
 
 
 def _next(term: dict[str, Any], report: dict[str, Any]) -> str:
-    """What to try against a term of this run; on a CPU what its threads, its caches and its dtype leave to try."""
+    """The remedy for a term of this run; on a CPU the one that its threads, caches and dtype leave."""
     key, run, place = term["key"], report["run"], report["environment"]
     largest = max(term["parts"], key=lambda part: part["ns"], default=None)
     if key == "idle" and largest:
@@ -146,7 +146,7 @@ def _costs(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _above(term: dict[str, Any]) -> str:
-    """How much of it is above its floor, where it has one."""
+    """The part of a term above its floor, if it has one."""
     rest = term["recoverable_ns"]
     return f", {_s(rest)} of it more than its bytes need" if rest < term["ns"] else ""
 

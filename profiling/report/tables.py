@@ -1,4 +1,4 @@
-"""What a report says, before it is known on what it will be written: tiles and tables of text, with their provenance.
+"""The content of a report, the same for HTML and Markdown: tiles and tables of text, with their provenance.
 
 The input is what `profiling.report.build` returned, in which every name may be hostile.
 """
@@ -164,7 +164,7 @@ def roofs(report: Record) -> Table:
 
 
 def floors(report: Record) -> Table:
-    """What the run could take at best, by passes over memory."""
+    """The least time of the run, by passes over memory."""
     same = {"status": "modelled", "source": "each kernel takes the longer of its arithmetic and its bytes"}
     records = [floor | same for floor in report["floors"]]
     times, unit = _column(records, "ns", "ns")
@@ -210,7 +210,7 @@ def epochs(report: Record) -> Table:
 
 
 def unplaced(report: Record) -> str:
-    """How many kernels have no place on a roofline, and their share of the time, as a sentence; "" if all have."""
+    """A sentence on the kernels without a place on a roofline and their share of the time; "" if there are none."""
     out = [row for row in report["kernels"] if not (row["intensity"] and row["flops_per_s"])]
     if not out:
         return ""
@@ -230,7 +230,7 @@ def environment(report: Record) -> list[tuple[str, str]]:
 
 
 def lacks(report: Record) -> list[str]:
-    """What the account lacks, and each figure that is unavailable with its reason."""
+    """The gaps of the account, and each unavailable figure with its reason."""
     missing = [f"{tile.label}: {tile.source}" for tile in tiles(report) if tile.status == "unavailable"]
     return report["doubts"] + report["lacks"] + missing
 
@@ -296,7 +296,7 @@ def _barred(texts: Sequence[str], values: Sequence[float | None], whole: float |
 
 
 def _length(share: float | None) -> float | None:
-    """Of a bar, which a negative value has none of."""
+    """A bar's length; None for a negative value."""
     return None if share is None or share < 0 else min(share, 1.0)
 
 

@@ -18,7 +18,7 @@ COLUMNS = ("epoch", "lr", "train s", "loss", "accuracy", "test loss", "test acc"
 
 
 def counted(n: int, what: str) -> str:
-    """As in "1 epoch", "2 epochs"."""
+    """The number with its noun, as "1 epoch" or "2 epochs"."""
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
@@ -77,7 +77,7 @@ class RunLog:
         self.before: dict[str, float] = kept.get("seconds", {})
 
     def state(self) -> dict[str, Any]:
-        """What a later session needs to continue these figures."""
+        """The state from which a later session continues these figures."""
         return {"history": self.history, "seconds": {name: self.seconds(name) for name in TIMED}}
 
     def begin(self, config: dict[str, Any], environment: dict[str, Any]) -> None:

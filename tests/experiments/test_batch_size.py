@@ -30,7 +30,7 @@ def config():
 
 
 def evidence(folder, rises=2.0, blows_up=8.0, **recipe):
-    """Of runs like those above: base rate 0.3 at batch 128."""
+    """Evidence of runs like those above: base rate 0.3 at batch 128."""
     folder.mkdir()
     rows = [forgetting_rules.Limits(n, 1.0, 0.5, rises, blows_up)._asdict() for n in (10, 20)]
     result = {"limits": rows, "base_rate": 0.3, "recipe": {**config().learned(), **recipe}}

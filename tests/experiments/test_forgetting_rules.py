@@ -41,7 +41,7 @@ def test_a_limit_that_is_not_reached_is_none(losses, rises, blows_up):
 
 
 def curves(bests: list[int], cliffs: list[int], rise: float = 0.3) -> list[Limits]:
-    """Of sizes that double: lowest at RATES[best], rising by `rise` a rate, blown up from RATES[cliff] on."""
+    """Curves of sizes that double: lowest at RATES[best], rising by `rise` a rate, blown up from RATES[cliff] on."""
     made = []
     for i, (best, cliff) in enumerate(zip(bests, cliffs, strict=True)):
         losses = [0.5 + (0.3 * (best - n) if n < best else rise * (n - best)) for n in range(8)]

@@ -83,7 +83,7 @@ def valley(x: torch.Tensor) -> torch.Tensor:
 
 
 def floor(x: torch.Tensor) -> torch.Tensor:
-    """As low anywhere from 0.1 to 10."""
+    """Equally low from 0.1 to 10."""
     return 2.3 - 0.3 * (x + 3).clamp(0, 2) + 2 * torch.relu(x - 1)
 
 

@@ -103,7 +103,7 @@ def test_outcomes_of_steps_that_run_at_once(tmp_path, run):
 
 
 def test_another_call_goes_on_with_what_is_left(tmp_path, run):
-    """What is done is skipped; what failed, or lacked what it needs, is done again, and finds its folder afresh."""
+    """Done steps are skipped; a step that failed, or lacked a file, is done again in a fresh folder."""
     out, ok = tmp_path / "out", tmp_path / "ok"
     mkdir = f"import os; os.mkdir({str(out / 'run')!r}); raise SystemExit(not os.path.exists({str(ok)!r}))"
     given = ("-c", "import sys; print(sys.argv[1:])", reproduce_plan.CEILINGS, reproduce_plan.DATA)

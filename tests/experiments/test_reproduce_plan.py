@@ -170,7 +170,7 @@ def test_layers_that_are_checked_and_tuned_are_the_benchmark_s():
 
 
 def test_runs_keep_no_weights_and_tiles_come_back_in_another_checkout(tmp_path, monkeypatch):
-    """Of the machine they were tuned on, nothing but OUT may be left."""
+    """Nothing but OUT may be left of the machine that tuned them."""
     (tmp_path / "ours").mkdir()
     for name in ("checkpoint-1.safetensors", "checkpoint-1.json", "summary.json"):
         (tmp_path / "ours" / name).touch()

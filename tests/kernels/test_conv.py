@@ -126,7 +126,7 @@ def test_statistics_of_a_large_mean_do_not_cancel(device, monkeypatch):
 
 @pytest.mark.parametrize("value", [0.0, torch.nan, 1e9])
 def test_statistics_of_no_meaning_reach_no_other_memory(value):
-    """As they are where kernels are only compiled: an index beyond the end would lose the GPU to the process."""
+    """Only compiled kernels have them: an index beyond the end would lose the GPU to the process."""
     y = channels_last(2, 16, 4, 4, dtype=SINGLE, seed=1, device=torch.device("cpu"))
     partials = torch.full((3, 2, 16), value)
     assert _add_gradient_of_statistics(y, partials, y, partials).shape == y.shape

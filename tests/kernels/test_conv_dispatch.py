@@ -120,7 +120,7 @@ def table(monkeypatch):
 
 
 def test_share_of_the_convolutions_that_are_ours(table):
-    """Of the first convolution, the library's, two thirds of a layer's passes at 3/64 of its FLOPs."""
+    """The first convolution, the library's, has two thirds of a layer's passes at 3/64 of its FLOPs."""
 
     def passes(dtype=torch.float16, gpu=H200, **options) -> float:
         return triton_share([STEM, LAYER], dtype, gpu, **options) * (3 + 2 * 3 / 64)

@@ -184,7 +184,7 @@ def layer_operands(shape: ConvShape) -> tuple[torch.Tensor, ...]:
 
 
 def layer_builds(arch: int, launch: Callable[[ConvShape], None], layers=LAYERS) -> list[Build]:
-    """What `launch(shape)` launches for each layer, in the tiles of that architecture."""
+    """The kernels that `launch(shape)` launches for each layer, in the tiles of that architecture."""
     builds = []
     for shape in layers:
         with launches(gpu(arch)) as recorded:

@@ -50,7 +50,7 @@ def test_the_op_itself_passes(device, op):
 @pytest.mark.skipif(not jit.INTERPRETED, reason="on a GPU they are compiled as they run")
 @pytest.mark.parametrize("op", [op for op, row in ROWS.items() if row.launch])
 def test_mutants_compile(tmp_path, op):
-    """Those of a convolution on an A100 and on an H100: otherwise a mutant might be caught by the compiler alone."""
+    """A convolution's tiles on an A100 and on an H100: otherwise a mutant might be caught by the compiler alone."""
     row, builds = ROWS[op], []
     for name in row.changes:
         changed = row.make(name, tmp_path)

@@ -96,7 +96,7 @@ WAYS = {
     "hopper": (hopper, True),
     "several_tiles": (several_tiles, False),
 }
-"""What the tile table may say, and whether ResNet9 is to be tested with it too."""
+"""Entries of the tile table, and whether ResNet9 is tested with them too."""
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What is asked of all ops alike: registration, repetition, one graph, and FLOPs as PyTorch counts them."""
+"""The same questions to all ops: registration, repetition, one graph, and FLOPs as PyTorch counts them."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -101,7 +101,7 @@ def given(request, device, monkeypatch) -> list:
 
 
 def results(function, given: list) -> list[torch.Tensor]:
-    """What the function returns, the gradients of its sum, and its operands, which it may have changed."""
+    """The function's results, the gradients of their sum, and its operands, which it may have changed."""
     given = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in given]
     out = [x for x in tree_leaves(function(*given)) if isinstance(x, torch.Tensor)]
     roots, leaves = ([x for x in some if isinstance(x, torch.Tensor) and x.requires_grad] for some in (out, given))
@@ -129,7 +129,7 @@ def test_repeats_bit_for_bit_and_compiles_into_one_graph(call, given):
 @pytest.mark.parametrize("case", ["odd_map", "stride2_odd", "projection_1x1"])
 @pytest.mark.parametrize("op", REFERENCES)
 def test_flops_are_pytorchs(device, op, case):
-    """Of fprop forward and backward: three convolutions."""
+    """fprop forward and backward is three convolutions."""
     given = operands(op, device, case=case, dtype=torch.float32)
     for name in ("x", "w") if op == "conv_fprop" else ():
         given[name].requires_grad_()

@@ -43,13 +43,13 @@ IMAGES = 3
 
 
 def default(op: str, shape: ConvShape) -> tiles.Tile:
-    """Of fp16 on an A100."""
+    """fp16 tiles of an A100."""
     return tiles.default_tile(op, shape, torch.float16, (8, 0))
 
 
 @pytest.fixture(autouse=True)
 def tiles_of_fp16(monkeypatch):
-    """Those of fp16 for operands in fp32, whose results show every bit of a sum; wgrad with few parts."""
+    """The fp16 tiles for operands in fp32, whose results show every bit of a sum; wgrad with few parts."""
 
     def tile(op, shape, dtype, gpu):
         return replace(default(op, shape), SPLIT=3) if op == "conv_wgrad" else default(op, shape)

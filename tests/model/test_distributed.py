@@ -144,7 +144,7 @@ class Ghosts:
         self.correct += int(self.step.correct)
 
     def trainer(self, buffers: list[torch.Tensor]) -> Trainer:
-        """What was learned, to be evaluated with these statistics."""
+        """The learned network, to be evaluated with these statistics."""
         config = self.batches[0].config
         whole = Batches(self.data.train_images, self.data.train_labels, config, CPU, torch.float32)
         trainer = Trainer(whole, self.data, Ranks())

@@ -12,7 +12,7 @@ from profiling import ROOT
 
 
 def holding_elsewhere(path: Path) -> subprocess.CompletedProcess:
-    """What another process says that wants to hold `path`."""
+    """The words of another process that tries to hold `path`."""
     code = (
         "import sys; from pathlib import Path; from model import folder, errors\n"
         "try:\n    with folder.hold(Path(sys.argv[1]), print): print('held')\n"

@@ -65,7 +65,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "
 
 @pytest.fixture
 def handlers():
-    """Those of before come back."""
+    """The earlier handlers come back."""
     before = {s: signal.getsignal(s) for s in SIGNALS}
     yield before
     for signum, handler in before.items():

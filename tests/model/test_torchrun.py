@@ -181,7 +181,7 @@ def test_sigterm_saves_and_the_run_goes_on_with_as_many_processes(torchrun):
 @needs_gloo
 @pytest.mark.slow
 def test_ranks_end_when_torchrun_is_killed(torchrun):
-    """As the kernel does where memory is short. They save, and the folder is free again."""
+    """The kernel does this where memory is short. They save, and the folder is free again."""
     job = torchrun(2, "--epochs", "999", FAULT="slow")
     job.wait_until_it_trains()
     job.process.kill()

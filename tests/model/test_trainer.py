@@ -171,7 +171,7 @@ def test_an_eager_step_that_fails_in_warm_up_fails(monkeypatch):
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_convolutions_are_searched_for_on_a_gpu(monkeypatch, device):
-    """As where the tile table is measured: the library's and ours are then compared as they will run."""
+    """Like the measurement of the tile table: the library and ours are compared as they will run."""
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     search_convolutions(torch.device(device))
     assert torch.backends.cudnn.benchmark == (device == "cuda")

@@ -1,4 +1,4 @@
-"""What a run makes of a probe's answer, of its silence and of its end, and what it remembers."""
+"""A run's verdict on a probe's answer, silence or end, and its memory of it."""
 
 import dataclasses
 import json

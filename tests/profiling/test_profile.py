@@ -187,7 +187,7 @@ def test_a_profile_that_was_interrupted_is_taken_up_as_it_says(tmp_path, quick):
 
 
 def test_ceilings_of_this_machine_are_taken_instead_of_measured(copy, monkeypatch, tmp_path):
-    """Of any other they are refused before the run begins."""
+    """Those of another device are refused before the run begins."""
     file, session = tmp_path / "ceilings.json", runs.tiny_session()
     measured = (copy / "records" / "ceilings.json").rename(file)
     found = profile_pass.ceilings_for(measured, session, runs.tiny_config())

@@ -1,4 +1,4 @@
-"""What the tests of the probe and of its verdict ask for."""
+"""Runs of the probe for its tests and those of its verdict."""
 
 import torch
 

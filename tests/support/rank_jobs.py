@@ -1,4 +1,4 @@
-"""What the ranks of `tests/model/test_distributed.py` do, each called in every rank with a folder as argument 1.
+"""The jobs of the ranks of `tests/model/test_distributed.py`, each called in every rank with a folder as argument 1.
 
 `torchrun tests/support/rank_jobs.py FOLDER ARGUMENTS` is the command line on small data, with FAULT in a rank.
 """

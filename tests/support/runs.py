@@ -64,7 +64,7 @@ def tiny_session(dataset: Dataset | None = None) -> train.Session:
 
 
 def final_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """What the newest checkpoint in `folder` holds."""
+    """The tensors of the newest checkpoint in `folder`."""
     return checkpoint.load(folder).tensors
 
 

@@ -121,7 +121,7 @@ INTERVAL = st.tuples(st.integers(0, 40), st.integers(0, 15), st.sampled_from(CAT
 @example([])
 @example([(0, 10, "unknown", 0), (4, 10, "unknown", 0)])
 def test_every_nanosecond_goes_to_one_category_and_one_kernel(intervals):
-    """As painted by hand: to the first category in the list, in it to the kernel that has run longest."""
+    """The same as painted by hand: to the first category in the list, in it to the kernel that has run longest."""
     kernels = [
         kernel(start, start + n, category, stream, str(i)) for i, (start, n, category, stream) in enumerate(intervals)
     ]

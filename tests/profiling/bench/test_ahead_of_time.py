@@ -134,6 +134,6 @@ def test_compiled_code_has_the_cache_key_of_a_launch():
 
 
 def test_shared_memory_limits_of_a_block():
-    """As the driver reports them for these architectures."""
+    """The driver reports these for the architectures."""
     limits = {arch: limits.block_shared_bytes for arch, limits in LIMITS.items()}
     assert limits == {80: 166_912, 90: 232_448, 100: 232_448}

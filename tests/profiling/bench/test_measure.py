@@ -201,7 +201,7 @@ def test_the_library_in_another_layout_need_not_be_as_accurate(everything_runs):
 
 
 def test_the_ceilings_are_the_device_s_and_bound_an_op(monkeypatch):
-    """Of the products and the copy alone; without them the reason stands."""
+    """The products and the copy alone are measured; without them the reason stands."""
     monkeypatch.setattr(ceilings, "GEMMS", {"cpu": ((64, False),)})
     monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 1 << 20})
     found = bench.measured_ceilings(CPU, torch.float32, 0.001)

@@ -56,7 +56,7 @@ def test_a_gpu_is_never_left_without_work_nor_given_more_than_two_windows(monkey
 
 @pytest.mark.parametrize(("launch_s", "kernel_s"), [(1e-7, 1e-5), (1e-7, 1e-3), (1e-7, 0.3), (4e-5, 1e-6)])
 def test_a_call_s_time_is_recovered(monkeypatch, launch_s, kernel_s):
-    """Of the last row, where kernels are nearly empty, it is the host's launch."""
+    """In the last row, where kernels are nearly empty, it is the host's launch."""
     gpu = Simulated(monkeypatch, launch_s, kernel_s)
     took = sustain(gpu.watch, gpu.run, 0.5)
     assert (took.best_s, took.median_s) == pytest.approx([max(launch_s, kernel_s)] * 2, rel=0.01)

@@ -68,7 +68,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch,
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 @pytest.mark.parametrize("columns", ["100", "80", "40"])
 def test_a_bar_on_a_terminal(columns):
-    """Of a narrow one the words are cut, and not the numbers."""
+    """A narrow table cuts its words, not its numbers."""
     import pty
 
     code = """

@@ -280,7 +280,7 @@ def test_no_control_character_of_a_record_reaches_the_terminal(run, capsys):
 
 
 def without_plotly(out: str, err: str, folder: Path, older: bool) -> None:
-    """What is written and said but for the page."""
+    """The files and words other than the page."""
     headline = json.loads((folder / "report.json").read_text())["headline"]
     assert headline in out
     assert headline.replace("\xa0", " ") in (folder / "report.md").read_text()

@@ -37,7 +37,7 @@ def test_plotly_accepts_every_figure(whole, bare):
 
 
 def test_every_colour_is_in_the_style_sheet(whole):
-    """Those of terms twice, in light and in dark."""
+    """The colours of terms are there twice, light and dark."""
     css = (HERE / "report.css").read_text()
     used = {word for chart in charts(whole) for word in strings([chart.data, chart.layout]) if word.startswith("var(")}
     assert len(used) > 10

@@ -78,7 +78,7 @@ def kinds(markdown):
 
 
 def shown(markdown):
-    """What a reader sees of one line."""
+    """The visible text of one line."""
     (inline,) = [token for token in PARSER.parse(markdown) if token.type == "inline"]
     return "".join(child.content for child in inline.children)
 

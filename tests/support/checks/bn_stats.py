@@ -26,7 +26,7 @@ def merged(partials: torch.Tensor) -> torch.Tensor:
 def partials_of(
     tiles: int, channels: int, seed: int, device, mean: float = 0.0, apart: float = 1.0, empty: int | None = 2
 ) -> torch.Tensor:
-    """Of tiles of 2 to 256 rows, every third from `empty` on empty; sigma is 0.7 in a tile, `apart` between them."""
+    """Partials of 2 to 256 rows, every third from `empty` on empty; sigma is 0.7 in a tile, `apart` between them."""
     generator = torch.Generator().manual_seed(seed)
     count = torch.randint(2, 257, (tiles, 1), generator=generator).expand(-1, channels).float()
     if empty is not None:
@@ -37,7 +37,7 @@ def partials_of(
 
 
 def check(under_test, _device) -> None:
-    """What a mutant must fail: fp32, several steps, partial tiles, C not a multiple of the tile, uneven merging."""
+    """A mutant must fail: fp32, several steps, partial tiles, C not a multiple of the tile, uneven merging."""
     under_test.MAX_PROGRAMS = 3
     try:
         x = channels_last(7, 24, 7, 9, dtype=torch.float32, seed=0, device="cpu", scale=0.05) + 3

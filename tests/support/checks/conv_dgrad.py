@@ -25,7 +25,7 @@ def operands(case: str | tuple, options: str, dtype: torch.dtype, device, seed: 
 
 
 def check(op, case: str | tuple, options: str, dtype: torch.dtype, device, far: float = 0.0) -> None:
-    """What dz and the partials must satisfy, and a mutant must not."""
+    """Check dz and the partials; a mutant must fail."""
     arguments = operands(case, options, dtype, device)
     if far and arguments[6] is not None:
         arguments[6] += far

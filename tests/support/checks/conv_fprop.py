@@ -28,7 +28,7 @@ def statistics_of(y: torch.Tensor, tile_count: int, block_m: int) -> torch.Tenso
 
 
 def check(op, case: str | tuple, options: str, dtype: torch.dtype, device, far: float = 0.0) -> None:
-    """What y and the partials must satisfy, and a mutant must not."""
+    """Check y and the partials; a mutant must fail."""
     arguments = operands(case, options, dtype, device)
     x, _, _, scale, shift, *_ = arguments
     if far:

@@ -29,7 +29,7 @@ def activated(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, prologu
 
 
 def check(op, case: str | tuple, options: str, dtype: torch.dtype, device, far: float = 0.0) -> None:
-    """What dw must satisfy, and a mutant must not."""
+    """Check dw; a mutant must fail."""
     x, dy, size, stride, scale, shift = operands(case, options, dtype, device)
     if far:  # of x as it is stored, whose own digits are then a quarter of sigma
         sigma = 2.0 ** (torch.arange(x.shape[1], device=device) % 16 - 8.0) / 16
