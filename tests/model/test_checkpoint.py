@@ -72,7 +72,7 @@ def test_state_comes_back(tmp_path, step):
     ],
     ids=["nan", "tensor", "none", "negative_step", "keep_none", "too_large"],
 )
-def test_what_would_not_be_read_back_is_not_written(tmp_path, monkeypatch, changes, words):
+def test_unreadable_state_is_not_written(tmp_path, monkeypatch, changes, words):
     monkeypatch.setattr(checkpoint, "MOST_TENSORS_BYTES", 2_000)
     if "state" in changes:
         changes = {"state": dataclasses.replace(STATE, seconds=SECONDS | {"training": changes["state"]})}

@@ -150,7 +150,7 @@ def test_settings_have_types():
     assert config.prep_bn_relu is True
 
 
-def test_what_is_learned_leaves_out_how_it_is_computed():
+def test_learned_settings_leave_out_those_of_computation():
     learned = preset("laptop").learned()
     assert {"widths", "seed", "epochs", "batch_size"} <= set(learned)
     assert not {"device", "dtype", "ops", "workers", "preset", "checkpoint_s"} & set(learned)

@@ -166,7 +166,7 @@ def equal(a: object, b: object) -> bool:
 
 
 @needs_gloo
-def test_two_ranks_learn_what_one_process_learns_from_ghost_batches(tmp_path):
+def test_two_ranks_equal_one_process_on_ghost_batches(tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks compute, so that sums have their order
     ghost = Ghosts(world=2)

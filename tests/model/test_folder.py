@@ -71,7 +71,7 @@ def test_nothing_is_written_through_a_link(tmp_path, name):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
-def test_an_owner_s_word_is_not_waited_for(tmp_path):
+def test_the_owner_is_read_from_a_regular_file_without_waiting(tmp_path):
     os.mkfifo(tmp_path / "owner")
     assert folder._said_by(tmp_path / "owner") == "another process"
     (tmp_path / "word").write_text("\x1b[2Jprocess 1\n")

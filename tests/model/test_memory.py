@@ -72,7 +72,7 @@ def test_the_peak_of_a_gpu_is_its_tensors_and_recordings_and_what_is_reserved(mo
     assert called == ["empty_cache", "reset_peak_memory_stats"], "what is not in use is not reserved for the training"
 
 
-def test_what_is_free_to_be_shared(monkeypatch):
+def test_free_memory_is_shared(monkeypatch):
     found = free_shared_bytes()
     assert found is None or found >= 0
 

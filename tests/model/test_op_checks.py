@@ -167,7 +167,7 @@ def test_a_convolution_is_named_with_shape_and_tile():
     assert op_checks.describe("bn_stats", (x,)) == "bn_stats 2x16x8x8 fp32"
 
 
-def test_what_is_not_finite_is_wrong_unless_it_should_be():
+def test_not_finite_results_are_wrong_unless_expected():
     truth = torch.tensor([1.0, 2.0])
     assert (
         relative_error(torch.tensor([1.0, torch.nan]), truth) == relative_error(truth * torch.inf, truth) == torch.inf

@@ -42,7 +42,7 @@ def test_right_kernels_are_accepted(no_overflow_checks, network, ops):  # noqa: 
     assert norms <= called or (network == "resnet" and ops != "batchnorm")
 
 
-def test_what_is_wrong_between_the_ops_is_found(monkeypatch, no_overflow_checks):  # noqa: F811
+def test_faults_between_the_ops_are_found(monkeypatch, no_overflow_checks):  # noqa: F811
     normalise = batchnorm._normalise
     without = lambda x, statistics, bn, residual=None, pool=False: normalise(x, statistics, bn, None, pool)  # noqa: E731
     monkeypatch.setattr(batchnorm, "_normalise", without)

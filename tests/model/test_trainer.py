@@ -36,7 +36,7 @@ class OurOps(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("ops", ["reference", "batchnorm", pytest.param("composed", marks=pytest.mark.slow), "fused"])
-def test_ops_choose_what_makes_a_batch_and_what_updates_the_weights_too(device, ops):
+def test_ops_choose_the_batch_and_the_update_too(device, ops):
     """`reference` is PyTorch alone, on a GPU as well: what the others are held against must have nothing of ours."""
     trainer = make(tiny_dataset(4, 2), device=device, ops=ops, widths=(16, 16, 16, 16), batch_size=2)
     with OurOps() as training:
@@ -62,7 +62,7 @@ def test_a_rank_without_images_of_the_last_batch_makes_an_empty_one(ops):
     assert len(labels) == 0
 
 
-def test_what_training_reads_is_not_made_in_inference_mode(monkeypatch):
+def test_training_reads_no_inference_tensors(monkeypatch):
     """A tensor that is cannot be trained with, not even by the next run of the process."""
     seen = []
 

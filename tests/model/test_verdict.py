@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_written_to_does_no_harm(monkeypatch, tmp_path):
     assert refusal() is None
 
 
-def test_what_could_not_be_compared_is_said(monkeypatch):
+def test_checks_that_could_not_be_made_are_named(monkeypatch):
     answers(monkeypatch, None, unchecked=["conv_fprop: RuntimeError"])
     said = []
     refusal(say=said.append)
@@ -200,7 +200,7 @@ def test_a_rank_takes_the_first_one_s_verdict_on_the_same_gpu(monkeypatch):
     assert refusal(ranks=of_two(1, ({"gpu": "another"}, "wrong"), "wrong")) == "wrong"
 
 
-def test_a_rank_on_another_gpu_asks_for_itself_and_what_one_is_refused_all_are(monkeypatch):
+def test_a_rank_on_another_gpu_asks_for_itself_and_a_refusal_is_for_all(monkeypatch):
     answers(monkeypatch, "wrong here")
     assert refusal(ranks=of_two(1, ({"gpu": "another"}, None), None)) == "wrong here"
     assert refusal(ranks=of_two(0, (None, None), "wrong there")) == "wrong here"

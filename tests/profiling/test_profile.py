@@ -238,7 +238,7 @@ def test_a_folder_of_records_that_cannot_be_made_is_a_line(copy, monkeypatch):
     ],
     ids=["no_config", "no_summary", "damaged_summary", "interrupted"],
 )
-def test_what_cannot_be_collected_is_a_line(copy, damage, says):
+def test_records_that_cannot_be_collected_are_a_line(copy, damage, says):
     damage(copy)
     with pytest.raises(ReportError, match=says):
         command.collect(copy, None, True, NOBODY)

@@ -97,7 +97,7 @@ def test_every_setting_is_documented():
     assert {"lr_values=0,0.2,0.00227273,0", "batch_size=64"} <= {line.split()[0] for line in shown.splitlines()}
 
 
-def test_what_people_type_for_help_and_the_version():
+def test_help_and_version():
     assert "--list-settings" in invoke("-h").output
     assert re.fullmatch(r"train-your-resnet \d+\.\d+\.\d+, commit \w+\n", invoke("--version").output)
 

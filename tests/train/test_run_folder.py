@@ -50,7 +50,7 @@ def test_a_folder_that_was_filled_meanwhile_is_refused(tiny_here, tmp_path, monk
     assert read_json(tmp_path / "summary.json")["epochs"] == 3
 
 
-def test_what_a_killed_writer_left_is_cleared_when_the_folder_s_next_run_begins(tiny_here, tmp_path):
+def test_leftovers_of_a_killed_writer_are_cleared_by_the_next_run(tiny_here, tmp_path):
     for path in (tmp_path, tmp_path / "run-000"):
         path.mkdir(exist_ok=True)
         (path / ".tmp-12345678.safetensors").touch()

@@ -209,7 +209,7 @@ def few_shapes(monkeypatch):
     monkeypatch.setattr(cifar10.shapes, "generate", lambda: generate(20, 10))
 
 
-def test_what_is_there_is_not_downloaded(folder, few_shapes, monkeypatch):
+def test_present_images_are_not_downloaded(folder, few_shapes, monkeypatch):
     monkeypatch.setattr(download, "fetch", None)
     for given in ({"default_dir": folder.parent}, {"data_dir": folder.parent, "download": True}):
         dataset = cifar10.load(**given)

@@ -76,7 +76,7 @@ def convolutional_features(images: Tensor) -> Tensor:
     return torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
 
 
-def test_convolutions_see_what_a_linear_classifier_does_not(arrays):
+def test_convolutions_beat_a_linear_classifier(arrays):
     images, labels, images_test, labels_test = (torch.from_numpy(array) for array in arrays)
     x, x_test = (a.permute(0, 3, 1, 2).float() for a in (images, images_test))
     pixels, pixels_test = (F.avg_pool2d(a, 2).flatten(1) for a in (x, x_test))

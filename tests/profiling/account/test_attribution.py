@@ -161,7 +161,7 @@ def test_sweep_of_very_many_nested_kernels_ends():
     assert found.by_category["batch norm"] == 2
 
 
-def test_steps_bound_what_is_attributed():
+def test_attribution_stays_within_the_steps():
     made = HandMadeTrace()
     assert (per_step(made.read()), idle(made.read())) == (None, None)
     made.apply(("kernel", "k", 0, 10, 10), ("kernel", "k", 500, 600, 10))

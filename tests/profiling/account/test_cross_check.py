@@ -112,7 +112,7 @@ HONEST = {
 
 
 @pytest.mark.parametrize(("said", "how", "images"), HONEST.values(), ids=HONEST)
-def test_what_is_no_lie_is_believed(tmp_path, said, how, images):
+def test_true_records_are_believed(tmp_path, said, how, images):
     found = judged(tmp_path, said, **how)
     assert (found.refused, found.lacks, found.fell_back, found.images) == ([], [], False, images)
 

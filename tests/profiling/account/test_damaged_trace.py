@@ -79,7 +79,7 @@ def test_unreadable_trace_is_an_empty_one(path, content, lack):
 
 
 @pytest.mark.parametrize("compress", [False, True], ids=["plain", "gzip"])
-def test_trace_cut_off_in_an_event_keeps_what_came_before(path, compress):
+def test_trace_cut_off_in_an_event_keeps_the_events_before(path, compress):
     data = HandMadeTrace().training(*range(100)).text().encode()
     data = gzip.compress(data) if compress else data
     path.write_bytes(data[: len(data) // 2])
@@ -144,7 +144,7 @@ def test_hostile_names_are_kept_as_they_can_be_written(name, kept):
     kept.encode()
 
 
-def test_memory_goes_with_what_is_kept_and_not_with_the_file(path):
+def test_memory_grows_with_kept_events_not_with_the_file(path):
     """20 MB of Python frames, memory events and arrows between two steps."""
     peaks = []
     for noise in (0, 7_000):

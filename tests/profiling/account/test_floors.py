@@ -24,7 +24,7 @@ def test_floors_of_the_articles_run(name):
         assert expected is None or floor_ns(rows, *machine) / 1e9 * STEPS == pytest.approx(expected, rel=0.01)
 
 
-def test_compute_alone_needs_what_the_article_says():
+def test_compute_alone_is_the_articles_40_seconds():
     assert sum(row.flops for row in step()) * STEPS / V100[0] == pytest.approx(38.6, rel=0.002)
 
 

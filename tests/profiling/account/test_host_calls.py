@@ -15,7 +15,7 @@ def calls_of(*rows: tuple) -> HostCalls:
     return calls
 
 
-def test_scope_is_what_encloses_a_time():
+def test_scope_encloses_a_time():
     calls = calls_of((0, 100, "outer", "[[8]]"), (10, 20, "first"), (10, 18, "leaf", "[[4]]"), (30, 40, "next"))
     at = {0: ["outer"], 9: ["outer"], 10: ["outer", "first", "leaf"], 18: ["outer", "first"], 20: ["outer"]}
     at |= {35: ["outer", "next"], 100: []}
@@ -27,7 +27,7 @@ def test_scope_is_what_encloses_a_time():
     assert calls.externals_among({101, 7}) == {101}
 
 
-def test_scope_does_not_hold_what_overlaps_without_enclosing():
+def test_overlap_without_enclosing_is_no_scope():
     calls = calls_of((0, 10, "a"), (5, 20, "b"))
     assert [scope.ops for scope in calls.scopes(0, [7, 15])] == [("a", "b"), ("b",)]
 

@@ -70,7 +70,7 @@ GAPS = {
 
 
 @pytest.mark.parametrize(("events", "expected"), GAPS.values(), ids=GAPS)
-def test_gap_goes_to_what_kept_the_device_waiting(events, expected):
+def test_gap_goes_to_its_cause(events, expected):
     assert idle(made_of(*events)) == expected
 
 

@@ -56,7 +56,7 @@ def test_kernels_are_matched_by_name_and_order(names, ops):
     assert [categorise(kernel) for kernel in kernels].count("convolution") == 1
 
 
-def test_node_of_a_graph_is_what_most_replays_say():
+def test_node_of_a_graph_is_decided_by_most_replays():
     """Two branches run kernels of one name, and once in the other order."""
     made = HandMadeTrace()
     for number, (first, second) in enumerate([(71, 72), (71, 72), (72, 71)]):

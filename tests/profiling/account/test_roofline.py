@@ -92,7 +92,7 @@ PER_ELEMENT = {
 
 
 @pytest.mark.parametrize(("forward", "ops"), PER_ELEMENT.values(), ids=PER_ELEMENT)
-def test_what_only_moves_bytes_has_its_place_by_modelled_flops(forward, ops):
+def test_memory_bound_ops_are_placed_by_modelled_flops(forward, ops):
     work = work_of(lambda: forward(torch.empty(X, device="meta", requires_grad=True)).sum())
     for op, each in ops.items():
         done = next(w for w in work if w.op == op)

@@ -50,7 +50,7 @@ KNOWN = {
 
 
 @pytest.mark.parametrize(("known", "expected"), KNOWN.values(), ids=KNOWN)
-def test_terms_are_of_what_is_known_and_nothing_else_is_claimed(known, expected):
+def test_terms_cover_only_known_quantities(known, expected):
     assert by_key(terms(evidence(**known))) == expected
 
 
@@ -96,7 +96,7 @@ def test_levers_multiply_to_the_speed_up():
     assert [name for name, _ in factors] == ["fewer FLOPs", "better use of the peak", "more peak"]
 
 
-def test_what_a_term_at_its_floor_would_give():
+def test_gain_of_a_term_at_its_floor():
     term = next(t for t in terms(evidence()) if t.key == "batch norm")
     record = dataclasses.replace(term, floor_ns=S).to_json(10 * S)
     assert (record["recoverable_ns"], record["what_if"]) == (S, "training takes 9 s, 1.11 times as fast")
@@ -104,7 +104,7 @@ def test_what_a_term_at_its_floor_would_give():
         assert dataclasses.replace(term, **below).to_json(10 * S)["recoverable_ns"] == 0
 
 
-def test_only_what_is_above_a_floor_can_be_won_back():
+def test_only_time_above_a_floor_is_recoverable():
     found = {t.key: t for t in terms(evidence(rows=step(), steps=1.0))}
     passes = [r for r in step() if r.op in ("aten::native_batch_norm", "aten::native_batch_norm_backward")]
     assert found["batch norm"].floor_ns == round(sum(1e9 * r.bytes / 1e12 for r in passes)) > 0

@@ -110,7 +110,7 @@ def test_copy_to_pageable_memory_waits(copy, waits):
     assert trace.kernels[0].kind == "memcpy"
 
 
-def test_without_a_gpu_the_operations_are_what_ran():
+def test_without_a_gpu_operations_stand_for_kernels():
     made = HandMadeTrace(gpu=None).apply(("step", 3, 0, 1_000), ("op", "aten::conv2d", 100, 400, [[1, 2]]))
     made.apply(("op", "aten::mkldnn_convolution", 150, 300, [[1, 2], [3]]), ("annotation", "augmentation", 700, 100))
     trace = made.apply(("op", "profiler::_record_function_enter_new", 600, 50)).read()

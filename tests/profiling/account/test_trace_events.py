@@ -55,7 +55,7 @@ def test_nothing_depends_on_where_a_chunk_ends(path, monkeypatch, chunk):
 
 @settings(max_examples=60, deadline=None)
 @given(share=st.floats(0, 1), compress=st.booleans())
-def test_what_stands_before_a_cut_is_read(tmp_path_factory, share, compress):
+def test_events_before_a_cut_are_read(tmp_path_factory, share, compress):
     content = WRITTEN["gzip_whatever_its_name" if compress else "as_written"]
     cut = content[: int(share * (len(content) - 1))]
     events, said = read(tmp_path_factory.mktemp("cut") / "trace.json", cut)
@@ -81,7 +81,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("places", [[7], [7, 8, 30]], ids=["one", "several"])
 @pytest.mark.parametrize(("damage", "why"), DAMAGED.values(), ids=DAMAGED)
-def test_what_stands_behind_a_damaged_event_is_read(path, monkeypatch, damage, why, places):
+def test_events_behind_a_damaged_one_are_read(path, monkeypatch, damage, why, places):
     monkeypatch.setattr(trace_events, "CHUNK_BYTES", 1_000)
     monkeypatch.setattr(trace_events, "LARGEST_VALUE", 4_000)
     texts = BODY.split(",\n") * 12

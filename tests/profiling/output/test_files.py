@@ -139,7 +139,7 @@ def test_a_torn_last_line_is_skipped_and_healed(tmp_path, before, kept):
 
 
 @pytest.mark.parametrize("room", [0, 5], ids=["nothing_written", "half_written"])
-def test_a_failed_append_takes_back_what_it_wrote(tmp_path, monkeypatch, room):
+def test_a_failed_append_leaves_no_partial_row(tmp_path, monkeypatch, room):
     """On a disk that takes `room` more bytes."""
 
     class FullDisk:

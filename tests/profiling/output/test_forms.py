@@ -18,7 +18,7 @@ FORM = {
 RIGHT = {"version": 1, "name": "a", "share": 0.5, "rows": [{"n": 0}], "of": None, "gpu": {"clock": 3, "ids": [1, "a"]}}
 
 
-def test_what_fits_is_returned_without_what_the_form_does_not_name():
+def test_a_fitting_record_is_returned_without_unnamed_entries():
     assert fit(RIGHT | {"more": [1]}, FORM, "a") == RIGHT
     assert fit({k: v for k, v in RIGHT.items() if k != "share"}, FORM, "a") == RIGHT | {"share": None}
 
@@ -61,7 +61,7 @@ def test_unfit_characters_are_replaced(unfit):
     str(cleaned).encode()  # a lone surrogate cannot be written to a file
 
 
-def test_what_is_fit_stays_and_the_original_too():
+def test_fitting_leaves_the_original_as_it_was():
     value = {"name": "größer\n\t<b>", "n": [1, 2.5, None, True, math.nan, math.inf], "l": "x" * 10**6}
     cleaned = clean(value)
     assert cleaned == {"name": "größer\n\t<b>", "n": [1, 2.5, None, True, None, None], "l": "x" * (LONGEST - 1) + "…"}

@@ -55,7 +55,7 @@ def test_long_texts_are_broken_and_cut():
     assert [clip("abcdef", 4), clip("abcd", 4)] == ["abc…", "abcd"]
 
 
-def test_each_chart_says_what_it_shows_with_its_main_figures(whole):
+def test_each_chart_describes_itself_with_its_main_figures(whole):
     said = {key: chart.says.replace("\xa0", " ") for key, chart in of(whole).items()}
     assert said == {
         "waterfall": "Waterfall of this run, 2.02 s; its largest terms are convolutions below their roof 794 ms; idle "

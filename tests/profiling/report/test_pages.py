@@ -185,7 +185,7 @@ def test_only_its_own_scripts_may_run(pages):
     assert re.search(r"script-src ([^;]*)", policy)[1].split() == [f"'sha256-{digest}'" for digest in digests]
 
 
-def test_both_say_what_the_report_says(pages, texts, samples):
+def test_both_forms_say_what_the_report_says(pages, texts, samples):
     report, page, text = samples["whole"], pages["whole"].text(), " ".join(texts["whole"].split())
     for words in (report["headline"], report["assumption"], *report["sentences"]):
         assert " ".join(words.split()) in page

@@ -22,7 +22,7 @@ def said(whole, on_gpu=True, ops="reference", dtype="float16", threads=2, **ns) 
     return plain([headline(whole), *sentences(whole)])
 
 
-def test_the_largest_costs_come_first_each_with_what_to_do(whole):
+def test_the_largest_costs_come_first_each_with_a_remedy(whole):
     told = said(whole)
     assert told == [
         "10.0 s of training, of which the arithmetic needs 4.00 s at the data sheet's peak; the largest cost is "
@@ -95,7 +95,7 @@ def test_a_negative_term_is_spoken_of_unless_it_is_doubted_already(whole):
     assert not any(line.startswith("Idle is") for line in said(whole, **ns))
 
 
-def test_nothing_is_said_of_what_is_not_known(bare, whole):
+def test_unknown_values_have_no_sentence(bare, whole):
     assert said(whole, residual=0) == [
         "No training was recorded.",
         "No training was recorded, so there is nothing to account for.",
