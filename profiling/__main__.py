@@ -89,7 +89,7 @@ def device(
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON; the tables go to stderr.")] = False,
     listing: Annotated[bool, typer.Option("--list", help="Print the table of specifications instead.")] = False,
 ) -> None:
-    """Measure the rates that this device sustains, beside its data sheet."""
+    """Measure this device, beside its data sheet."""
     from profiling.device.command import run
     from profiling.output.terminal import Terminal
 

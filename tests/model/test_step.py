@@ -118,7 +118,7 @@ def test_without_momentum():
     [
         pytest.param(ResNet, reference, (8, 8, 8, 8), torch.bfloat16, (20, 10), id="resnet"),
         pytest.param(ResNet9, reference, (8, 8, 8, 8), torch.bfloat16, (20, 10), id="resnet9"),
-        pytest.param(ResNet9, fused, (16, 16, 16, 16), torch.float16, (2,), id="fused", marks=pytest.mark.slow),
+        pytest.param(ResNet9, fused, (16, 16, 16, 16), torch.float16, (2,), id="fused"),
     ],
 )
 def test_the_16_bit_copies_are_the_casts_bit_for_bit(network, ops, widths, dtype, sizes):
@@ -168,7 +168,7 @@ def compiler(monkeypatch):
     [
         pytest.param(ResNet, reference, (8, 8, 8, 8), (4,), id="resnet", marks=pytest.mark.slow),
         pytest.param(ResNet9, reference, (8, 8, 8, 8), (4, 4, 0), id="resnet9"),
-        pytest.param(ResNet9, fused, (16, 16, 16, 16), (2,), id="fused"),
+        pytest.param(ResNet9, fused, (16, 16, 16, 16), (2,), id="fused", marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_step_is_the_step_in_one_graph(network, ops, widths, sizes):
