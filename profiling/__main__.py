@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from profiling.bench import OPS
+from profiling.device.specifications import DTYPES
 from profiling.output import command_line
 
 if TYPE_CHECKING:
@@ -70,12 +72,18 @@ def bench(
 
     Without a GPU PyTorch is timed on the CPU, and of the kernels what the compiler says is reported.
     """
-    from profiling.bench.command import Request, run
     from profiling.output.terminal import Terminal
+
+    def run() -> int:
+        command_line.require("op", op, OPS)
+        command_line.require("--dtype", dtype, DTYPES)
+        from profiling.bench.command import Request, run
+
+        return run(Request(op, tuple(shape or ()), dtype, *options), terminal)
 
     terminal = Terminal(json=json)
     options = (out, compare, json, tune, quick, check, resume, short, jobs, images, limit)
-    _end(lambda: run(Request(op, tuple(shape or ()), dtype, *options), terminal), terminal)
+    _end(run, terminal)
 
 
 @app.command()

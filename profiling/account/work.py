@@ -1,6 +1,6 @@
-"""The FLOPs and compulsory bytes of a training step, op by op, counted on the meta device.
+"""The FLOPs and compulsory bytes of a training step, op by op.
 
-Nothing is computed and nothing depends on the machine. A multiply-add is two FLOPs; convolutions and matrix products
+Nothing depends on the machine. A multiply-add is two FLOPs; convolutions and matrix products
 count as `FlopCounterMode` counts them, this package's kernels by their own `*_cost`. Bytes are of operands and results,
 each once: an op that reads a tensor twice costs more than that, and `profiling.account.floors` knows how much.
 PyTorch's fused optimiser is one pass: weights, gradients and momentum read, weights and momentum written.

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import difflib
 import json
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from profiling import ROOT
 from profiling.bench import cases, checks, kernel_facts, measure, table, tuning
 from profiling.bench.case import Case
 from profiling.device import environment
-from profiling.device.specifications import DTYPES
+from profiling.output.command_line import require
 from profiling.output.errors import CommandError, NoDeviceError
 from profiling.output.files import append_jsonl
 from profiling.output.terminal import Terminal
@@ -57,8 +56,6 @@ def run(request: Request, terminal: Terminal) -> int:
 
 
 def _check(request: Request) -> None:
-    _require("op", request.op, [case.op for case in cases.cases()])
-    _require("--dtype", request.dtype, DTYPES)
     if request.out is not None and (request.out.is_dir() or not request.out.absolute().parent.is_dir()):
         raise CommandError(f"--out {request.out}: expected a file in a folder that exists")
     if request.compare is not None and not request.compare.is_file():
@@ -89,19 +86,10 @@ def _leave_out(reason: str, options: dict[str, Any]) -> None:
         raise CommandError(f"{reason}; leave {given[0]} out")
 
 
-def _require(what: str, name: str | None, known: Iterable[str]) -> None:
-    known = tuple(dict.fromkeys(known))
-    if name is None or name in known:
-        return
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(known)}"
-    raise CommandError(f"{what} {name!r} is unknown; {hint}")
-
-
 def _chosen(request: Request) -> list[Case]:
     of_op = [case for case in cases.cases() if request.op in (None, case.op)]
     for shape in request.shapes:
-        _require("--shape", shape, [case.shape for case in of_op])
+        require("--shape", shape, [case.shape for case in of_op])
     chosen = [case for case in of_op if not request.shapes or case.shape in request.shapes]
     if request.short:
         chosen = [case for case in chosen if case.name in cases.SHORT]

@@ -1,8 +1,9 @@
 """One line and an exit code for every refusal by typer or the file system, as for any other bad input."""
 
+import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,16 @@ def guarded(command: Callable[[], int | None], tell: Callable[[BaseException], A
             raise
         tell(error)  # here, since torchrun's report has the traceback of the exception in hand
         return error.exit_code
+
+
+def require(what: str, name: str | None, known: Iterable[str]) -> None:
+    """Raise CommandError, with the nearest of `known`, for another `name`; None is no name."""
+    known = tuple(dict.fromkeys(known))
+    if name is None or name in known:
+        return
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"expected one of {', '.join(known)}"
+    raise CommandError(f"{what} {name!r} is unknown; {hint}")
 
 
 def _refused_path(error: OSError) -> str | None:

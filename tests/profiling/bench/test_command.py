@@ -15,7 +15,7 @@ from kernels import jit, tiles
 from kernels.tiles import Gpu
 from profiling import ROOT
 from profiling.__main__ import app
-from profiling.bench import cases, kernel_facts, tuning
+from profiling.bench import OPS, cases, kernel_facts, tuning
 from profiling.bench import command as bench_command
 from profiling.bench import measure as bench
 from profiling.bench.ahead_of_time import Facts
@@ -104,6 +104,21 @@ def test_bad_input_exits_2_with_a_line(arguments):
     done = invoke(*arguments.split(), code=2)
     assert BAD[arguments] in done.stderr
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("words", [["bn_stat"], ["--dtype", "float61"]], ids=["op", "dtype"])
+def test_a_typo_does_not_import_torch(words):
+    code = (
+        "import sys, profiling.__main__ as m\n"
+        f"try: m.app({['bench', *words]})\n"
+        "except SystemExit as e: print(e.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "2 False\n", done.stderr
+
+
+def test_ops_are_those_of_the_cases():
+    assert tuple(dict.fromkeys(case.op for case in cases.cases())) == OPS
 
 
 @pytest.mark.usefixtures("no_gpu")
